@@ -1,0 +1,87 @@
+"""What a user can set about the engine: the policy, the budgets, the machine it runs on. All frozen."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from flexrun.core import strict_dataclass
+from flexrun.errors import ConfigError, UnsupportedError
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Fractions of one kind of tensor on each tier; they sum to 1."""
+
+    gpu: float = 0.0
+    cpu: float = 1.0
+    disk: float = 0.0
+
+    def __post_init__(self):
+        for tier, fraction in dataclasses.asdict(self).items():
+            if not 0.0 <= fraction <= 1.0:
+                raise ConfigError(f"placement fraction {tier}={fraction} is outside [0, 1]")
+        if abs(self.gpu + self.cpu + self.disk - 1.0) > 1e-6:
+            raise ConfigError(
+                f"placement fractions gpu={self.gpu} cpu={self.cpu} disk={self.disk} do not sum to 1",
+                "give all three fractions; they must add up to 1",
+            )
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Where tensors live and how much runs together. One JSON document; see configs/policies/.
+
+    sequences_in_flight: slots that decode or prefill at once.
+    tokens_per_pass: most tokens (decode + prefill chunks) one sweep through the layers carries.
+    attention_micro_batch: sequences attended together; each micro-batch has one home tier for its KV.
+    token_micro_batch: rows of one linear-layer call inside a module.
+    weights, kv, hidden: Placement fractions.
+    cpu_attention_share: share of host-resident KV micro-batches attended in place on the CPU
+        (the rest is copied to the GPU and attended there). Meaningless without a GPU.
+    weight_bits, kv_bits: 16 means the model's own dtype.
+    """
+
+    sequences_in_flight: int = 64
+    tokens_per_pass: int = 2048
+    attention_micro_batch: int = 32
+    token_micro_batch: int = 512
+    weights: Placement = field(default_factory=Placement)
+    kv: Placement = field(default_factory=Placement)
+    hidden: Placement = field(default_factory=Placement)
+    cpu_attention_share: float = 1.0
+    weight_bits: int = 16
+    kv_bits: int = 16
+
+    def __post_init__(self):
+        for name in ("sequences_in_flight", "tokens_per_pass", "attention_micro_batch", "token_micro_batch"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"policy {name}={value!r} must be a whole number of at least 1")
+        if not 0.0 <= self.cpu_attention_share <= 1.0:
+            raise ConfigError(f"policy cpu_attention_share={self.cpu_attention_share} is outside [0, 1]")
+        if self.weight_bits != 16 or self.kv_bits != 16:
+            raise UnsupportedError(
+                f"policy weight_bits={self.weight_bits} kv_bits={self.kv_bits}: only 16 runs in this version"
+            )
+        if self.kv.disk or self.hidden.disk:
+            raise UnsupportedError(
+                "policy places KV cache or hidden states on disk, which this version does not run",
+                "place them on cpu or gpu, or lower sequences_in_flight",
+            )
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> Policy:
+        """Read a policy document. Raises ConfigError on bad JSON, unknown keys or bad values."""
+        try:
+            values = json.loads(Path(path).read_text())
+        except FileNotFoundError as error:
+            raise ConfigError(f"policy file {path} does not exist", "see configs/policies/ for examples") from error
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"policy file {path} is not JSON: {error}") from error
+        return strict_dataclass(cls, values, f"policy {path}")
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2)
