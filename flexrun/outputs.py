@@ -1,0 +1,73 @@
+"""What goes into the engine and what comes out, under vLLM's names, so that scripts written for it port by import."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from flexrun.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request, given as exactly one of ``token_ids``, ``prompt`` and ``messages``.
+
+    params: the request's SamplingParams; None takes the engine's defaults.
+    chat_template: Jinja2 source used for ``messages`` instead of the model's own template.
+    """
+
+    request_id: str
+    token_ids: list[int] | None = None
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    params: Any = None
+    chat_template: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """Natural-log probability of one token; ``rank`` counts from 1, the most likely token of its position."""
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+@dataclass
+class CompletionOutput:
+    """One generated continuation.
+
+    logprobs: for each generated token its {token id: Logprob} (the chosen token and the top ones), None if not asked.
+    finish_reason: 'stop', 'length' or 'error'; stop_reason: the stop string or stop token id that ended it, else None.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+
+
+@dataclass
+class RequestOutput:
+    """All continuations of one request. ``error`` is set, and ``outputs`` empty, where the request was refused.
+
+    prompt_logprobs: one {token id: Logprob} a prompt token (None for the first), None if not asked.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int] | None
+    outputs: list[CompletionOutput] = field(default_factory=list)
+    finished: bool = True
+    metrics: dict[str, Any] | None = None
+    num_cached_tokens: int = 0
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    error: RequestError | None = None
+
+    @classmethod
+    def refused(cls, request: Request, error: RequestError) -> RequestOutput:
+        """The output of a request that cannot be served: it carries the error and no continuation."""
+        return cls(request.request_id, request.prompt, request.token_ids, error=error)
