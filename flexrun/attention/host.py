@@ -1,0 +1,41 @@
+"""The one attention call of the decoder: checks the tensors, then picks the fastest way for each segment."""
+
+from __future__ import annotations
+
+from flexrun.attention.sdpa import attend_segment
+from flexrun.attention.segments import Segments
+
+
+def attend(query, keys, values, segments: Segments, *, scale: float, window: int = 0, softcap: float = 0.0, out):
+    """Causal attention of every segment, each over its own rows of a KV slab. Returns ``out``.
+
+    query: [tokens, num_heads, D]. keys, values: [capacity, num_kv_heads, D], token-major slabs that may be strided
+    views (last dim contiguous); ``num_kv_heads`` divides ``num_heads``. out: [tokens, num_heads, D], rows of no
+    segment are left as they are. One dtype: float32, bfloat16 or float16; softmax and sums are float32.
+    scale multiplies ``q·k``; softcap ``c`` > 0 replaces a score ``s`` with ``c * tanh(s / c)``; window 0 is unlimited.
+    Raises ValueError where shapes or dtypes disagree or a segment lies outside the tensors.
+    """
+    _check(query, keys, values, segments, out)
+    for query_start, query_len, kv_start, kv_len in segments.rows:
+        rows, kv_rows = slice(query_start, query_start + query_len), slice(kv_start, kv_start + kv_len)
+        attend_segment(
+            query[rows], keys[kv_rows], values[kv_rows], scale=scale, window=window, softcap=softcap, out=out[rows]
+        )
+    return out
+
+
+def _check(query, keys, values, segments: Segments, out) -> None:
+    tokens, num_heads, head_dim = query.shape
+    capacity, num_kv_heads, key_dim = keys.shape
+    if values.shape != keys.shape or out.shape != query.shape or key_dim != head_dim or num_heads % num_kv_heads:
+        raise ValueError(
+            f"attend: shapes disagree: query {tuple(query.shape)}, keys {tuple(keys.shape)}, "
+            f"values {tuple(values.shape)}, out {tuple(out.shape)}"
+        )
+    if not query.dtype == keys.dtype == values.dtype == out.dtype:
+        raise ValueError(f"attend: dtypes differ: {query.dtype}, {keys.dtype}, {values.dtype}, {out.dtype}")
+    if segments.query_end > tokens or segments.kv_end > capacity:
+        raise ValueError(
+            f"attend: segments use {segments.query_end} query rows and {segments.kv_end} KV rows, "
+            f"the tensors have {tokens} and {capacity}"
+        )

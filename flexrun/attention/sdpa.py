@@ -1,0 +1,113 @@
+"""Attention of one segment with torch operators: runs on any device, and is the reference for native kernels.
+
+Grouped-query attention is expressed by folding query heads into ``[kv_heads, group]`` and viewing K and V with stride
+0 over the group. The ``enable_gqa`` option of torch copies K and V on the CPU and is many times slower.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+QUERY_BLOCK_TOKENS = 256
+MASK_ELEMENTS = 1 << 22  # of one mask: bounds memory for long contexts
+SCORE_ELEMENTS = 1 << 23  # of one float32 score matrix of the explicit form
+
+
+def attend_segment(query, keys, values, *, scale: float, window: int, softcap: float, out) -> None:
+    """Causal attention of the last ``query_len`` positions of one sequence; writes ``out``.
+
+    query, out: [query_len, num_heads, D]; keys, values: [kv_len, num_kv_heads, D]; one dtype, last dim contiguous.
+    """
+    query_len, num_heads, head_dim = query.shape
+    kv_len, num_kv_heads, _ = keys.shape
+    if window >= kv_len:
+        window = 0
+    if softcap:
+        block_tokens = max(1, min(query_len, SCORE_ELEMENTS // (num_heads * kv_len)))
+        attend_block = _explicit_block
+    elif query_len == 1:
+        block_tokens, attend_block = 1, _decode_block
+    elif query_len == kv_len and not window:
+        block_tokens, attend_block = query_len, _square_block
+    else:
+        block_tokens = QUERY_BLOCK_TOKENS
+        while block_tokens > 8 and block_tokens * kv_len > MASK_ELEMENTS:
+            block_tokens //= 2
+        attend_block = _masked_block
+    folded = (-1, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    query = query.unflatten(1, folded[1:3])
+    out = out.unflatten(1, folded[1:3])
+    past = kv_len - query_len
+    for start in range(0, query_len, block_tokens):
+        stop = min(start + block_tokens, query_len)
+        first_kv = max(0, past + start - window + 1) if window else 0
+        visible = slice(first_kv, past + stop)
+        result = attend_block(
+            query[start:stop],
+            keys[visible],
+            values[visible],
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            block_tokens=block_tokens,
+        )
+        out[start:stop].copy_(result)
+
+
+def _decode_block(query, keys, values, *, scale, **_):
+    # the group takes the place of the query positions: K and V are read once a KV head, without a mask
+    result = scaled_dot_product_attention(query, keys.transpose(0, 1)[None], values.transpose(0, 1)[None], scale=scale)
+    return result
+
+
+def _grouped(query, keys, values):
+    """Views [kv_heads, group, tokens, D] of query [tokens, kv_heads, group, D] and K, V [tokens, kv_heads, D]."""
+    group = query.shape[2]
+    keys, values = (slab.transpose(0, 1)[:, None].expand(-1, group, -1, -1) for slab in (keys, values))
+    return query.permute(1, 2, 0, 3), keys, values
+
+
+def _square_block(query, keys, values, *, scale, **_):
+    result = scaled_dot_product_attention(*_grouped(query, keys, values), is_causal=True, scale=scale)
+    return result.permute(2, 0, 1, 3)
+
+
+def _masked_block(query, keys, values, *, scale, window, block_tokens, **_):
+    query_len, kv_len = query.shape[0], keys.shape[0]
+    mask = _causal_band(query_len, kv_len, window, block_tokens, query.dtype, query.device)
+    result = scaled_dot_product_attention(*_grouped(query, keys, values), attn_mask=mask, scale=scale)
+    return result.permute(2, 0, 1, 3)
+
+
+def _explicit_block(query, keys, values, *, scale, window, softcap, **_):
+    query, keys, values = _grouped(query.float(), keys.float(), values.float())
+    scores = (query @ keys.transpose(-1, -2)).mul_(scale)
+    scores.div_(softcap).tanh_().mul_(softcap)
+    query_len, kv_len = scores.shape[-2:]
+    scores += _causal_band(query_len, kv_len, window, query_len, torch.float32, scores.device)
+    return (scores.softmax(-1) @ values).permute(2, 0, 1, 3)
+
+
+def _causal_band(query_len: int, kv_len: int, window: int, block_tokens: int, dtype, device):
+    """Additive mask [query_len, kv_len] whose last query row sees the last KV row.
+
+    Causal masks of one block size are all slices of one band, so chunks of any offset share one tensor.
+    """
+    past = kv_len - query_len
+    span = max(64, 1 << (past - 1).bit_length()) if past else 64
+    band = _band(block_tokens, span, window, dtype, device)
+    return band[:query_len, span - past : span + query_len]
+
+
+@lru_cache(maxsize=16)
+def _band(block_tokens: int, span: int, window: int, dtype, device):
+    """[block_tokens, span + block_tokens]: row t is open for columns ``span + t - window + 1 .. span + t``."""
+    row = torch.arange(block_tokens, device=device)[:, None]
+    column = torch.arange(-span, block_tokens, device=device)
+    closed = column > row
+    if window:
+        closed |= column <= row - window
+    return torch.zeros(closed.shape, dtype=dtype, device=device).masked_fill_(closed, float("-inf"))
