@@ -1,0 +1,133 @@
+"""The only forward of every family: pure functions over token rows, driven by a ModelSpec.
+
+Each function may be called on any contiguous slice of a pass's token rows, with the weights of its own module under
+their packed names. One layer is, with the norms that ``spec.norms`` names (an absent norm is the identity):
+
+    branch  = attention_branch_norm(output(attend(qkv(attention_norm(hidden)))))
+    hidden  = residual_norm(hidden + residual_scale * branch)
+    hidden  = output_norm(hidden + residual_scale * mlp_branch_norm(down(act(up(mlp_norm(hidden))))))
+
+With ``spec.parallel_residual`` the MLP reads the hidden state from before the attention branch was added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from flexrun.models import ops
+from flexrun.models.rope import Rotary
+from flexrun.models.spec import NO_ROPE, ModelSpec
+
+Weights = Mapping[str, Tensor]  # packed name -> tensor
+
+
+def embed(spec: ModelSpec, weights: Weights, token_ids: Tensor, positions: Tensor) -> Tensor:
+    """Embedding weights, token_ids [T] and positions [T] int64 -> hidden [T, hidden_size] in the model's dtype."""
+    hidden = ops.embed_rows(weights["token_embedding.weight"], token_ids)
+    if spec.embedding_scale != 1.0:
+        hidden *= spec.embedding_scale
+    if "project_in.weight" in weights:
+        hidden = ops.linear(hidden, weights["project_in.weight"])
+    if spec.learned_positions:
+        hidden += ops.embed_rows(weights["position_embedding.weight"], positions + spec.position_offset)
+    return hidden
+
+
+def attention_inputs(
+    spec: ModelSpec, layer: int, weights: Weights, hidden: Tensor, rotary: Rotary
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention weights, hidden [T, hidden_size] -> query [T, H, D], key and value [T, KV, D], normed and rotated.
+
+    The three are views of one buffer: rows are ``spec.qkv_size`` elements apart.
+    """
+    normed = _norm(spec, weights, "attention_norm", hidden)
+    qkv = ops.linear(normed, weights["qkv.weight"], weights.get("qkv.bias"))
+    tokens = hidden.shape[0]
+    heads = qkv.view(tokens, spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim)
+    query, key, value = heads.split((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), dim=1)
+    if "query_norm" in spec.norms:
+        if spec.query_key_norm_width == "head":
+            _norm(spec, weights, "query_norm", query, out=query)
+            _norm(spec, weights, "key_norm", key, out=key)
+        else:
+            flat_query, flat_key, _ = qkv.split((spec.query_size, spec.kv_size, spec.kv_size), dim=1)
+            _norm(spec, weights, "query_norm", flat_query, out=flat_query)
+            _norm(spec, weights, "key_norm", flat_key, out=flat_key)
+    kind = spec.layer_ropes[layer] if spec.ropes else NO_ROPE
+    if kind != NO_ROPE:
+        ops.apply_rope(heads[:, : spec.num_heads + spec.num_kv_heads], rotary.cos[kind], rotary.sin[kind])
+    return query, key, value
+
+
+def attention_output(spec: ModelSpec, layer: int, weights: Weights, attended: Tensor) -> Tensor:
+    """Attention weights, attended [T, H, D] -> the attention branch [T, hidden_size], not yet added to anything."""
+    flat = attended.reshape(attended.shape[0], spec.query_size)
+    branch = ops.linear(flat, weights["output.weight"], weights.get("output.bias"))
+    return _norm(spec, weights, "attention_branch_norm", branch, out=branch)
+
+
+def mlp(spec: ModelSpec, layer: int, weights: Weights, hidden: Tensor, branch: Tensor) -> None:
+    """MLP weights; adds the attention branch and the MLP branch to hidden [T, hidden_size] in place.
+
+    ``branch`` is what attention_output returned for the same rows.
+    """
+    if spec.parallel_residual:
+        inner = _mlp_branch(spec, weights, _norm(spec, weights, "mlp_norm", hidden))
+        ops.add(hidden, ops.add(inner, branch), spec.residual_scale)
+    else:
+        if "residual_norm" in spec.norms:
+            ops.add(hidden, branch, spec.residual_scale)
+            _norm(spec, weights, "residual_norm", hidden, out=hidden)
+            normed = _norm(spec, weights, "mlp_norm", hidden)
+        else:
+            normed = _add_norm(spec, weights, "mlp_norm", hidden, branch)
+        ops.add(hidden, _mlp_branch(spec, weights, normed), spec.residual_scale)
+    _norm(spec, weights, "output_norm", hidden, out=hidden)
+
+
+def logits(spec: ModelSpec, weights: Weights, hidden: Tensor) -> Tensor:
+    """Head weights, hidden [N, hidden_size] -> float32 logits [N, vocab_size]; ``hidden`` is left as it is.
+
+    ``weights["lm_head.weight"]`` is needed for tied heads too: pass the token embedding.
+    """
+    hidden = _norm(spec, weights, "final_norm", hidden)
+    if "project_out.weight" in weights:
+        hidden = ops.linear(hidden, weights["project_out.weight"])
+    scores = ops.linear(hidden, weights["lm_head.weight"]).float()
+    if spec.logits_divisor != 1.0:
+        scores /= spec.logits_divisor
+    if spec.logits_softcap:
+        ops.soft_cap(scores, spec.logits_softcap)
+    return scores
+
+
+def _mlp_branch(spec: ModelSpec, weights: Weights, normed: Tensor) -> Tensor:
+    if spec.gated:
+        gate_up = ops.linear(normed, weights["gate_up.weight"], weights.get("gate_up.bias"))
+        inner = ops.gated_activation(gate_up, spec.activation)
+    else:
+        inner = ops.activation(ops.linear(normed, weights["up.weight"], weights.get("up.bias")), spec.activation)
+    branch = ops.linear(inner, weights["down.weight"], weights.get("down.bias"))
+    return _norm(spec, weights, "mlp_branch_norm", branch, out=branch)
+
+
+def _norm(spec: ModelSpec, weights: Weights, stem: str, x: Tensor, out: Tensor | None = None) -> Tensor:
+    """The norm named ``stem`` over the last dimension, or x itself where the family has none there."""
+    if stem not in spec.norms:
+        return x
+    weight = weights.get(f"{stem}.weight")
+    if spec.norm_kind == "rms":
+        return ops.rms_norm(x, weight, spec.norm_eps, spec.norm_offset, out)
+    return ops.layer_norm(x, weight, weights.get(f"{stem}.bias"), spec.norm_eps, out)
+
+
+def _add_norm(spec: ModelSpec, weights: Weights, stem: str, hidden: Tensor, branch: Tensor) -> Tensor:
+    """hidden += residual_scale * branch in place, then the norm named ``stem`` of the sum."""
+    if stem not in spec.norms:
+        return ops.add(hidden, branch, spec.residual_scale)
+    weight, scale = weights.get(f"{stem}.weight"), spec.residual_scale
+    if spec.norm_kind == "rms":
+        return ops.add_rms_norm(hidden, branch, weight, spec.norm_eps, spec.norm_offset, scale)
+    return ops.add_layer_norm(hidden, branch, weight, weights.get(f"{stem}.bias"), spec.norm_eps, scale)

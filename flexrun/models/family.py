@@ -1,0 +1,65 @@
+"""The shape of a family row: everything by which one model family differs from Llama, as data.
+
+A setting is either the value itself or ``From("key")``: the config.json key that decides it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+
+
+@dataclass(frozen=True)
+class From:
+    """A setting that the config.json key ``key`` decides; an explicit null means the field's own default."""
+
+    key: str
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row. ``when``: config values that select this row among those of one architecture."""
+
+    architecture: str
+    model_type: str
+    layer: Mapping[str, str | tuple[str, ...]]  # packed stem -> checkpoint stems below layer_prefix; norms included
+    model: Mapping[str, str]  # packed stem -> checkpoint stem, outside the layers
+    layer_prefix: str
+    source_prefixes: tuple[tuple[str, str], ...] = ()  # (usual, other): prefixes a checkpoint may carry instead
+    when: Mapping = field(default_factory=dict)
+    defaults: Mapping = field(default_factory=dict)
+    renamed: Mapping[str, str] = field(default_factory=dict)  # our config key -> this family's
+    text_config: bool = False  # the settings sit in config["text_config"]
+    # what differs from Llama
+    norm_kind: str = "rms"
+    norm_eps: float | From = From("rms_norm_eps")
+    norm_offset: float = 0.0
+    norm_affine: bool | From = True
+    query_key_norm_width: str = "head"
+    parallel_residual: bool | From = False
+    gated: bool = True
+    qkv_bias: bool | From = False
+    output_bias: bool | From = False
+    mlp_bias: bool | From = False
+    qkv_assembler: str = "concat"
+    learned_positions: bool = False
+    position_offset: int = 0
+    # which layers see a sliding window: none, all, or by layer_types with this rule where the config lists none:
+    # pattern (every n-th layer is full), upper (from max_window_layers on), nope (the layers without rope)
+    windows: str = "none"
+    nope_layers: bool = False  # no_rope_layers decides which layers rotate
+    rope: Mapping = field(default_factory=dict)  # arguments of rope_config.rope_spec
+    rope_per_layer_type: bool = False
+    attention_scale: float | From | None = None  # None: head_dim ** -0.5
+    query_pre_attention_scalar: From | None = None  # attention_scale is this ** -0.5
+    attention_softcap: float | From = 0.0
+    logits_softcap: float | From = 0.0
+    logits_divisor: float | From = 1.0
+    embedding_scale: float | From | str = 1.0  # "sqrt_hidden": sqrt(hidden_size) rounded to the model's dtype
+    residual_scale: float | From = 1.0
+
+    @property
+    def config_keys(self) -> frozenset[str]:
+        """The config keys this row itself reads through From."""
+        values = (getattr(self, item.name) for item in fields(self))
+        return frozenset(value.key for value in values if isinstance(value, From))

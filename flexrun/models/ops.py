@@ -1,0 +1,119 @@
+"""The tensor operations a decoder is made of, one function each, so that a native kernel can replace any of them.
+
+Every function works on rows: a row's result never depends on the other rows of the call beyond rounding.
+Norms and rotations compute in float32 and round once to the dtype of ``x``.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS = {
+    "silu": lambda x: F.silu(x),
+    "gelu": lambda x: F.gelu(x),
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": lambda x: F.relu(x),
+}
+_ACTIVATIONS_INTO = {
+    "silu": lambda x, out: torch.ops.aten.silu.out(x, out=out),
+    "gelu": lambda x, out: torch.ops.aten.gelu.out(x, out=out),
+    "gelu_tanh": lambda x, out: torch.ops.aten.gelu.out(x, approximate="tanh", out=out),
+    "relu": lambda x, out: torch.clamp(x, min=0, out=out),
+}
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias``: x [T, K], weight [N, K], bias [N] -> [T, N], all of one dtype."""
+    if out is None:
+        return F.linear(x, weight, bias)
+    if bias is None:
+        return torch.mm(x, weight.t(), out=out)
+    return torch.addmm(bias, x, weight.t(), out=out)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0, out: Tensor | None = None) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps) * (weight + offset)`` over the last dimension; ``out`` may be ``x``."""
+    wide = x.float()
+    scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    result = wide * scale
+    if weight is not None:
+        result *= weight.float() + offset if offset else weight
+    if out is None:
+        return result.to(x.dtype)
+    return out.copy_(result)
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out: Tensor | None = None) -> Tensor:
+    """``(x - mean) / sqrt(variance + eps) * weight + bias`` over the last dimension; ``out`` may be ``x``."""
+    result = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return result if out is None else out.copy_(result)
+
+
+def add(hidden: Tensor, branch: Tensor, scale: float = 1.0) -> Tensor:
+    """``hidden += scale * branch``, in place."""
+    return hidden.add_(branch, alpha=scale)
+
+
+def add_rms_norm(
+    hidden: Tensor,
+    branch: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    offset: float = 0.0,
+    scale: float = 1.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``hidden += scale * branch`` in place, then the RMS norm of the sum as the result."""
+    return rms_norm(add(hidden, branch, scale), weight, eps, offset, out)
+
+
+def add_layer_norm(
+    hidden: Tensor,
+    branch: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: float = 1.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``hidden += scale * branch`` in place, then the layer norm of the sum as the result."""
+    return layer_norm(add(hidden, branch, scale), weight, bias, eps, out)
+
+
+def gated_activation(gate_up: Tensor, kind: str, out: Tensor | None = None) -> Tensor:
+    """``act(gate) * up`` of gate_up [T, 2I], gate first -> [T, I]. May overwrite ``gate_up``."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    activated = ACTIVATIONS[kind](gate) if out is None else _ACTIVATIONS_INTO[kind](gate, out)
+    return activated.mul_(up)
+
+
+def activation(x: Tensor, kind: str) -> Tensor:
+    """``act(x)``, in place."""
+    return _ACTIVATIONS_INTO[kind](x, x)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x [T, heads, D] in place: channel ``c`` of the first half pairs with ``c + half`` (GPT-NeoX convention).
+
+    cos, sin: float32 [T, half]; the first ``2 * half`` channels rotate and the rest pass. x may be strided.
+    """
+    half = cos.shape[-1]
+    first, second = x[..., :half], x[..., half : 2 * half]
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    rotated = first * cos  # float32 by promotion
+    rotated.addcmul_(second, sin, value=-1)
+    second.copy_((second * cos).addcmul_(first, sin))
+    first.copy_(rotated)
+    return x
+
+
+def soft_cap(x: Tensor, cap: float) -> Tensor:
+    """``cap * tanh(x / cap)``, in place."""
+    return x.div_(cap).tanh_().mul_(cap)
+
+
+def embed_rows(table: Tensor, rows: Tensor) -> Tensor:
+    """table [N, K], rows [T] int64 -> [T, K]."""
+    return F.embedding(rows, table)

@@ -1,0 +1,53 @@
+"""Every family against transformers on the same random checkpoint: the same tokens, the same logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from reference_runner import ReferenceRunner
+from tiny_families import TINY, prompts
+
+from flexrun.models.families import spec_from_config
+
+GENERATED_TOKENS = 64
+LENGTH_DEPENDENT = {"rope_dynamic"}  # transformers itself answers differently with and without a cache
+
+
+def oracle_logits(model, token_ids: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.tensor([token_ids])).logits[0].float()
+
+
+def oracle_greedy(model, prompt: list[int], tokens: int) -> tuple[list[int], torch.Tensor]:
+    result = model.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        do_sample=False,
+        max_new_tokens=tokens,
+        eos_token_id=-1,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return result.sequences[0, len(prompt) :].tolist(), torch.cat(result.logits)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_same_tokens_and_logits_as_transformers(tiny, name):
+    config, tensors, model = tiny(name)
+    spec = spec_from_config(config)
+    asked = prompts((5, 1, 23))
+    runner = ReferenceRunner(spec, tensors, max_positions=96)
+    generated, logits = runner.generate(asked, GENERATED_TOKENS)
+
+    tokens, step_logits = oracle_greedy(model, asked[0], GENERATED_TOKENS)
+    assert generated[0] == tokens
+    torch.testing.assert_close(logits[0][len(asked[0]) - 1 :], step_logits, atol=1e-4, rtol=0)
+    assert len(set(tokens)) > 3, "a degenerate checkpoint tests nothing"
+
+    if name in LENGTH_DEPENDENT:
+        return
+    for prompt, answer, scores in zip(asked, generated, logits, strict=True):
+        expected = oracle_logits(model, (prompt + answer)[:-1])
+        torch.testing.assert_close(scores, expected, atol=1e-4, rtol=0)
+        assert answer == expected[len(prompt) - 1 :].argmax(dim=-1).tolist()
