@@ -38,22 +38,20 @@ class Policy:
     tokens_per_pass: most tokens (decode + prefill chunks) one sweep through the layers carries.
     attention_micro_batch: sequences attended together; each micro-batch has one home tier for its KV.
     token_micro_batch: rows of one linear-layer call inside a module.
-    weights, kv, hidden: Placement fractions.
+    kv_tokens: tokens the KV cache has room for (0: sequences_in_flight times the longest request).
+    weights, kv: Placement fractions.
     cpu_attention_share: share of host-resident KV micro-batches attended in place on the CPU
         (the rest is copied to the GPU and attended there). Meaningless without a GPU.
-    weight_bits, kv_bits: 16 means the model's own dtype.
     """
 
     sequences_in_flight: int = 64
     tokens_per_pass: int = 2048
     attention_micro_batch: int = 32
     token_micro_batch: int = 512
+    kv_tokens: int = 0
     weights: Placement = field(default_factory=Placement)
     kv: Placement = field(default_factory=Placement)
-    hidden: Placement = field(default_factory=Placement)
     cpu_attention_share: float = 1.0
-    weight_bits: int = 16
-    kv_bits: int = 16
 
     def __post_init__(self):
         for name in ("sequences_in_flight", "tokens_per_pass", "attention_micro_batch", "token_micro_batch"):
@@ -62,14 +60,10 @@ class Policy:
                 raise ConfigError(f"policy {name}={value!r} must be a whole number of at least 1")
         if not 0.0 <= self.cpu_attention_share <= 1.0:
             raise ConfigError(f"policy cpu_attention_share={self.cpu_attention_share} is outside [0, 1]")
-        if self.weight_bits != 16 or self.kv_bits != 16:
+        if self.kv.disk:
             raise UnsupportedError(
-                f"policy weight_bits={self.weight_bits} kv_bits={self.kv_bits}: only 16 runs in this version"
-            )
-        if self.kv.disk or self.hidden.disk:
-            raise UnsupportedError(
-                "policy places KV cache or hidden states on disk, which this version does not run",
-                "place them on cpu or gpu, or lower sequences_in_flight",
+                "policy places KV cache on disk, which this version does not run",
+                "place it on cpu or gpu, or lower sequences_in_flight",
             )
 
     @classmethod

@@ -1,0 +1,185 @@
+"""Fills every pass: which sequences decode, which prompt chunks prefill beside them, and who takes a freed slot."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy
+
+from flexrun.attention import Segments
+from flexrun.config import Policy
+from flexrun.errors import RequestError
+from flexrun.offload.kv_store import KVStore
+from flexrun.offload.sequence import Group, Sequence
+from flexrun.schedule import MicroBatchShape, PassShape
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatchRows:
+    """Rows ``[start, stop)`` of a pass that belong to one attention micro-batch.
+
+    segments index query rows from ``start`` and KV rows of the slab; kv_rows: slab row of each query row, int64.
+    """
+
+    index: int
+    start: int
+    stop: int
+    segments: Segments
+    kv_rows: numpy.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class PassPlan:
+    """One pass: flat token rows, grouped by attention micro-batch, and whose next token comes out of which row."""
+
+    shape: PassShape
+    token_ids: numpy.ndarray  # int64 [T]
+    positions: numpy.ndarray  # int64 [T]
+    micro_batches: tuple[MicroBatchRows, ...]
+    sampled_rows: numpy.ndarray  # int64 [N]
+    sampled: tuple[Sequence, ...]  # N sequences
+    decode_tokens: int
+    prefill_tokens: int
+
+
+class Batcher:
+    """Holds the sequences in flight; ``source`` yields groups, each with its sequences, as slots free up."""
+
+    def __init__(self, policy: Policy, kv_store: KVStore, first_pass_index: int = 0):
+        self._policy = policy
+        self._kv = kv_store
+        self._running: list[Sequence] = []
+        self._waiting: deque[Sequence] = deque()
+        self._source: Iterator[tuple[Group, list[Sequence]]] = iter(())
+        self._exhausted = True
+        self.pass_index = first_pass_index
+
+    def feed(self, source: Iterator[tuple[Group, list[Sequence]]]) -> None:
+        self._source, self._exhausted = source, False
+
+    def next_pass(self) -> PassPlan | None:
+        """The next pass, or None when nothing is left to run."""
+        room = self._policy.tokens_per_pass
+        parts: list[tuple[Sequence, int]] = []
+        prefilling = []
+        for sequence in self._running:
+            if sequence.pending_tokens == 1 and sequence.output_ids:
+                parts.append((sequence, 1))
+                room -= 1
+            else:
+                prefilling.append(sequence)
+        decode_tokens = len(parts)
+        for sequence in prefilling:
+            room -= self._add_chunk(parts, sequence, room)
+        while room > 0 and (sequence := self._admit()) is not None:
+            room -= self._add_chunk(parts, sequence, room)
+        return self._plan(parts, decode_tokens) if parts else None
+
+    @staticmethod
+    def _add_chunk(parts: list, sequence: Sequence, room: int) -> int:
+        count = min(sequence.pending_tokens, room)
+        if count > 0:
+            parts.append((sequence, count))
+        return max(count, 0)
+
+    def _admit(self) -> Sequence | None:
+        """The next waiting sequence, given cache room and a slot; None while it must wait."""
+        if len(self._running) >= self._policy.sequences_in_flight:
+            return None
+        if not self._waiting and not self._fetch():
+            return None
+        sequence = self._waiting[0]
+        region = self._kv.allocate(sequence.kv_tokens, self._policy.attention_micro_batch)
+        if region is None:
+            if not self._running:
+                raise RequestError(  # the caller checks lengths first, so this is a fault of ours
+                    f"a sequence of {sequence.kv_tokens} tokens fits no KV micro-batch", "raise kv_tokens in the policy"
+                )
+            return None
+        self._waiting.popleft()
+        sequence.region = region
+        self._running.append(sequence)
+        return sequence
+
+    def _fetch(self) -> bool:
+        if self._exhausted:
+            return False
+        _, sequences = next(self._source, (None, None))
+        if sequences is None:
+            self._exhausted = True
+            return False
+        self._waiting.extend(sequences)
+        return True
+
+    def _plan(self, parts: list[tuple[Sequence, int]], decode_tokens: int) -> PassPlan:
+        parts.sort(key=lambda part: part[0].region.micro_batch)  # stable: decoding ones stay first
+        total = sum(count for _, count in parts)
+        token_ids = numpy.empty(total, dtype=numpy.int64)
+        positions = numpy.empty(total, dtype=numpy.int64)
+        kv_rows = numpy.empty(total, dtype=numpy.int64)
+        table = numpy.empty((len(parts), 4), dtype=numpy.int64)  # query_start, query_len, kv_start, kv_len
+        sampled_rows, sampled = [], []
+        row = 0
+        for number, (sequence, count) in enumerate(parts):
+            cached, start = sequence.cached_tokens, sequence.region.start
+            token_ids[row : row + count] = sequence.tokens(count)
+            if count == 1:
+                positions[row] = cached
+                kv_rows[row] = start + cached
+            else:
+                positions[row : row + count] = numpy.arange(cached, cached + count)
+                kv_rows[row : row + count] = numpy.arange(start + cached, start + cached + count)
+            table[number] = (row, count, start, cached + count)
+            if count == sequence.pending_tokens:
+                sampled_rows.append(row + count - 1)
+                sampled.append(sequence)
+            row += count
+        homes = numpy.array([sequence.region.micro_batch for sequence, _ in parts])
+        micro_batches, shapes = [], []
+        for index in numpy.unique(homes):
+            rows = table[homes == index]
+            start = int(rows[0, 0])
+            stop = int(rows[-1, 0] + rows[-1, 1])
+            segments = Segments(rows[:, 0] - start, rows[:, 1], rows[:, 2], rows[:, 3])
+            micro_batches.append(MicroBatchRows(int(index), start, stop, segments, kv_rows[start:stop]))
+            query, kv = rows[:, 1], rows[:, 3]
+            place = self._kv.micro_batches[index]
+            pairs = int((query * (kv - query) + query * (query + 1) // 2).sum())
+            shapes.append(
+                MicroBatchShape(int(index), stop - start, int(kv.sum()), pairs, place.home, place.attend_lane)
+            )
+        more = bool(self._waiting) or not self._exhausted or len(sampled) < len(parts)
+        more = more or any(not sequence.certainly_ends() for sequence in sampled)
+        shape = PassShape(self.pass_index, total, len(sampled), tuple(shapes), more)
+        self.pass_index += 1
+        for sequence, count in parts:
+            sequence.cached_tokens += count
+        return PassPlan(
+            shape,
+            token_ids,
+            positions,
+            tuple(micro_batches),
+            numpy.array(sampled_rows, dtype=numpy.int64),
+            tuple(sampled),
+            decode_tokens,
+            total - decode_tokens,
+        )
+
+    def retire(self, sequence: Sequence) -> None:
+        """A finished sequence gives its slot and its cache room back at once."""
+        self._kv.release(sequence.region)
+        sequence.region = None
+        self._running.remove(sequence)
+
+    def abandon(self) -> None:
+        """Forget everything in flight and give its room back (the job was stopped)."""
+        for sequence in list(self._running):
+            self.retire(sequence)
+        self._waiting.clear()
+        self._exhausted = True
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._running)

@@ -1,0 +1,157 @@
+"""The loop of a run: plan a pass, run it, sample, retire what ended, refill, until nothing is left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from flexrun.config import Policy
+from flexrun.core import Event, Lane, Tier
+from flexrun.models.rope import rope_tables
+from flexrun.models.spec import ModelSpec
+from flexrun.offload.batcher import Batcher, PassPlan
+from flexrun.offload.executor import Executor
+from flexrun.offload.kv_store import KVStore
+from flexrun.offload.sequence import Group, Sequence
+from flexrun.offload.tiers import MemoryTier
+from flexrun.offload.weight_store import WeightStore
+from flexrun.outputs import RequestOutput
+from flexrun.placement import MemoryAccount, WeightPlacement, kv_micro_batches
+from flexrun.sampling import sample
+from flexrun.schedule import ModelWork, Scheduler
+from flexrun.weights.packed import PackedWeights
+
+
+@dataclass
+class Totals:
+    """Sums over the passes run so far. A pass that mixes phases is split by its token counts."""
+
+    passes: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    pass_seconds: list[float] = field(default_factory=list)
+
+    def add(self, plan: PassPlan, seconds: float) -> None:
+        share = plan.prefill_tokens / plan.shape.tokens
+        self.passes += 1
+        self.prompt_tokens += plan.prefill_tokens
+        self.generated_tokens += len(plan.sampled)
+        self.prefill_seconds += seconds * share
+        self.decode_seconds += seconds * (1 - share)
+
+
+class Engine:
+    """Weights, KV cache and lanes of one model under one policy, ready to run groups of sequences."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        packed: PackedWeights,
+        policy: Policy,
+        placement: WeightPlacement,
+        account: MemoryAccount,
+        kv_tokens: int,
+        max_model_len: int,
+        *,
+        cpu_budget_bytes: int | None,
+        gpu_budget_bytes: int = 0,
+        trace: bool = False,
+        direct: bool = True,
+        place_resident: Callable | None = None,
+    ):
+        """``gpu_budget_bytes`` > 0 emulates an accelerator with that much memory beside the host."""
+        on_device = gpu_budget_bytes > 0
+        self.policy, self.kv_tokens = policy, kv_tokens
+        self.tiers = {Tier.CPU: MemoryTier(Tier.CPU, cpu_budget_bytes)}
+        if on_device:
+            self.tiers[Tier.GPU] = MemoryTier(Tier.GPU, gpu_budget_bytes)
+        host, device = self.tiers[Tier.CPU], self.tiers.get(Tier.GPU)
+        self.weights = WeightStore(
+            spec, packed, placement, account, host, device, direct=direct, place_resident=place_resident
+        )
+        self.kv = KVStore(spec, kv_micro_batches(policy, kv_tokens, on_device=on_device), host, device)
+        self._scheduler = Scheduler(
+            placement.units,
+            _model_work(spec),
+            spec.num_layers,
+            compute_lane=Lane.GPU if on_device else Lane.CPU,
+            host_ring_bytes=account.host_ring_bytes,
+            device_ring_bytes=account.device_ring_bytes,
+            read_embedding_rows=placement.embedding_on_disk,
+        )
+        rope = rope_tables(spec, max_model_len)
+        self._executor = Executor(
+            spec, policy, self._scheduler, self.weights, self.kv, rope, host, device, trace=trace
+        )
+        self._batcher = Batcher(policy, self.kv)
+        self.totals = Totals()
+
+    @property
+    def events(self) -> list[Event] | None:
+        return self._executor.events
+
+    def run(
+        self,
+        source: Iterator[tuple[Group, list[Sequence]]],
+        name_of: Callable[[int], str] | None = None,
+        on_pass: Callable[[PassPlan, float], None] | None = None,
+    ) -> Iterator[RequestOutput]:
+        """Outputs in completion order, as ``source`` is drawn from whenever a slot is free."""
+        self._batcher.feed(source)
+        try:
+            while True:
+                start_seconds = time.perf_counter()
+                plan = self._batcher.next_pass()
+                if plan is None:
+                    return
+                finished: list[Sequence] = []
+                self._executor.run(plan, lambda start, logits: self._sample(plan, start, logits, finished, name_of))
+                now = time.perf_counter()
+                self.totals.add(plan, now - start_seconds)
+                if on_pass is not None:
+                    on_pass(plan, now - start_seconds)
+                for sequence in finished:
+                    self._batcher.retire(sequence)
+                    if not sequence.group.unfinished:
+                        yield sequence.group.output(now)
+        finally:
+            self._batcher.abandon()
+
+    def _sample(self, plan: PassPlan, start: int, logits: torch.Tensor, finished: list, name_of) -> None:
+        sequences = plan.sampled[start : start + len(logits)]
+        sampled = sample(logits, [sequence.row for sequence in sequences])
+        tokens = sampled.token_ids.tolist()
+        now = time.perf_counter()
+        for sequence, token_id, chosen, top in zip(sequences, tokens, sampled.logprobs, sampled.top):
+            if not sequence.group.first_token_seconds:
+                sequence.group.first_token_seconds = now
+            if sequence.append(token_id, chosen, top, name_of):
+                finished.append(sequence)
+
+    def lane_statistics(self) -> dict:
+        return self._executor.lane_statistics()
+
+    def close(self) -> None:
+        self._executor.close()
+        self.kv.close()
+        self.weights.close()
+
+
+def _model_work(spec: ModelSpec) -> ModelWork:
+    projections = 2 * spec.hidden_size
+    return ModelWork(
+        attention_inputs_flops_per_token=projections * spec.qkv_size,
+        attend_flops_per_pair=4 * spec.query_size,
+        attention_output_flops_per_token=projections * spec.query_size,
+        mlp_flops_per_token=spec.flops_per_token("mlp"),
+        logits_flops_per_row=spec.flops_per_token("head"),
+        kv_bytes_per_token=spec.kv_bytes_per_token,
+        query_bytes_per_token=spec.query_size * spec.dtype_bytes,
+        hidden_bytes_per_token=spec.hidden_size * spec.dtype_bytes,
+        embedding_row_bytes=spec.embedding_size * spec.dtype_bytes,
+    )

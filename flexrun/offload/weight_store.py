@@ -1,0 +1,177 @@
+"""Where the weights are while a run lasts: resident tensors, streaming rings, and the copies between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from flexrun.core import DTYPES, Tier, align_up
+from flexrun.models.spec import ModelSpec
+from flexrun.offload.disk_io import Block, DirectFile, RowFile, blocks_of
+from flexrun.offload.tiers import Buffer, MemoryTier
+from flexrun.placement import MemoryAccount, PlacedTensor, WeightPlacement, unit_of
+from flexrun.schedule import Step
+from flexrun.weights.packed import PackedWeights
+
+TOKEN_EMBEDDING = "token_embedding.weight"
+
+
+@dataclass
+class _Unit:
+    """One unit's tensors: resident on the compute device, and those that come from disk or from host RAM."""
+
+    resident: dict[str, Tensor] = field(default_factory=dict)
+    from_disk: list[PlacedTensor] = field(default_factory=list)
+    from_host: list[tuple[PlacedTensor, Tensor]] = field(default_factory=list)
+    disk_bytes: int = 0
+
+
+class WeightStore:
+    """Loads what is resident, streams the rest.
+
+    Tensors whose home is the compute tier are used in place. Disk tensors are read to the host ring; with a
+    device, they and the host-resident ones are copied on to the device ring.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        packed: PackedWeights,
+        placement: WeightPlacement,
+        account: MemoryAccount,
+        host: MemoryTier,
+        device: MemoryTier | None,
+        *,
+        read_threads: int = 4,
+        direct: bool = True,
+        place_resident: Callable[[Tensor], Tensor] | None = None,
+    ):
+        """``place_resident`` may turn a resident matrix into the form the matmul likes best (same bytes)."""
+        self.spec, self.packed, self.placement = spec, packed, placement
+        self._dtype = DTYPES[spec.dtype]
+        self._compute_tier = Tier.CPU if device is None else Tier.GPU
+        self._files = {entry.file: None for entry in packed.entries.values()}
+        for name in self._files:
+            self._files[name] = DirectFile(packed.folder / name, direct=direct)
+        self._units = [_Unit() for _ in placement.units]
+        self._unit_index = {(unit.layer, unit.module): unit.index for unit in placement.units}
+        self.embedding: dict[str, Tensor] = {}
+        self.embedding_rows: RowFile | None = None
+        self._buffers: list[Buffer] = []
+        self._load(host, device, read_threads, place_resident)
+        self.host_ring = self._ring(host, account.host_ring_bytes)
+        self.device_ring = self._ring(device, account.device_ring_bytes) if device is not None else None
+
+    def _ring(self, tier: MemoryTier, nbytes: int) -> Buffer | None:
+        if not nbytes:
+            return None
+        self._buffers.append(tier.allocate("ring", nbytes, touch=True))
+        return self._buffers[-1]
+
+    def _load(self, host, device, read_threads, place_resident) -> None:
+        """Read every resident tensor, several requests in flight, into one arena a tier."""
+        arenas = {Tier.CPU: None, Tier.GPU: None}
+        for tier, memory in ((Tier.CPU, host), (Tier.GPU, device)):
+            if memory is not None and self.placement.bytes_on(tier):
+                arenas[tier] = memory.allocate("weights", self.placement.bytes_on(tier))
+                self._buffers.append(arenas[tier])
+        cursor = dict.fromkeys(arenas, 0)
+        with ThreadPoolExecutor(read_threads) as pool:
+            reads = []
+            for placed in self.placement.tensors:
+                value = None
+                if placed.tier is not Tier.DISK:
+                    arena, offset = arenas[placed.tier], cursor[placed.tier]
+                    cursor[placed.tier] += align_up(placed.nbytes)
+                    entry = self.packed.entry(placed.layer, placed.tensor.name)
+                    target = arena.data[offset : offset + align_up(placed.nbytes)]
+                    reads += [pool.submit(block.read) for block in self._blocks(entry, target)]
+                    value = arena.view(offset, placed.tensor.shape, self._dtype)
+                self._register(placed, value)
+            for read in reads:
+                read.result()
+        if place_resident is not None:
+            for unit in self._units:
+                unit.resident = {name: place_resident(value) for name, value in unit.resident.items()}
+
+    def _blocks(self, entry, target: Tensor) -> list[Block]:
+        return blocks_of(self._files[entry.file], entry.offset, entry.nbytes, target)
+
+    def _register(self, placed: PlacedTensor, value: Tensor | None) -> None:
+        name = placed.tensor.name
+        if placed.tensor.module == "embedding":
+            if value is not None:
+                self.embedding[name] = value
+            else:
+                entry = self.packed.entry(placed.layer, name)
+                row_bytes = placed.nbytes // placed.tensor.shape[0]
+                self.embedding_rows = RowFile(self.packed.path(entry), entry.offset, row_bytes)
+        key = unit_of(self.spec, placed)
+        if key is None:
+            return
+        unit = self._units[self._unit_index[key]]
+        if placed.tier is Tier.DISK:
+            unit.from_disk.append(placed)
+            unit.disk_bytes += align_up(placed.nbytes)
+        elif placed.tier is self._compute_tier:
+            unit.resident[_weight_name(placed)] = value
+        else:
+            unit.from_host.append((placed, value))
+
+    # Steps --------------------------------------------------------------------------------------------
+
+    def read_parts(self, step: Step) -> list[Callable[[], None]]:
+        """The block reads of a READ_WEIGHTS step, to the host ring at ``step.offset``."""
+        offset, parts = step.offset, []
+        for placed in self._units[step.unit].from_disk:
+            entry = self.packed.entry(placed.layer, placed.tensor.name)
+            target = self.host_ring.data[offset : offset + align_up(placed.nbytes)]
+            parts += [block.read for block in self._blocks(entry, target)]
+            offset += align_up(placed.nbytes)
+        return parts
+
+    def copy_parts(self, step: Step) -> list[Callable[[], None]]:
+        """The host-to-device copies of a COPY_WEIGHTS step."""
+        unit, parts = self._units[step.unit], []
+        if unit.disk_bytes:
+            source = self.host_ring.data[step.source_offset : step.source_offset + unit.disk_bytes]
+            parts.append(partial(self.device_ring.data[step.offset : step.offset + unit.disk_bytes].copy_, source))
+        offset = step.offset + unit.disk_bytes
+        for placed, value in unit.from_host:
+            source = value.view(-1).view(torch.uint8)
+            parts.append(partial(self.device_ring.data[offset : offset + placed.nbytes].copy_, source))
+            offset += align_up(placed.nbytes)
+        return parts
+
+    def unit_weights(self, step: Step) -> dict[str, Tensor]:
+        """Packed names and tensors of the unit that a compute step uses, streamed ones viewed in their ring."""
+        unit = self._units[step.unit]
+        if not unit.from_disk and not unit.from_host:
+            return unit.resident
+        weights = dict(unit.resident)
+        ring = self.host_ring if self._compute_tier is Tier.CPU else self.device_ring
+        offset = step.offset
+        for placed in [*unit.from_disk, *(item for item, _ in unit.from_host)]:
+            weights[_weight_name(placed)] = ring.view(offset, placed.tensor.shape, self._dtype)
+            offset += align_up(placed.nbytes)
+        return weights
+
+    def close(self) -> None:
+        for file in [*self._files.values(), self.embedding_rows]:
+            if file is not None:
+                file.close()
+        for unit in self._units:
+            unit.resident, unit.from_host = {}, []
+        self.embedding = {}
+        for buffer in self._buffers:
+            buffer.close()
+
+
+def _weight_name(placed: PlacedTensor) -> str:
+    """A tied token embedding is used as the head."""
+    return "lm_head.weight" if placed.tensor.name == TOKEN_EMBEDDING else placed.tensor.name

@@ -1,0 +1,257 @@
+"""Where each weight goes and what a run costs in bytes on each tier: the exact memory account.
+
+The policy speaks in fractions; the executor needs whole tensors. Both the planner and the executor read
+this one account, so that a plan's bytes are the run's bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from flexrun.config import Policy
+from flexrun.core import DTYPES, Lane, Tier, align_up
+from flexrun.errors import BudgetError
+from flexrun.models.spec import ModelSpec, PackedTensor
+from flexrun.schedule import WeightUnit
+
+SMALL_TENSOR_BYTES = 64 << 10  # norms and biases: never worth a transfer
+LOGITS_ROWS = 128  # rows of logits computed and sampled at once, so that a large vocabulary stays bounded
+KV_SLOTS = 2  # device staging slots for host-resident KV
+
+
+@dataclass(frozen=True)
+class PlacedTensor:
+    """A packed tensor, its layer (-1: embedding, num_layers: head) and its tier; ``nbytes`` unpadded."""
+
+    tensor: PackedTensor
+    layer: int
+    tier: Tier
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class WeightPlacement:
+    tensors: tuple[PlacedTensor, ...]
+    units: tuple[WeightUnit, ...]
+    embedding_on_disk: bool
+
+    def bytes_on(self, tier: Tier) -> int:
+        """Page-aligned bytes of the weights whose home is ``tier``."""
+        return sum(align_up(placed.nbytes) for placed in self.tensors if placed.tier is tier)
+
+    @property
+    def max_layer_stream_bytes(self) -> tuple[int, int]:
+        """Largest (disk, disk + host) bytes that one layer, or the head, moves in each pass."""
+        layers: dict[int, list[int]] = {}
+        for unit in self.units:
+            sums = layers.setdefault(unit.layer, [0, 0])
+            sums[0] += unit.disk_bytes
+            sums[1] += unit.disk_bytes + unit.host_bytes
+        return max(sums[0] for sums in layers.values()), max(sums[1] for sums in layers.values())
+
+    @property
+    def max_unit_stream_bytes(self) -> tuple[int, int]:
+        return (
+            max(unit.disk_bytes for unit in self.units),
+            max(unit.disk_bytes + unit.host_bytes for unit in self.units),
+        )
+
+
+def all_tensors(spec: ModelSpec) -> list[tuple[int, PackedTensor]]:
+    """Every packed tensor with its layer, in order of use. Tied embeddings count once, as embedding."""
+    tensors = [(-1, tensor) for tensor in spec.embedding_tensors()]
+    for layer in range(spec.num_layers):
+        tensors += [(layer, tensor) for tensor in spec.layer_tensors(layer)]
+    return tensors + [(spec.num_layers, tensor) for tensor in spec.head_tensors()]
+
+
+def tensor_bytes(spec: ModelSpec, tensor: PackedTensor) -> int:
+    count = DTYPES[spec.dtype].itemsize
+    for size in tensor.shape:
+        count *= size
+    return count
+
+
+def place_weights(spec: ModelSpec, policy: Policy, *, on_device: bool) -> WeightPlacement:
+    """Give every tensor a tier so that each tier holds at most its fraction and all layers stream alike.
+
+    Works like error diffusion: each tensor adds its share to a tier's credit, and a tensor goes to the
+    fastest tier whose credit covers it, so the moved bytes spread evenly over the layers. Tensors under
+    64 KiB live with the compute device. An untied token embedding is gathered by rows, so it is the
+    first to leave RAM and never counts towards the fractions.
+    """
+    compute_tier = Tier.GPU if on_device else Tier.CPU
+    fractions = policy.weights
+    if not on_device and fractions.gpu:
+        raise BudgetError(
+            f"the policy places {fractions.gpu:.0%} of the weights on a GPU, but there is no GPU memory",
+            "give --gpu-memory, or a policy with weights.gpu = 0",
+        )
+    # The slowest tier in use takes what the credit of the faster ones does not cover.
+    rest = Tier.DISK if fractions.disk > 1e-9 else (Tier.CPU if fractions.cpu > 1e-9 else Tier.GPU)
+    credit = {Tier.GPU: 0.0, Tier.CPU: 0.0}
+    placed = []
+    for layer, tensor in all_tensors(spec):
+        nbytes = tensor_bytes(spec, tensor)
+        if nbytes < SMALL_TENSOR_BYTES or (tensor.module == "embedding" and tensor.name != "token_embedding.weight"):
+            tier = compute_tier
+        elif tensor.module == "embedding" and not spec.tie_word_embeddings:
+            tier = rest if rest is not Tier.GPU or not on_device else Tier.GPU
+        else:
+            credit[Tier.GPU] += fractions.gpu * nbytes
+            credit[Tier.CPU] += fractions.cpu * nbytes
+            tier = rest
+            for faster in (Tier.GPU, Tier.CPU):
+                if faster is rest or credit[faster] >= nbytes * (1 - 1e-9):
+                    tier = faster
+                    break
+            if tier in credit:
+                credit[tier] -= nbytes
+        placed.append(PlacedTensor(tensor, layer, tier, nbytes))
+    embedding_on_disk = any(
+        item.tier is Tier.DISK for item in placed if item.tensor.name == "token_embedding.weight"
+    )
+    return WeightPlacement(tuple(placed), _units(spec, placed, on_device), embedding_on_disk)
+
+
+def unit_of(spec: ModelSpec, placed: PlacedTensor) -> tuple[int, str] | None:
+    """(layer, module) of the unit a tensor moves with; None for an embedding that is gathered by rows.
+
+    A tied token embedding moves with the head, which multiplies by the whole of it.
+    """
+    if placed.tensor.module == "embedding":
+        tied = spec.tie_word_embeddings and placed.tensor.name == "token_embedding.weight"
+        return (spec.num_layers, "head") if tied else None
+    return placed.layer, placed.tensor.module
+
+
+def _units(spec: ModelSpec, tensors: list[PlacedTensor], on_device: bool) -> tuple[WeightUnit, ...]:
+    keys = [(layer, module) for layer in range(spec.num_layers) for module in ("attention", "mlp")]
+    moved = {key: {Tier.DISK: 0, Tier.CPU: 0, Tier.GPU: 0} for key in [*keys, (spec.num_layers, "head")]}
+    for placed in tensors:
+        key = unit_of(spec, placed)
+        if key is not None:
+            moved[key][placed.tier] += align_up(placed.nbytes)
+    return tuple(
+        WeightUnit(index, layer, module, sums[Tier.DISK], sums[Tier.CPU] if on_device else 0)
+        for index, ((layer, module), sums) in enumerate(moved.items())
+    )
+
+
+@dataclass(frozen=True)
+class KVMicroBatch:
+    """Home tier of one attention micro-batch's KV, its room in tokens, and the lane that attends it."""
+
+    home: Tier
+    capacity_tokens: int
+    attend_lane: Lane
+
+
+def kv_micro_batches(policy: Policy, kv_tokens: int, *, on_device: bool) -> tuple[KVMicroBatch, ...]:
+    """The policy's KV fractions as whole micro-batches of equal room, GPU-resident ones first."""
+    count = max(-(-policy.sequences_in_flight // policy.attention_micro_batch), 1)
+    capacity_tokens = -(-kv_tokens // count)
+    if not on_device:
+        return (KVMicroBatch(Tier.CPU, capacity_tokens, Lane.CPU),) * count
+    on_gpu = int(count * policy.kv.gpu + 1e-9)
+    on_cpu_lane = round((count - on_gpu) * policy.cpu_attention_share)
+    return (
+        (KVMicroBatch(Tier.GPU, capacity_tokens, Lane.GPU),) * on_gpu
+        + (KVMicroBatch(Tier.CPU, capacity_tokens, Lane.CPU),) * on_cpu_lane
+        + (KVMicroBatch(Tier.CPU, capacity_tokens, Lane.GPU),) * (count - on_gpu - on_cpu_lane)
+    )
+
+
+@dataclass(frozen=True)
+class MemoryAccount:
+    """Bytes a run holds on each tier, by kind; ``total(tier)`` is what the tier's budget must cover."""
+
+    bytes_by_kind: dict[Tier, dict[str, int]] = field(default_factory=dict)
+    host_ring_bytes: int = 0
+    device_ring_bytes: int = 0
+
+    def total(self, tier: Tier) -> int:
+        return sum(self.bytes_by_kind.get(tier, {}).values())
+
+
+def workspace_bytes(spec: ModelSpec, policy: Policy) -> int:
+    """Activations of the largest pass: rows that live through it, plus the widest micro-batch inside a module."""
+    element = DTYPES[spec.dtype].itemsize
+    tokens, rows = policy.tokens_per_pass, min(policy.token_micro_batch, policy.tokens_per_pass)
+    query = spec.num_heads * spec.head_dim
+    qkv = query + 2 * spec.num_kv_heads * spec.head_dim
+    through_pass = tokens * (2 * spec.hidden_size + qkv + query) * element + tokens * spec.head_dim * 4 * 2
+    inside = rows * (2 * spec.hidden_size + max(qkv, 3 * spec.intermediate_size)) * element
+    logits_rows = min(LOGITS_ROWS, policy.sequences_in_flight)
+    logits = logits_rows * (spec.vocab_size * 3 * 4 + spec.hidden_size * element)
+    return align_up(through_pass + max(inside, logits))
+
+
+def offloaded_query_bytes(spec: ModelSpec, policy: Policy) -> int:
+    """Host rows of q, k, v and attention output for micro-batches that the CPU attends beside a device."""
+    width = 2 * spec.num_heads * spec.head_dim + 2 * spec.num_kv_heads * spec.head_dim
+    return align_up(policy.tokens_per_pass * width * DTYPES[spec.dtype].itemsize)
+
+
+def kv_bytes_per_token(spec: ModelSpec) -> int:
+    """All layers, keys and values."""
+    return spec.num_layers * spec.kv_elements_per_token * DTYPES[spec.dtype].itemsize
+
+
+def ring_bytes(placement: WeightPlacement, spare: tuple[int | None, int | None] = (None, None)) -> tuple[int, int]:
+    """(host, device) bytes of the streaming rings: two layers in flight, or less where ``spare`` is short.
+
+    At least the largest unit must fit; ``spare`` is what each tier has left for its ring (None: plenty).
+    """
+    rings = []
+    for layer_bytes, unit_bytes, room in zip(placement.max_layer_stream_bytes, placement.max_unit_stream_bytes, spare):
+        wanted = 2 * layer_bytes + unit_bytes
+        rings.append(max(min(wanted, wanted if room is None else room), unit_bytes))
+    return rings[0], rings[1]
+
+
+def memory_account(
+    spec: ModelSpec,
+    policy: Policy,
+    placement: WeightPlacement,
+    kv_tokens: int,
+    *,
+    on_device: bool,
+    gpu_budget_bytes: int | None = None,
+    cpu_budget_bytes: int | None = None,
+) -> MemoryAccount:
+    """What a run with ``kv_tokens`` tokens of KV room holds on each tier.
+
+    Rings take two layers where the budgets allow, less where they do not. The interpreter and its
+    libraries (about 0.3 GiB) are outside the account.
+    """
+    micro_batches = kv_micro_batches(policy, kv_tokens, on_device=on_device)
+    token_bytes = kv_bytes_per_token(spec)
+    kv = dict.fromkeys((Tier.GPU, Tier.CPU), 0)
+    for micro_batch in micro_batches:
+        kv[micro_batch.home] += micro_batch.capacity_tokens * token_bytes
+    kinds = {
+        Tier.GPU: {"weights": placement.bytes_on(Tier.GPU), "kv": kv[Tier.GPU]},
+        Tier.CPU: {"weights": placement.bytes_on(Tier.CPU), "kv": kv[Tier.CPU]},
+        Tier.DISK: {"weights": sum(align_up(placed.nbytes) for placed in placement.tensors)},
+    }
+    kinds[Tier.GPU if on_device else Tier.CPU]["workspace"] = workspace_bytes(spec, policy)
+    if placement.embedding_on_disk:
+        row_bytes = spec.embedding_tensors()[0].shape[1] * DTYPES[spec.dtype].itemsize
+        kinds[Tier.CPU]["embedding_rows"] = align_up(policy.tokens_per_pass * row_bytes)
+    if on_device:
+        host_homes = [micro_batch for micro_batch in micro_batches if micro_batch.home is Tier.CPU]
+        if any(micro_batch.attend_lane is Lane.GPU for micro_batch in host_homes):
+            slot_bytes = align_up(host_homes[0].capacity_tokens * token_bytes // spec.num_layers)
+            kinds[Tier.GPU]["kv_staging"] = KV_SLOTS * slot_bytes
+        if any(micro_batch.attend_lane is Lane.CPU for micro_batch in host_homes):
+            kinds[Tier.CPU]["offloaded_query"] = offloaded_query_bytes(spec, policy)
+    used = {tier: sum(parts.values()) for tier, parts in kinds.items()}
+    spare = tuple(
+        None if budget is None else max(budget - used[tier], 0)
+        for tier, budget in ((Tier.CPU, cpu_budget_bytes), (Tier.GPU, gpu_budget_bytes))
+    )
+    host_ring, device_ring = ring_bytes(placement, spare)
+    kinds[Tier.CPU]["ring"] = host_ring
+    kinds[Tier.GPU]["ring"] = device_ring if on_device else 0
+    return MemoryAccount(kinds, host_ring, device_ring if on_device else 0)

@@ -1,0 +1,383 @@
+"""One pass through the layers as data: the steps that the executor runs, the simulator times and the report draws.
+
+A step depends only on steps emitted before it, and each lane runs its steps in the order of emission,
+so any list this module emits runs to its end. Overlap is a property of the steps: weights are read as far
+ahead as the ring that receives them has room, also across the border between two passes.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flexrun.core import Lane, Tier
+from flexrun.errors import BudgetError
+
+
+class StepKind(str, enum.Enum):
+    READ_WEIGHTS = "read_weights"  # disk -> host ring
+    COPY_WEIGHTS = "copy_weights"  # host -> device ring
+    READ_ROWS = "read_rows"  # rows of an embedding table that lives on disk
+    EMBED = "embed"
+    ATTENTION_INPUTS = "attention_inputs"  # norm, qkv projection, rotary
+    OFFLOAD_QUERY = "offload_query"  # device -> host: q, k, v of a micro-batch attended on the CPU
+    LOAD_KV = "load_kv"  # host -> device: a host-resident micro-batch that is attended on the device
+    SAVE_KV = "save_kv"  # device -> host: the new k, v rows of such a micro-batch
+    ATTEND = "attend"
+    RETURN_ATTENDED = "return_attended"  # host -> device
+    ATTENTION_OUTPUT = "attention_output"
+    MLP = "mlp"
+    LOGITS = "logits"
+
+
+Dependency = tuple[Lane, int]  # the order-th step of a lane
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One piece of work on one lane.
+
+    order: position of the step in its lane, counted over the whole run.
+    unit: index of the weight unit read, copied or used (-1: none). offset: its byte offset in the ring
+    that the step fills or uses (KV copies: the staging slot). source_offset: where a copied unit waits in the host ring.
+    bytes moved and flops done are totals of the step. depends_on: (lane, order) pairs that must be finished.
+    """
+
+    kind: StepKind
+    lane: Lane
+    order: int
+    pass_index: int
+    depends_on: tuple[Dependency, ...]
+    layer: int = -1
+    micro_batch: int = -1
+    unit: int = -1
+    offset: int = 0
+    source_offset: int = 0
+    bytes: int = 0
+    flops: int = 0
+
+
+@dataclass(frozen=True)
+class WeightUnit:
+    """The weights one module of one layer needs, and how many of their bytes must move in each pass.
+
+    disk_bytes: read from disk (4 KiB-aligned tensors). host_bytes: copied from host RAM to the device (0 without one).
+    """
+
+    index: int
+    layer: int
+    module: str
+    disk_bytes: int = 0
+    host_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class ModelWork:
+    """FLOPs of each kind of step, so that a step can say what it costs. Multiply-add counts as two."""
+
+    attention_inputs_flops_per_token: int
+    attend_flops_per_pair: int  # a (query token, kv token) pair, all heads
+    attention_output_flops_per_token: int
+    mlp_flops_per_token: int
+    logits_flops_per_row: int
+    kv_bytes_per_token: int  # one layer
+    query_bytes_per_token: int  # q of one layer
+    hidden_bytes_per_token: int
+    embedding_row_bytes: int
+
+
+@dataclass(frozen=True)
+class MicroBatchShape:
+    """The sequences of one attention micro-batch in one pass.
+
+    query_tokens rows of the pass attend kv_tokens cached tokens in query_kv_pairs (query, kv) pairs.
+    home: tier of the KV slab. attend_lane: where softmax(QK^T)V runs.
+    """
+
+    index: int
+    query_tokens: int
+    kv_tokens: int
+    query_kv_pairs: int
+    home: Tier
+    attend_lane: Lane
+
+
+@dataclass(frozen=True)
+class PassShape:
+    index: int
+    tokens: int
+    logits_rows: int
+    micro_batches: tuple[MicroBatchShape, ...]
+    more: bool  # another pass follows: read its first weights ahead
+
+
+class Ring:
+    """Byte ring whose regions are taken and released in order; decides offsets before any byte moves."""
+
+    def __init__(self, capacity_bytes: int):
+        self.capacity_bytes = capacity_bytes
+        self._head = 0
+        self._regions: deque[list] = deque()  # [start, end, consumer or None], oldest first
+
+    def take(self, size_bytes: int) -> tuple[int, list, tuple[Dependency, ...]] | None:
+        """(offset, region, steps that must finish first), or None while the room is still in use."""
+        if size_bytes > self.capacity_bytes:
+            raise BudgetError(
+                f"a weight unit of {size_bytes} bytes does not fit the streaming buffer of {self.capacity_bytes}",
+                "raise --cpu-memory (or --gpu-memory), or place more weights on a resident tier",
+            )
+        wraps = self._head + size_bytes > self.capacity_bytes
+        start = 0 if wraps else self._head
+        end = start + size_bytes
+        reclaimed = 0
+        for region_start, region_end, consumer in self._regions:
+            overlaps = region_start < end and start < region_end
+            skipped = wraps and region_start >= self._head
+            if not (overlaps or skipped):
+                break
+            if consumer is None:
+                return None
+            reclaimed += 1
+        dependencies = tuple(self._regions.popleft()[2] for _ in range(reclaimed))
+        region = [start, end, None]
+        self._regions.append(region)
+        self._head = end
+        return start, region, dependencies
+
+    @staticmethod
+    def release(region: list, consumer: Dependency) -> None:
+        region[2] = consumer
+
+
+@dataclass
+class _Loaded:
+    """A unit on its way to the compute device: what to wait for, and where its bytes will be."""
+
+    ready: tuple[Dependency, ...] = ()
+    host_offset: int = 0
+    device_offset: int = 0
+    host_region: list | None = None
+    device_region: list | None = None
+
+
+class Scheduler:
+    """Emits the steps of one pass after another.
+
+    units: every weight unit in the order of use: for each layer "attention" then "mlp", last "head".
+    compute_lane: Lane.GPU when weights are copied to a device, Lane.CPU when host tensors are used in place.
+    read_embedding_rows: the token embedding lives on disk and is gathered row by row.
+    kv_slots: device staging slots for host-resident KV that is attended on the device.
+    """
+
+    def __init__(
+        self,
+        units: Sequence[WeightUnit],
+        work: ModelWork,
+        num_layers: int,
+        *,
+        compute_lane: Lane,
+        host_ring_bytes: int,
+        device_ring_bytes: int = 0,
+        read_embedding_rows: bool = False,
+        kv_slots: int = 2,
+    ):
+        self.units = {(unit.layer, unit.module): unit for unit in units}
+        self.work = work
+        self.num_layers = num_layers
+        self.compute_lane = compute_lane
+        self.on_device = compute_lane is Lane.GPU
+        self.read_embedding_rows = read_embedding_rows
+        self._host_ring = Ring(host_ring_bytes)
+        self._device_ring = Ring(device_ring_bytes)
+        self._read_units = [unit for unit in units if unit.disk_bytes]
+        self._copy_units = [unit for unit in units if self.on_device and unit.disk_bytes + unit.host_bytes]
+        self._loaded: dict[tuple[int, int], _Loaded] = {}  # (pass, unit) -> loads emitted, not yet consumed
+        self._read_cursor = 0  # counts units over all passes
+        self._copy_cursor = 0
+        self._orders = dict.fromkeys(Lane, 0)
+        self._kv_slot_users: list[Dependency | None] = [None] * kv_slots
+        self._next_kv_slot = 0
+        self._kv_saved: dict[tuple[int, int], Dependency] = {}
+        self._steps: list[Step] = []
+        self._shape: PassShape | None = None
+
+    def pass_steps(self, shape: PassShape) -> list[Step]:
+        """All steps of one pass, in an order in which every dependency comes before its dependents."""
+        self._steps = []
+        self._shape = shape
+        work, tokens = self.work, shape.tokens
+        self._load_ahead()
+        rows = ()
+        if self.read_embedding_rows:
+            rows = (self._emit(StepKind.READ_ROWS, Lane.DISK_READ, bytes=tokens * work.embedding_row_bytes),)
+        last = self._emit(StepKind.EMBED, self.compute_lane, rows, bytes=tokens * work.hidden_bytes_per_token)
+        busy_buffers: list[Dependency] = []  # host-bound copies that still read this layer's q, k, v rows
+        for layer in range(self.num_layers):
+            attention = self._use(layer, "attention")
+            inputs = self._emit(
+                StepKind.ATTENTION_INPUTS,
+                self.compute_lane,
+                (*attention.ready, *busy_buffers),
+                layer=layer,
+                unit=self._unit_index(layer, "attention"),
+                offset=self._offset(attention),
+                flops=tokens * work.attention_inputs_flops_per_token,
+            )
+            busy_buffers = []
+            attended = []
+            for micro_batch in shape.micro_batches:
+                attended.append(self._attend(layer, micro_batch, inputs, busy_buffers))
+            last = self._emit(
+                StepKind.ATTENTION_OUTPUT,
+                self.compute_lane,
+                tuple(attended),
+                layer=layer,
+                unit=self._unit_index(layer, "attention"),
+                offset=self._offset(attention),
+                flops=tokens * work.attention_output_flops_per_token,
+            )
+            self._release(attention, last)
+            self._run_module(StepKind.MLP, layer, "mlp", tokens * work.mlp_flops_per_token)
+        self._run_module(StepKind.LOGITS, self.num_layers, "head", shape.logits_rows * work.logits_flops_per_row)
+        self._load_ahead()
+        return self._steps
+
+    def _run_module(self, kind: StepKind, layer: int, module: str, flops: int) -> None:
+        loaded = self._use(layer, module)
+        step = self._emit(
+            kind,
+            self.compute_lane,
+            loaded.ready,
+            layer=layer,
+            unit=self._unit_index(layer, module),
+            offset=self._offset(loaded),
+            flops=flops,
+        )
+        self._release(loaded, step)
+
+    def _attend(self, layer: int, micro_batch: MicroBatchShape, inputs: Dependency, busy: list) -> Dependency:
+        """Emit the attention of one micro-batch; returns the step after which its output rows are on the device."""
+        work = self.work
+        where = {"layer": layer, "micro_batch": micro_batch.index}
+        kv_bytes = micro_batch.kv_tokens * work.kv_bytes_per_token
+        new_bytes = micro_batch.query_tokens * work.kv_bytes_per_token
+        query_bytes = micro_batch.query_tokens * work.query_bytes_per_token
+        flops = micro_batch.query_kv_pairs * work.attend_flops_per_pair
+        if not self.on_device or micro_batch.home is Tier.GPU:
+            return self._emit(StepKind.ATTEND, self.compute_lane, (inputs,), bytes=kv_bytes, flops=flops, **where)
+        if micro_batch.attend_lane is Lane.CPU:
+            down = self._emit(StepKind.OFFLOAD_QUERY, Lane.D2H, (inputs,), bytes=query_bytes + new_bytes, **where)
+            busy.append(down)
+            done = self._emit(StepKind.ATTEND, Lane.CPU, (down,), bytes=kv_bytes, flops=flops, **where)
+            return self._emit(StepKind.RETURN_ATTENDED, Lane.H2D, (done,), bytes=query_bytes, **where)
+        slot = self._next_kv_slot
+        self._next_kv_slot = (slot + 1) % len(self._kv_slot_users)
+        key = (layer, micro_batch.index)
+        waits = [dep for dep in (self._kv_slot_users[slot], self._kv_saved.get(key)) if dep is not None]
+        load = self._emit(
+            StepKind.LOAD_KV, Lane.H2D, tuple(waits), offset=slot, bytes=max(kv_bytes - new_bytes, 0), **where
+        )
+        step = self._emit(
+            StepKind.ATTEND, self.compute_lane, (inputs, load), offset=slot, bytes=kv_bytes, flops=flops, **where
+        )
+        self._kv_slot_users[slot] = step
+        saved = self._emit(StepKind.SAVE_KV, Lane.D2H, (inputs,), bytes=new_bytes, **where)
+        self._kv_saved[key] = saved
+        busy.append(saved)
+        return step
+
+    # Weights ------------------------------------------------------------------------------------------
+
+    def _use(self, layer: int, module: str) -> _Loaded:
+        """The loads of a unit that is about to be computed with; everything that fits is read ahead first."""
+        self._load_ahead()
+        unit = self.units.get((layer, module))
+        return self._loaded.pop((self._shape.index, unit.index), None) or _Loaded() if unit else _Loaded()
+
+    def _release(self, loaded: _Loaded, consumer: Dependency) -> None:
+        region = loaded.device_region if self.on_device else loaded.host_region
+        if region is not None:
+            Ring.release(region, consumer)
+        self._load_ahead()
+
+    def _offset(self, loaded: _Loaded) -> int:
+        return loaded.device_offset if self.on_device else loaded.host_offset
+
+    def _unit_index(self, layer: int, module: str) -> int:
+        unit = self.units.get((layer, module))
+        return unit.index if unit else -1
+
+    def _load_ahead(self) -> None:
+        progress = True
+        while progress:
+            progress = self._emit_read() | self._emit_copy()
+
+    def _next(self, cursor: int, units: list[WeightUnit]) -> tuple[int, WeightUnit] | None:
+        """(pass index, unit) that a cursor stands at, or None where nothing more is to be loaded for now."""
+        if not units:
+            return None
+        pass_index, position = divmod(cursor, len(units))
+        last_pass = self._shape.index + (1 if self._shape.more else 0)
+        return (pass_index, units[position]) if pass_index <= last_pass else None
+
+    def _emit_read(self) -> bool:
+        target = self._next(self._read_cursor, self._read_units)
+        taken = self._host_ring.take(target[1].disk_bytes) if target else None
+        if taken is None:
+            return False
+        (pass_index, unit), (offset, region, waits) = target, taken
+        step = self._emit(
+            StepKind.READ_WEIGHTS,
+            Lane.DISK_READ,
+            waits,
+            layer=unit.layer,
+            unit=unit.index,
+            offset=offset,
+            bytes=unit.disk_bytes,
+        )
+        self._loaded[pass_index, unit.index] = _Loaded((step,), host_offset=offset, host_region=region)
+        self._read_cursor += 1
+        return True
+
+    def _emit_copy(self) -> bool:
+        target = self._next(self._copy_cursor, self._copy_units)
+        if target is None:
+            return False
+        pass_index, unit = target
+        loaded = self._loaded.get((pass_index, unit.index))
+        if unit.disk_bytes and loaded is None:
+            return False  # its read is not emitted yet
+        size_bytes = unit.disk_bytes + unit.host_bytes
+        taken = self._device_ring.take(size_bytes)
+        if taken is None:
+            return False
+        offset, region, waits = taken
+        loaded = loaded or _Loaded()
+        step = self._emit(
+            StepKind.COPY_WEIGHTS,
+            Lane.H2D,
+            (*loaded.ready, *waits),
+            layer=unit.layer,
+            unit=unit.index,
+            offset=offset,
+            source_offset=loaded.host_offset,
+            bytes=size_bytes,
+        )
+        if loaded.host_region is not None:
+            Ring.release(loaded.host_region, step)
+        loaded.ready, loaded.device_offset, loaded.device_region = (step,), offset, region
+        self._loaded[pass_index, unit.index] = loaded
+        self._copy_cursor += 1
+        return True
+
+    def _emit(self, kind: StepKind, lane: Lane, depends_on: tuple[Dependency, ...] = (), **fields) -> Dependency:
+        latest: dict[Lane, int] = {}
+        for dependency_lane, order in depends_on:
+            if dependency_lane is not lane:  # a lane keeps its own order
+                latest[dependency_lane] = max(order, latest.get(dependency_lane, -1))
+        order = self._orders[lane]
+        self._orders[lane] = order + 1
+        self._steps.append(Step(kind, lane, order, self._shape.index, tuple(latest.items()), **fields))
+        return (lane, order)

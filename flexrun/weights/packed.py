@@ -1,0 +1,211 @@
+"""The packed weight cache: per-layer files whose tensors start on 4 KiB pages, so that reads can be large and direct.
+
+A cache folder holds one file a layer, one for the embedding, one for the head, and ``manifest.json``, which
+lists every tensor with its offset and CRC-32 and carries a SHA-256 of itself. The folder appears under its
+final name only when all of it is on disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from flexrun.core import DTYPES, PAGE_BYTES, align_up, format_bytes
+from flexrun.errors import BudgetError, CheckpointError
+from flexrun.models.spec import ModelSpec, PackedTensor
+from flexrun.weights.checkpoint import CheckpointReader, check_tensors
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class PackedEntry:
+    """Where one tensor lies: ``file`` in the cache folder, page-aligned ``offset``, unpadded ``nbytes``."""
+
+    file: str
+    offset: int
+    nbytes: int
+    shape: tuple[int, ...]
+    crc32: int
+
+
+class PackedWeights:
+    """An opened cache. ``entry(layer, name)`` finds a tensor; layer -1 is the embedding, num_layers the head."""
+
+    def __init__(self, folder: Path, entries: dict[tuple[int, str], PackedEntry], dtype: str):
+        self.folder = folder
+        self.entries = entries
+        self.dtype = dtype
+
+    def entry(self, layer: int, name: str) -> PackedEntry:
+        return self.entries[layer, name]
+
+    def path(self, entry: PackedEntry) -> Path:
+        return self.folder / entry.file
+
+    def verify(self) -> None:
+        """Read everything and compare checksums. Raises CheckpointError naming the file and the tensor."""
+        for (_, name), entry in self.entries.items():
+            with open(self.path(entry), "rb") as file:
+                file.seek(entry.offset)
+                crc, left = 0, entry.nbytes
+                while left:
+                    block = file.read(min(left, 1 << 22))
+                    if not block:
+                        break
+                    crc, left = zlib.crc32(block, crc), left - len(block)
+            if left or crc != entry.crc32:
+                raise CheckpointError(
+                    f"{self.path(entry)}: tensor {name} does not match its checksum",
+                    f"delete {self.folder}; the next run packs the checkpoint again",
+                )
+
+
+def open_packed(
+    reader: CheckpointReader, spec: ModelSpec, cache_dir: Path, *, name: str, progress: bool = True
+) -> PackedWeights:
+    """The packed cache of a checkpoint in ``spec.dtype``: reused where valid, written where not.
+
+    A changed checkpoint has another fingerprint and so another folder; older folders of the same model and
+    dtype are removed. Two processes at once share one lock: the second waits and reuses.
+    Raises CheckpointError for a bad checkpoint before anything is written, BudgetError where the disk is short.
+    """
+    cache_dir = Path(cache_dir)
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    key = hashlib.sha256(f"{reader.fingerprint()}:{spec.dtype}:{FORMAT_VERSION}:{_layout(spec)}".encode()).hexdigest()
+    stem = f"{name}-{spec.dtype}"
+    folder = cache_dir / f"{stem}-{key[:16]}"
+    with _lock(cache_dir / f"{stem}.lock"):
+        packed = _load(folder, key)
+        if packed is None:
+            names = reader.names()
+            needed = (
+                (spec.find_source(source, names) or source, shape)
+                for _, tensor in _stored(spec)
+                for source, shape in zip(tensor.sources, tensor.source_shapes)
+            )
+            check_tensors(reader, needed)
+            for stale in [*cache_dir.glob(f".{stem}-*.partial"), *cache_dir.glob(f"{stem}-????????????????")]:
+                shutil.rmtree(stale, ignore_errors=True)
+            _write(reader, spec, folder, key, progress)
+            packed = _load(folder, key)
+            if packed is None:
+                raise CheckpointError(f"{folder}: the packed cache just written cannot be read back", "check the disk")
+    return packed
+
+
+def _stored(spec: ModelSpec) -> Iterator[tuple[int, PackedTensor]]:
+    for tensor in spec.embedding_tensors():
+        yield -1, tensor
+    for layer in range(spec.num_layers):
+        for tensor in spec.layer_tensors(layer):
+            yield layer, tensor
+    for tensor in spec.head_tensors():
+        yield spec.num_layers, tensor
+
+
+def _layout(spec: ModelSpec) -> str:
+    return repr([(layer, tensor) for layer, tensor in _stored(spec)])
+
+
+def _file_name(layer: int, num_layers: int) -> str:
+    return "embedding.bin" if layer < 0 else "head.bin" if layer == num_layers else f"layer-{layer:04d}.bin"
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    with open(path, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _load(folder: Path, key: str) -> PackedWeights | None:
+    """The cache in ``folder``, or None where it is absent or not whole."""
+    try:
+        document = json.loads((folder / MANIFEST).read_text())
+        body = document["body"]
+        if document["sha256"] != _digest(body) or body["key"] != key:
+            return None
+        entries = {}
+        for layer, name, file, offset, nbytes, shape, crc32 in body["tensors"]:
+            entries[layer, name] = PackedEntry(file, offset, nbytes, tuple(shape), crc32)
+        for file, size in body["files"].items():
+            if (folder / file).stat().st_size != size:
+                return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return PackedWeights(folder, entries, body["dtype"])
+
+
+def _digest(body: dict) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _write(reader: CheckpointReader, spec: ModelSpec, folder: Path, key: str, progress: bool) -> None:
+    dtype = DTYPES[spec.dtype]
+    stored, names = list(_stored(spec)), reader.names()
+    total_bytes = sum(align_up(torch.Size(tensor.shape).numel() * dtype.itemsize) for _, tensor in stored)
+    free_bytes = shutil.disk_usage(folder.parent).free
+    if total_bytes > free_bytes:
+        raise BudgetError(
+            f"packing needs {format_bytes(total_bytes)} in {folder.parent}, which has {format_bytes(free_bytes)} free",
+            "give --disk-dir a folder on a larger disk",
+        )
+    partial = folder.with_name(f".{folder.name}.partial")
+    partial.mkdir()
+    rows, files = [], {}
+    bar = tqdm(total=total_bytes, unit="B", unit_scale=True, desc="packing weights", disable=not progress, leave=False)
+    with bar, contextlib.ExitStack() as stack:
+        out, current = None, None
+        for layer, tensor in stored:
+            file_name = _file_name(layer, spec.num_layers)
+            if file_name != current:
+                stack.close()  # syncs and closes the previous layer's file
+                out, current = stack.enter_context(_synced(partial / file_name)), file_name
+            sources = [spec.find_source(source, names) for source in tensor.sources]
+            value = tensor.build([reader.read(source, dtype) for source in sources], dtype)
+            data = value.view(torch.uint8).numpy().reshape(-1).data
+            offset = out.tell()
+            out.write(data)
+            out.write(b"\0" * (align_up(len(data), PAGE_BYTES) - len(data)))
+            rows.append([layer, tensor.name, file_name, offset, len(data), list(tensor.shape), zlib.crc32(data)])
+            files[file_name] = out.tell()
+            bar.update(align_up(len(data)))
+    body = {"key": key, "dtype": spec.dtype, "files": files, "tensors": rows}
+    with _synced(partial / MANIFEST) as out:
+        out.write(json.dumps({"sha256": _digest(body), "body": body}).encode())
+    _sync_folder(partial)
+    os.rename(partial, folder)
+    _sync_folder(folder.parent)
+
+
+@contextlib.contextmanager
+def _synced(path: Path) -> Iterator:
+    with open(path, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # do not fill RAM with what was just written
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
