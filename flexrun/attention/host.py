@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from flexrun import native
 from flexrun.attention.sdpa import attend_segment
 from flexrun.attention.segments import Segments
+
+NATIVE_QUERY_TOKENS = 8  # segments of at most so many query rows are bound by reading KV, the native kernel's strength
 
 
 def attend(query, keys, values, segments: Segments, *, scale: float, window: int = 0, softcap: float = 0.0, out):
@@ -16,12 +19,22 @@ def attend(query, keys, values, segments: Segments, *, scale: float, window: int
     Raises ValueError where shapes or dtypes disagree or a segment lies outside the tensors.
     """
     _check(query, keys, values, segments, out)
+    if native.available:
+        short, segments = segments.split(NATIVE_QUERY_TOKENS)
+        if len(short) and not native.attend(
+            query, keys, values, out, short.pointer, len(short), scale, window, softcap
+        ):
+            _attend_each(query, keys, values, short, scale, window, softcap, out)
+    _attend_each(query, keys, values, segments, scale, window, softcap, out)
+    return out
+
+
+def _attend_each(query, keys, values, segments, scale, window, softcap, out) -> None:
     for query_start, query_len, kv_start, kv_len in segments.rows:
         rows, kv_rows = slice(query_start, query_start + query_len), slice(kv_start, kv_start + kv_len)
         attend_segment(
             query[rows], keys[kv_rows], values[kv_rows], scale=scale, window=window, softcap=softcap, out=out[rows]
         )
-    return out
 
 
 def _check(query, keys, values, segments: Segments, out) -> None:

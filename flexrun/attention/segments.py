@@ -51,7 +51,30 @@ class Segments:
         return int((self.kv_start + self.kv_len).max(initial=0))
 
     @cached_property
+    def table(self) -> numpy.ndarray:
+        """int64 [4, segments]: query_start, query_len, kv_start, kv_len."""
+        return numpy.stack([getattr(self, column.name) for column in fields(self)])
+
+    @cached_property
     def rows(self) -> list[tuple[int, int, int, int]]:
         """``(query_start, query_len, kv_start, kv_len)`` of each segment as Python integers."""
-        columns = (self.query_start, self.query_len, self.kv_start, self.kv_len)
-        return list(zip(*(column.tolist() for column in columns)))
+        return list(zip(*self.table.tolist()))
+
+    @cached_property
+    def pointer(self) -> int:
+        """Address of ``table``, for native kernels."""
+        return self.table.ctypes.data
+
+    def split(self, query_tokens: int) -> tuple[Segments, Segments]:
+        """(segments of at most ``query_tokens`` query rows, the longer ones); remembered for the next layer."""
+        if query_tokens not in self._splits:
+            short = self.query_len <= query_tokens
+            self._splits[query_tokens] = (
+                self if short.all() else Segments(*self.table[:, short]),
+                Segments(*self.table[:, ~short]),
+            )
+        return self._splits[query_tokens]
+
+    @cached_property
+    def _splits(self) -> dict:
+        return {}

@@ -1,0 +1,193 @@
+"""Hand-written CPU kernels for what lies between the matmuls, where torch leaves memory bandwidth unused.
+
+The C sources beside this file are built by setup.py as an optional extension. Every function takes torch tensors and
+returns False where the kernels do not apply (no library, another dtype, device or layout): the caller then uses torch.
+``FLEXRUN_NATIVE=0`` in the environment switches all of them off.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+from pathlib import Path
+
+import torch  # before the library: both then share torch's OpenMP threads
+
+_DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_ACTIVATION = {"silu": 0, "gelu_tanh": 1}
+# the structs of kernels.h
+_NORM = struct.Struct("@4P8q3fi").pack
+_GATED = struct.Struct("@3P5q2i").pack
+_ROPE = struct.Struct("@3P5qi").pack
+_ATTENTION = struct.Struct("@4P12q2fi").pack
+
+
+def _load():
+    if os.environ.get("FLEXRUN_NATIVE", "1") == "0":
+        return None
+    for path in sorted(Path(__file__).parent.glob("_kernels*.so")):
+        try:
+            library = ctypes.CDLL(str(path))
+        except OSError:
+            continue
+        library.flexrun_select.argtypes = [ctypes.c_char_p]
+        library.flexrun_select.restype = ctypes.c_char_p
+        for name in ("flexrun_rms_norm", "flexrun_gated", "flexrun_rope"):
+            function = getattr(library, name)
+            function.argtypes = [ctypes.c_char_p, ctypes.c_int]
+            function.restype = None
+        library.flexrun_attend.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+        library.flexrun_attend.restype = ctypes.c_int
+        return library
+    return None
+
+
+_library = _load()
+available = _library is not None
+if available:
+    instruction_set = _library.flexrun_select(None).decode()
+    _rms_norm, _gated, _rope, _attend = (
+        _library.flexrun_rms_norm,
+        _library.flexrun_gated,
+        _library.flexrun_rope,
+        _library.flexrun_attend,
+    )
+else:
+    instruction_set = "none"
+
+
+def select(name: str | None) -> bool:
+    """Use the kernels of an instruction set (portable, avx2, avx512, avx512_bf16; None: the best), for tests.
+
+    False, and no change, where the library or the CPU lacks it.
+    """
+    global instruction_set
+    chosen = available and _library.flexrun_select(None if name is None else name.encode())
+    if chosen:
+        instruction_set = chosen.decode()
+    return bool(chosen)
+
+
+def _code(*tensors) -> int | None:
+    """The kernels' number of the dtype that all tensors share, or None where they cannot be passed."""
+    dtype = tensors[0].dtype
+    for tensor in tensors:
+        if tensor.dtype != dtype or not tensor.is_cpu or tensor.stride(-1) != 1:
+            return None
+    return _DTYPE.get(dtype)
+
+
+def rms_norm(hidden, weight, eps: float, offset: float, out, branch=None, scale: float = 1.0) -> bool:
+    """``out = rms_norm(hidden) * (weight + offset)`` over the last dimension, after ``hidden += scale * branch``.
+
+    hidden, out: [T, H] or [T, heads, D], strided; branch: [T, H]; weight: [H] or None. ``out`` may be ``hidden``.
+    """
+    if not available:
+        return False
+    code = _code(hidden, out)
+    dimensions = hidden.dim()
+    if code is None or not 2 <= dimensions <= 3 or out.shape != hidden.shape:
+        return False
+    if weight is not None and (weight.dtype != hidden.dtype or not weight.is_contiguous()):
+        return False
+    stride, out_stride = hidden.stride(), out.stride()
+    shape = hidden.shape
+    branch_pointer = branch_stride = 0
+    if branch is not None:
+        if dimensions != 2 or branch.shape != shape or _code(hidden, branch) is None:
+            return False
+        branch_pointer, branch_stride = branch.data_ptr(), branch.stride(0)
+    packed = _NORM(
+        hidden.data_ptr(),
+        out.data_ptr(),
+        branch_pointer,
+        0 if weight is None else weight.data_ptr(),
+        shape[0],
+        shape[1] if dimensions == 3 else 1,
+        shape[-1],
+        stride[0],
+        stride[1] if dimensions == 3 else 0,
+        out_stride[0],
+        out_stride[1] if dimensions == 3 else 0,
+        branch_stride,
+        eps,
+        offset,
+        scale,
+        code,
+    )
+    _rms_norm(packed, torch.get_num_threads())
+    return True
+
+
+def gated_activation(gate_up, kind: str, out) -> bool:
+    """``out = act(gate) * up`` of gate_up [T, 2I] (gate first), out [T, I]; kind: silu or gelu_tanh."""
+    if not available:
+        return False
+    activation, code = _ACTIVATION.get(kind), _code(gate_up, out)
+    if activation is None or code is None or gate_up.dim() != 2:
+        return False
+    rows, width = out.shape
+    if gate_up.shape[0] != rows or gate_up.shape[1] != 2 * width:
+        return False
+    stride, gate = gate_up.stride(0), gate_up.data_ptr()
+    up = gate + width * gate_up.element_size()
+    packed = _GATED(gate, up, out.data_ptr(), rows, width, stride, stride, out.stride(0), activation, code)
+    _gated(packed, torch.get_num_threads())
+    return True
+
+
+def apply_rope(x, cosine, sine) -> bool:
+    """Rotate x [T, heads, D] in place, channel ``c < half`` with ``c + half``; cosine, sine: float32 [T, half]."""
+    if not available:
+        return False
+    code = _code(x)
+    half = cosine.shape[-1]
+    if code is None or x.dim() != 3 or 2 * half > x.shape[2] or cosine.shape != (x.shape[0], half):
+        return False
+    if cosine.dtype != torch.float32 or sine.dtype != torch.float32 or sine.shape != cosine.shape:
+        return False
+    if not (cosine.is_contiguous() and sine.is_contiguous()):
+        return False
+    stride, shape = x.stride(), x.shape
+    packed = _ROPE(
+        x.data_ptr(), cosine.data_ptr(), sine.data_ptr(), shape[0], shape[1], half, stride[0], stride[1], code
+    )
+    _rope(packed, torch.get_num_threads())
+    return True
+
+
+def attend(query, keys, values, out, segments_pointer: int, count: int, scale, window, softcap) -> bool:
+    """Causal attention of ``count`` short segments; shapes as in flexrun.attention.attend, which checks them.
+
+    segments_pointer: address of int64 [4, count] (query_start, query_len, kv_start, kv_len), in bounds.
+    """
+    if not available:
+        return False
+    code = _code(query, keys, values, out)
+    num_heads, head_dim = query.shape[1:]
+    if code is None or head_dim % 16:
+        return False
+    query_stride, out_stride, key_stride, value_stride = query.stride(), out.stride(), keys.stride(), values.stride()
+    packed = _ATTENTION(
+        query.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        out.data_ptr(),
+        query_stride[0],
+        query_stride[1],
+        out_stride[0],
+        out_stride[1],
+        key_stride[0],
+        key_stride[1],
+        value_stride[0],
+        value_stride[1],
+        num_heads,
+        keys.shape[1],
+        head_dim,
+        window,
+        scale,
+        softcap,
+        code,
+    )
+    return _attend(packed, segments_pointer, count, torch.get_num_threads()) == 0

@@ -1,0 +1,214 @@
+/* The exported functions: choose the instruction set once, then spread rows and sequences over threads.
+ *
+ * Built without any header of torch or Python and called through ctypes, which releases the interpreter lock.
+ * OpenMP regions always ask for the same number of threads as torch's own, whose pool they share.
+ */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels.h"
+
+#define EXPORT __attribute__((visibility("default")))
+#define SERIAL_ELEMENTS 16384 /* below this a parallel region costs more than it saves */
+
+static const struct kernels *kernels = &kernels_portable;
+
+/* Use the named instruction set, or the best one for NULL. Returns its name, or NULL where this CPU lacks it. */
+EXPORT const char *flexrun_select(const char *name) {
+    const struct kernels *found[4];
+    int count = 0;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) found[count++] = &kernels_avx512_bf16;
+    if (avx512) found[count++] = &kernels_avx512;
+    if (avx2) found[count++] = &kernels_avx2;
+#endif
+    found[count++] = &kernels_portable;
+    for (int entry = 0; entry < count; entry++) {
+        if (!name || !strcmp(name, found[entry]->name)) {
+            kernels = found[entry];
+            return kernels->name;
+        }
+    }
+    return NULL;
+}
+
+EXPORT void flexrun_rms_norm(const struct norm *n, int threads) {
+    int64_t bytes = element_bytes(n->dtype), rows = n->outer * n->inner;
+#pragma omp parallel for num_threads(threads) if (threads > 1 && rows * n->width > SERIAL_ELEMENTS)
+    for (int64_t row = 0; row < rows; row++) {
+        int64_t outer = row / n->inner, inner = row % n->inner;
+        char *hidden = (char *)n->hidden + (outer * n->hidden_stride + inner * n->hidden_inner_stride) * bytes;
+        char *out = (char *)n->out + (outer * n->out_stride + inner * n->out_inner_stride) * bytes;
+        const char *branch = n->branch ? (const char *)n->branch + outer * n->branch_stride * bytes : NULL;
+        kernels->rms_norm_row(n, hidden, branch, n->weight, out);
+    }
+}
+
+EXPORT void flexrun_gated(const struct gated *g, int threads) {
+    int64_t bytes = element_bytes(g->dtype);
+#pragma omp parallel for num_threads(threads) if (threads > 1 && g->rows * g->width > SERIAL_ELEMENTS)
+    for (int64_t row = 0; row < g->rows; row++)
+        kernels->gated_row((const char *)g->gate + row * g->gate_stride * bytes,
+                           (const char *)g->up + row * g->up_stride * bytes,
+                           (char *)g->out + row * g->out_stride * bytes, g->width, g->activation, g->dtype);
+}
+
+EXPORT void flexrun_rope(const struct rope *r, int threads) {
+    int64_t bytes = element_bytes(r->dtype);
+#pragma omp parallel for num_threads(threads) if (threads > 1 && r->rows * r->heads * r->half > SERIAL_ELEMENTS)
+    for (int64_t row = 0; row < r->rows; row++)
+        for (int64_t head = 0; head < r->heads; head++)
+            kernels->rope_head((char *)r->x + (row * r->stride + head * r->head_stride) * bytes,
+                               r->cosine + row * r->half, r->sine + row * r->half, r->half, r->dtype);
+}
+
+/* A segment as the caller numbers it: four int64 arrays of length count behind one another. */
+struct segment {
+    int64_t query_row, query_len, kv_row, kv_len; /* KV rows seen by any query: the window is already cut */
+    int64_t position;                             /* of the first of them */
+};
+
+static struct segment segment_at(const struct attention *a, const int64_t *segments, int64_t count, int64_t index) {
+    struct segment s = {segments[index], segments[count + index], segments[2 * count + index],
+                        segments[3 * count + index], 0};
+    int64_t first = s.kv_len - s.query_len - a->window + 1;
+    if (a->window && first > 0) {
+        s.position = first;
+        s.kv_row += first;
+        s.kv_len -= first;
+    }
+    return s;
+}
+
+static int64_t chunk_count(const struct segment *s) { return (s->kv_len + CHUNK_TOKENS - 1) / CHUNK_TOKENS; }
+
+static struct chunk chunk_at(const struct segment *s, int64_t index) {
+    int64_t first = index * CHUNK_TOKENS, left = s->kv_len - first;
+    int64_t query_position = s->position + s->kv_len - s->query_len;
+    struct chunk chunk = {s->query_row,     s->query_len, query_position,
+                          s->kv_row + first, left < CHUNK_TOKENS ? left : CHUNK_TOKENS,
+                          s->position + first};
+    return chunk;
+}
+
+static struct partial partial_at(float *memory, int64_t rows, int64_t head_dim) {
+    struct partial partial = {memory, memory + rows * head_dim, memory + rows * (head_dim + 1)};
+    return partial;
+}
+
+/* Softmax over the union of two sets of KV rows, from the softmax over each: the log-sum-exp merge. */
+static void merge(const struct partial *into, const struct partial *from, int64_t rows, int64_t head_dim) {
+    for (int64_t row = 0; row < rows; row++) {
+        float old = into->maximum[row], new = from->maximum[row];
+        if (new == -INFINITY) continue;
+        float highest = old > new ? old : new;
+        float keep = expf(old - highest), add = expf(new - highest);
+        float *target = into->sum_values + row * head_dim;
+        const float *source = from->sum_values + row * head_dim;
+        for (int64_t column = 0; column < head_dim; column++) target[column] = target[column] * keep + source[column] * add;
+        into->maximum[row] = highest;
+        into->sum[row] = into->sum[row] * keep + from->sum[row] * add;
+    }
+}
+
+/* What one thread takes: a whole segment, or one chunk of a segment that is split over threads. */
+struct item {
+    int64_t segment, chunk; /* chunk -1: whole */
+    float *partial;         /* of the chunk */
+};
+
+/* segments: int64[4][count] (query_start, query_len, kv_start, kv_len). Returns 0, or -1 where memory is short. */
+EXPORT int flexrun_attend(const struct attention *a, const int64_t *segments, int64_t count, int threads) {
+    int64_t total_tokens = 0, longest_query = 0, head_dim = a->head_dim;
+    for (int64_t index = 0; index < count; index++) {
+        struct segment s = segment_at(a, segments, count, index);
+        total_tokens += s.kv_len;
+        if (s.query_len > longest_query) longest_query = s.query_len;
+    }
+    if (total_tokens * a->num_kv_heads * head_dim < SERIAL_ELEMENTS) threads = 1;
+    /* splitting what is below a sixteenth of a thread's share would gain nothing */
+    int64_t whole_tokens = threads == 1 ? INT64_MAX : total_tokens / threads / 16;
+    int64_t item_count = 0, split_rows = 0;
+    for (int64_t index = 0; index < count; index++) {
+        struct segment s = segment_at(a, segments, count, index);
+        int64_t chunks = s.kv_len > whole_tokens ? chunk_count(&s) : 1;
+        item_count += chunks;
+        if (chunks > 1) split_rows += chunks * s.query_len * a->num_heads;
+    }
+    int64_t thread_rows = longest_query * a->num_heads;
+    int64_t thread_floats = thread_rows * (3 * head_dim + 4);
+    struct item *items = malloc((size_t)item_count * sizeof *items);
+    float *memory = malloc((size_t)(split_rows * (head_dim + 2) + threads * thread_floats) * sizeof *memory);
+    if (!items || !memory) {
+        free(items);
+        free(memory);
+        return -1;
+    }
+    /* whole segments first, so that the small chunks even out the end */
+    int64_t whole = 0, chunked = item_count;
+    float *next = memory + threads * thread_floats;
+    for (int64_t index = 0; index < count; index++) {
+        struct segment s = segment_at(a, segments, count, index);
+        int64_t chunks = s.kv_len > whole_tokens ? chunk_count(&s) : 1;
+        if (chunks == 1) items[whole++] = (struct item){index, -1, NULL};
+        for (int64_t chunk = 0; chunks > 1 && chunk < chunks; chunk++) {
+            items[--chunked] = (struct item){index, chunk, next};
+            next += s.query_len * a->num_heads * (head_dim + 2);
+        }
+    }
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        int thread = 0;
+#ifdef _OPENMP
+        extern int omp_get_thread_num(void);
+        thread = omp_get_thread_num();
+#endif
+        float *own = memory + thread * thread_floats;
+        float *workspace = own + 2 * thread_rows * (head_dim + 2);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t number = 0; number < item_count; number++) {
+            struct item item = items[number];
+            struct segment s = segment_at(a, segments, count, item.segment);
+            int64_t rows = s.query_len * a->num_heads;
+            if (item.chunk >= 0) {
+                struct chunk chunk = chunk_at(&s, item.chunk);
+                struct partial partial = partial_at(item.partial, rows, head_dim);
+                kernels->attend_chunk(a, &chunk, &partial, workspace);
+                continue;
+            }
+            struct partial result = partial_at(own, rows, head_dim);
+            struct partial part = partial_at(own + rows * (head_dim + 2), rows, head_dim);
+            struct chunk chunk = chunk_at(&s, 0);
+            kernels->attend_chunk(a, &chunk, &result, workspace);
+            for (int64_t index = 1; index < chunk_count(&s); index++) {
+                chunk = chunk_at(&s, index);
+                kernels->attend_chunk(a, &chunk, &part, workspace);
+                merge(&result, &part, rows, head_dim);
+            }
+            kernels->finish_rows(a, &chunk, &result);
+        }
+        /* chunks of one segment lie behind one another, the last one first: see how items was filled */
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t number = whole; number < item_count; number++) {
+            struct item item = items[number];
+            if (item.chunk != 0) continue;
+            struct segment s = segment_at(a, segments, count, item.segment);
+            int64_t rows = s.query_len * a->num_heads;
+            struct partial result = partial_at(item.partial, rows, head_dim);
+            for (int64_t index = 1; index < chunk_count(&s); index++) {
+                struct partial part = partial_at(items[number - index].partial, rows, head_dim);
+                merge(&result, &part, rows, head_dim);
+            }
+            struct chunk chunk = chunk_at(&s, 0);
+            kernels->finish_rows(a, &chunk, &result);
+        }
+    }
+    free(items);
+    free(memory);
+    return 0;
+}

@@ -1,0 +1,23 @@
+/* The kernels for AVX-512 with bfloat16 dot products. */
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+#endif
+#include <stdint.h>
+
+#define HAVE_BF16_DOT
+#include "simd_avx512.h"
+
+#include "math.inc.h"
+
+#include "elementwise.inc.h"
+
+#include "attention.inc.h"
+
+const struct kernels kernels_avx512_bf16 = {"avx512_bf16", attend_chunk, finish_rows, rms_norm_row, gated_row, rope_head};
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

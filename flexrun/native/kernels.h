@@ -1,0 +1,84 @@
+/* What the instruction-set files provide and what dispatch.c does with it: serial kernels here, threads there. */
+#ifndef FLEXRUN_KERNELS_H
+#define FLEXRUN_KERNELS_H
+
+#include <stdint.h>
+
+enum dtype { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+enum activation { SILU = 0, GELU_TANH = 1 };
+
+/* KV rows of one partial result. Fixed, so that a sequence's result does not depend on threads or on other sequences. */
+#define CHUNK_TOKENS 256
+
+/* One attention call. Strides are in elements; the last dimension of every tensor is contiguous. */
+struct attention {
+    const void *query, *keys, *values;
+    void *out;
+    int64_t query_stride, query_head_stride, out_stride, out_head_stride;
+    int64_t key_stride, key_head_stride, value_stride, value_head_stride;
+    int64_t num_heads, num_kv_heads, head_dim;
+    int64_t window; /* 0: unlimited */
+    float scale, softcap;
+    int dtype;
+};
+
+/* Part of a segment: query rows against at most CHUNK_TOKENS consecutive KV rows. */
+struct chunk {
+    int64_t query_row, query_len;  /* rows of query */
+    int64_t query_position;        /* position in the sequence of the first of them */
+    int64_t kv_row, kv_len;        /* rows of the slab */
+    int64_t kv_position;           /* position in the sequence of the first of them */
+};
+
+/* Unnormalised softmax of num_heads * query_len rows, ordered [kv_head][query][head of the group]. */
+struct partial {
+    float *sum_values; /* [rows][head_dim]: sum of exp(score - maximum) * value */
+    float *maximum;    /* [rows]: -inf where the row sees nothing */
+    float *sum;        /* [rows] */
+};
+
+/* Tensors [outer, inner, width], strides in elements. Layouts as packed by __init__.py. */
+struct norm {
+    void *hidden, *out;
+    const void *branch, *weight; /* may be NULL: nothing to add, nothing to multiply by */
+    int64_t outer, inner, width;
+    int64_t hidden_stride, hidden_inner_stride, out_stride, out_inner_stride, branch_stride;
+    float epsilon, weight_offset; /* multiplies by weight + weight_offset */
+    float branch_scale;           /* hidden += branch_scale * branch */
+    int dtype;
+};
+
+struct gated {
+    const void *gate, *up;
+    void *out;
+    int64_t rows, width;
+    int64_t gate_stride, up_stride, out_stride;
+    int activation, dtype;
+};
+
+struct rope {
+    void *x;
+    const float *cosine, *sine; /* [rows, half], contiguous */
+    int64_t rows, heads, half;
+    int64_t stride, head_stride;
+    int dtype;
+};
+
+struct kernels {
+    const char *name;
+    /* workspace: float[num_heads * query_len * head_dim] */
+    void (*attend_chunk)(const struct attention *, const struct chunk *, const struct partial *, float *workspace);
+    void (*finish_rows)(const struct attention *, const struct chunk *, const struct partial *);
+    void (*rms_norm_row)(const struct norm *, void *hidden, const void *branch, const void *weight, void *out);
+    void (*gated_row)(const void *gate, const void *up, void *out, int64_t width, int activation, int dtype);
+    void (*rope_head)(void *head, const float *cosine, const float *sine, int64_t half, int dtype);
+};
+
+extern const struct kernels kernels_portable;
+#if defined(__x86_64__)
+extern const struct kernels kernels_avx2, kernels_avx512, kernels_avx512_bf16;
+#endif
+
+static inline int64_t element_bytes(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
+
+#endif
