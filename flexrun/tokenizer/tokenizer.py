@@ -8,6 +8,7 @@ from pathlib import Path
 from flexrun.errors import TokenizerError
 from flexrun.tokenizer.chat import render_chat
 from flexrun.tokenizer.files import TokenizerParts, parts_from_directory
+from flexrun.tokenizer.gguf_vocab import parts_from_gguf
 from flexrun.tokenizer.incremental import IncrementalDecoder
 
 
@@ -40,9 +41,14 @@ class Tokenizer:
         path = Path(path)
         if not path.exists():
             raise TokenizerError(f"{path} does not exist", "give a model directory or a .gguf file")
-        if not path.is_dir():
+        if path.is_dir():
+            found = sorted(path.glob("*.gguf"))
+            has_files = any((path / name).exists() for name in ("tokenizer.json", "vocab.json"))
+            parts = parts_from_gguf(found[0]) if len(found) == 1 and not has_files else parts_from_directory(path)
+        elif path.suffix == ".gguf":
+            parts = parts_from_gguf(path)
+        else:
             raise TokenizerError(f"{path}: not a .gguf file", "give a model directory or a .gguf file")
-        parts = parts_from_directory(path)
         if chat_template is not None:
             parts.chat_template = chat_template
         return cls(parts)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from flexrun.errors import CheckpointError
 from flexrun.weights.checkpoint import CheckpointReader, check_tensors
+from flexrun.weights.gguf_reader import GgufReader
 from flexrun.weights.safetensors_reader import SafetensorsReader
 
 __all__ = ["CheckpointReader", "check_tensors", "open_checkpoint"]
@@ -23,9 +24,17 @@ def open_checkpoint(path: str | Path) -> CheckpointReader:
     if not path.exists():
         raise CheckpointError(f"{path} does not exist", "give the directory of a model, or a .gguf file")
     if path.is_file():
-        raise CheckpointError(f"{path}: not a .gguf file", "give the directory that holds config.json and the weights")
+        if path.suffix != ".gguf":
+            raise CheckpointError(f"{path}: not a .gguf file", "give the directory that holds config.json and weights")
+        return GgufReader(path)
     if any(path.glob("*.safetensors")) or any(path.glob("*.safetensors.index.json")):
         return SafetensorsReader(path)
+    found_gguf = sorted(path.glob("*.gguf"))
+    if len(found_gguf) > 1:
+        names = ", ".join(found.name for found in found_gguf)
+        raise CheckpointError(f"{path} holds {len(found_gguf)} .gguf files: {names}", "give the path of one of them")
+    if found_gguf:
+        return GgufReader(found_gguf[0])
     if any(found for pattern in PICKLE_PATTERNS for found in path.glob(pattern)):
         raise CheckpointError(
             f"{path} holds only pickled PyTorch weights, which can run code when they are loaded",
