@@ -8,6 +8,7 @@ Every parameter is random, also the norms and biases a fresh model leaves at one
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import torch
@@ -42,8 +43,12 @@ def _rope(rope_type: str, **values) -> dict:
     return {"rope_parameters": {"rope_type": rope_type, "rope_theta": 500.0, **values}}
 
 
-_SHORT = [1.0, 1.1, 1.2, 1.4, 1.7]
-_LONG = [1.5, 2.0, 3.0, 4.5, 6.0]
+_LONGROPE = {
+    **_SIZES,
+    "hidden_size": 48,
+    "head_dim": 8,  # the validation of Phi3Config knows no other head_dim for longrope
+    **_rope("longrope", short_factor=[1.0, 1.1, 1.3, 1.7], long_factor=[1.5, 2.0, 3.0, 6.0]),
+}
 
 # name -> (transformers configuration class, keyword arguments)
 TINY: dict[str, tuple[str, dict]] = {
@@ -75,16 +80,42 @@ TINY: dict[str, tuple[str, dict]] = {
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         },
     ),
-    "gemma2": ("Gemma2Config", {**_GEMMA, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}),
+    "gemma2": (
+        "Gemma2Config",
+        {
+            **_GEMMA,
+            "initializer_range": 0.02,  # tied and scaled embeddings of a larger range repeat one token for ever
+            "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 5.0,
+        },
+    ),
     "gemma3": (
         "Gemma3TextConfig",
         {
             **_GEMMA,
+            "tie_word_embeddings": False,
+            "attention_bias": True,
             "sliding_window_pattern": 3,
+            "final_logit_softcapping": 6.0,
             "rope_parameters": {
                 "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0},
                 "sliding_attention": {"rope_type": "default", "rope_theta": 70.0},
             },
+        },
+    ),
+    "gemma3_conditional": (
+        "Gemma3Config",
+        {
+            "text_config": {**_GEMMA, "initializer_range": 0.02},
+            "vision_config": {
+                "hidden_size": 8,
+                "intermediate_size": 8,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+            "mm_tokens_per_image": 4,
         },
     ),
     "phi3": ("Phi3Config", {**_SIZES, "sliding_window": 12}),
@@ -137,29 +168,15 @@ TINY: dict[str, tuple[str, dict]] = {
             ),
         },
     ),
-    "rope_longrope_short": (
-        "Phi3Config",
-        {
-            **_SIZES,
-            "original_max_position_embeddings": 128,
-            **_rope("longrope", short_factor=_SHORT, long_factor=_LONG),
-        },
-    ),
-    "rope_longrope_long": (
-        "Phi3Config",
-        {
-            **_SIZES,
-            "original_max_position_embeddings": 4,
-            **_rope("longrope", short_factor=_SHORT, long_factor=_LONG),
-        },
-    ),
+    "rope_longrope_short": ("Phi3Config", {**_LONGROPE, "original_max_position_embeddings": 128}),
+    "rope_longrope_long": ("Phi3Config", {**_LONGROPE, "original_max_position_embeddings": 4}),
 }
 
 
 def make_model(name: str, seed: int = 0):
     """(config dict as config.json would hold it, transformers model in float32) of one row of TINY."""
     class_name, arguments = TINY[name]
-    config = getattr(transformers, class_name)(**arguments)
+    config = getattr(transformers, class_name)(**copy.deepcopy(arguments))  # it edits nested dicts in place
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     randomise(model, seed)

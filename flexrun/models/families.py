@@ -183,6 +183,7 @@ FAMILIES: tuple[Family, ...] = (
         text_config=True,
         **{
             **_GEMMA3,
+            "logits_softcap": 0.0,
             "layer_prefix": "language_model.model.layers.{layer}.",
             "model": {
                 "token_embedding": "language_model.model.embed_tokens",

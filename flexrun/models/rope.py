@@ -6,8 +6,9 @@ Llama 3.1's frequency bands, LongRoPE (arXiv 2402.13753); constants and rounding
 Two kinds depend on a length, which must not depend on what else is in a batch:
 
 * ``longrope``: the long factors when the run may reach past the original length, else the short ones: one choice
-  for the whole run, made from ``max_positions``. transformers chooses at every step by the length reached so far,
-  so it agrees for runs that stay below the original length and for prompts that start above it.
+  for the whole run, made from ``max_positions``. transformers starts with the short ones and, at the token that
+  crosses the original length, computes the sequence anew with the long ones. So it agrees in a run whose sequences
+  all stay within the original length, and for sequences whose prompts are longer than it.
 * ``dynamic``: position p uses the frequencies of length ``max(p + 1, max_position_embeddings)``, which is what
   transformers does while it decodes. It agrees for every sequence whose prompt fits max_position_embeddings.
 """

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from reference_runner import ReferenceRunner
-from tiny_families import TINY, prompts
+from tiny_families import TINY, VOCABULARY, prompts
 
 from flexrun.models.families import spec_from_config
 
@@ -24,7 +26,7 @@ def oracle_greedy(model, prompt: list[int], tokens: int) -> tuple[list[int], tor
         attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
         do_sample=False,
         max_new_tokens=tokens,
-        eos_token_id=-1,
+        eos_token_id=VOCABULARY,  # never generated
         pad_token_id=0,
         output_logits=True,
         return_dict_in_generate=True,
@@ -51,3 +53,30 @@ def test_same_tokens_and_logits_as_transformers(tiny, name):
         expected = oracle_logits(model, (prompt + answer)[:-1])
         torch.testing.assert_close(scores, expected, atol=1e-4, rtol=0)
         assert answer == expected[len(prompt) - 1 :].argmax(dim=-1).tolist()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_neox", "opt_350m", "granite", "olmo2"])
+def test_half_precision_is_as_close_to_float32_as_transformers_is(tiny, name, dtype):
+    config, tensors, model = tiny(name)
+    (prompt,) = prompts((40,))
+    exact = oracle_logits(model, prompt)
+    half = copy.deepcopy(model).to(getattr(torch, dtype))
+    oracle_error = (oracle_logits(half, prompt) - exact).square().mean().sqrt()
+    runner = ReferenceRunner(spec_from_config(config, dtype), tensors, max_positions=64)
+    (logits,) = runner.run([[]], [prompt])
+    assert logits.dtype == torch.float32
+    assert (logits - exact).square().mean().sqrt() < 1.25 * oracle_error
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_neox", "opt_350m", "olmo2"])
+def test_row_slices_and_prompt_chunks_change_nothing(tiny, name):
+    config, tensors, _ = tiny(name)
+    spec = spec_from_config(config)
+    asked = prompts((9, 17))
+    (whole, _) = ReferenceRunner(spec, tensors, 64).run([[], []], asked)
+    sliced = ReferenceRunner(spec, tensors, 64, rows_per_call=4)
+    caches = [[], []]
+    first, _ = sliced.run(caches, [asked[0][:3], asked[1][:12]])
+    second, _ = sliced.run(caches, [asked[0][3:], asked[1][12:]])
+    torch.testing.assert_close(torch.cat([first, second]), whole, atol=2e-5, rtol=0)
