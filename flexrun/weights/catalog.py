@@ -60,7 +60,7 @@ def default_cache_dir() -> Path:
 def resolve_model(name_or_path: str | Path, cache_dir: str | Path | None = None) -> Path:
     """The path of a model: a named one is fetched into the cache on first use, anything else must exist.
 
-    Raises ConfigError for an unknown name, CheckpointError when the download fails or its content is not the pinned one.
+    Raises ConfigError for an unknown name, CheckpointError when the fetch fails or brings another file.
     """
     model = MODELS.get(str(name_or_path))
     if model is not None:

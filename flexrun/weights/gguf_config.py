@@ -175,7 +175,7 @@ def _llama3_scaling(source: _Source, stored: numpy.ndarray) -> dict | None:
         return None
     head_dim, theta = source.config["head_dim"], source.config["rope_theta"]
     if len(stored) == head_dim // 2 and numpy.isfinite(stored).all():
-        for factor in (float(str(stored.max())), *_LLAMA3_FACTORS):
+        for factor in (*_LLAMA3_FACTORS, float(str(stored.max()))):
             if factor > 1.0 and numpy.allclose(
                 stored, llama3_frequency_divisors(head_dim, theta, factor), rtol=1e-4, atol=0.0
             ):
