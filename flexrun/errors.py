@@ -1,13 +1,13 @@
 """Every error a user can meet, in one tree, each with the remedy beside the complaint.
 
-    FlexrunError
-    ├── ConfigError         a flag, policy or config value that cannot work
-    ├── UnsupportedError    a model, option or format flexrun does not run (never run wrongly)
-    ├── CheckpointError     a damaged, incomplete or mismatching model file
-    ├── TokenizerError      a tokenizer or chat template that cannot be read or applied
-    ├── RequestError        one bad prompt line or request; never fails the batch
-    ├── BudgetError         a tier would exceed its byte budget
-    └── ExecutionError      a lane failed while a job was running (read error, short read, ...)
+FlexrunError
+├── ConfigError         a flag, policy or config value that cannot work
+├── UnsupportedError    a model, option or format flexrun does not run (never run wrongly)
+├── CheckpointError     a damaged, incomplete or mismatching model file
+├── TokenizerError      a tokenizer or chat template that cannot be read or applied
+├── RequestError        one bad prompt line or request; never fails the batch
+├── BudgetError         a tier would exceed its byte budget
+└── ExecutionError      a lane failed while a job was running (read error, short read, ...)
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from flexrun.errors import RequestError
 
 @dataclass(frozen=True)
 class Request:
-    """One request, given as exactly one of ``token_ids``, ``prompt`` and ``messages``.
+    """One request, given as ``token_ids``, ``prompt`` or ``messages``; where ids come with a text, the ids count.
 
     params: the request's SamplingParams; None takes the engine's defaults.
     chat_template: Jinja2 source used for ``messages`` instead of the model's own template.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from flexrun.config import Policy
-from flexrun.core import DTYPES, Lane, Tier, align_up
+from flexrun.core import DTYPES, PAGE_BYTES, Lane, Tier, align_up
 from flexrun.errors import BudgetError
 from flexrun.models.spec import ModelSpec, PackedTensor
 from flexrun.schedule import WeightUnit
@@ -108,9 +108,7 @@ def place_weights(spec: ModelSpec, policy: Policy, *, on_device: bool) -> Weight
             if tier in credit:
                 credit[tier] -= nbytes
         placed.append(PlacedTensor(tensor, layer, tier, nbytes))
-    embedding_on_disk = any(
-        item.tier is Tier.DISK for item in placed if item.tensor.name == "token_embedding.weight"
-    )
+    embedding_on_disk = any(item.tier is Tier.DISK for item in placed if item.tensor.name == "token_embedding.weight")
     return WeightPlacement(tuple(placed), _units(spec, placed, on_device), embedding_on_disk)
 
 
@@ -206,7 +204,7 @@ def ring_bytes(placement: WeightPlacement, spare: tuple[int | None, int | None] 
     rings = []
     for layer_bytes, unit_bytes, room in zip(placement.max_layer_stream_bytes, placement.max_unit_stream_bytes, spare):
         wanted = 2 * layer_bytes + unit_bytes
-        rings.append(max(min(wanted, wanted if room is None else room), unit_bytes))
+        rings.append(max(min(wanted, wanted if room is None else room // PAGE_BYTES * PAGE_BYTES), unit_bytes))
     return rings[0], rings[1]
 
 
@@ -229,7 +227,7 @@ def memory_account(
     token_bytes = kv_bytes_per_token(spec)
     kv = dict.fromkeys((Tier.GPU, Tier.CPU), 0)
     for micro_batch in micro_batches:
-        kv[micro_batch.home] += micro_batch.capacity_tokens * token_bytes
+        kv[micro_batch.home] += align_up(micro_batch.capacity_tokens * token_bytes)
     kinds = {
         Tier.GPU: {"weights": placement.bytes_on(Tier.GPU), "kv": kv[Tier.GPU]},
         Tier.CPU: {"weights": placement.bytes_on(Tier.CPU), "kv": kv[Tier.CPU]},

@@ -25,12 +25,33 @@ _ACTIVATIONS_INTO = {
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias``: x [T, K], weight [N, K], bias [N] -> [T, N], all of one dtype."""
+    """``x @ weight.T + bias``: x [T, K], weight [N, K], bias [N] -> [T, N], all of one dtype.
+
+    weight may be what ``pack_matrix`` made of it.
+    """
+    if weight.is_mkldnn:
+        result = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return result if out is None else out.copy_(result)
     if out is None:
         return F.linear(x, weight, bias)
     if bias is None:
         return torch.mm(x, weight.t(), out=out)
     return torch.addmm(bias, x, weight.t(), out=out)
+
+
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether the CPU has a matmul of this dtype that likes its weights packed."""
+    if dtype is not torch.bfloat16 or not torch.backends.mkldnn.is_available():
+        return False
+    return hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def pack_matrix(weight: Tensor) -> Tensor:
+    """A weight [N, K] in the blocked form of oneDNN's matmul, which otherwise rearranges it at every call.
+
+    Worth a third at 64 rows, little at 512. The blocks take the bytes of the matrix, padded to whole blocks.
+    """
+    return torch.ops.mkldnn._reorder_linear_weight(weight, 64)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0, out: Tensor | None = None) -> Tensor:

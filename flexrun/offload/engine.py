@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import torch
 
 from flexrun.config import Policy
-from flexrun.core import Event, Lane, Tier
+from flexrun.core import DTYPES, Event, Lane, Tier
+from flexrun.models.ops import can_pack, pack_matrix
 from flexrun.models.rope import rope_tables
 from flexrun.models.spec import ModelSpec
 from flexrun.offload.batcher import Batcher, PassPlan
@@ -62,7 +63,6 @@ class Engine:
         gpu_budget_bytes: int = 0,
         trace: bool = False,
         direct: bool = True,
-        place_resident: Callable | None = None,
     ):
         """``gpu_budget_bytes`` > 0 emulates an accelerator with that much memory beside the host."""
         on_device = gpu_budget_bytes > 0
@@ -72,7 +72,14 @@ class Engine:
             self.tiers[Tier.GPU] = MemoryTier(Tier.GPU, gpu_budget_bytes)
         host, device = self.tiers[Tier.CPU], self.tiers.get(Tier.GPU)
         self.weights = WeightStore(
-            spec, packed, placement, account, host, device, direct=direct, place_resident=place_resident
+            spec,
+            packed,
+            placement,
+            account,
+            host,
+            device,
+            direct=direct,
+            pack=pack_matrix if can_pack(DTYPES[spec.dtype]) else None,
         )
         self.kv = KVStore(spec, kv_micro_batches(policy, kv_tokens, on_device=on_device), host, device)
         self._scheduler = Scheduler(
@@ -85,9 +92,7 @@ class Engine:
             read_embedding_rows=placement.embedding_on_disk,
         )
         rope = rope_tables(spec, max_model_len)
-        self._executor = Executor(
-            spec, policy, self._scheduler, self.weights, self.kv, rope, host, device, trace=trace
-        )
+        self._executor = Executor(spec, policy, self._scheduler, self.weights, self.kv, rope, host, device, trace=trace)
         self._batcher = Batcher(policy, self.kv)
         self.totals = Totals()
 

@@ -14,7 +14,7 @@ from flexrun.config import Policy
 from flexrun.core import DTYPES, Event, Lane, Tier
 from flexrun.errors import ExecutionError
 from flexrun.models import decoder
-from flexrun.models.rope import Rotary, RopeTables
+from flexrun.models.rope import RopeTables, Rotary
 from flexrun.models.spec import ModelSpec
 from flexrun.offload.batcher import MicroBatchRows, PassPlan
 from flexrun.offload.kv_store import KVStore

@@ -74,7 +74,9 @@ class KVStore:
             slab_bytes = micro_batch.capacity_tokens * layer_bytes
             buffer = memory.allocate("kv", slab_bytes * spec.num_layers)
             self._buffers.append(buffer)
-            self._slabs.append([self._view(buffer, layer * slab_bytes, micro_batch) for layer in range(spec.num_layers)])
+            self._slabs.append(
+                [self._view(buffer, layer * slab_bytes, micro_batch) for layer in range(spec.num_layers)]
+            )
         self._staging: list[Tensor] = []
         staged = [mb for mb in micro_batches if mb.home is Tier.CPU and mb.attend_lane is Lane.GPU]
         if staged:

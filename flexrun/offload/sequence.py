@@ -57,7 +57,17 @@ class Sequence:
     newest token is not cached, then decodes one token a pass.
     """
 
-    __slots__ = ("_decoder", "_held", "cached_tokens", "group", "logprobs", "output_ids", "region", "row", "total_logprob")
+    __slots__ = (
+        "_decoder",
+        "_held",
+        "cached_tokens",
+        "group",
+        "logprobs",
+        "output_ids",
+        "region",
+        "row",
+        "total_logprob",
+    )
 
     def __init__(self, group: Group, choice_index: int, seed: int, decoder: TextDecoder | None):
         self.group = group

@@ -56,7 +56,7 @@ class Buffer:
     that bytes only enter and leave it by copies.
     """
 
-    def __init__(self, tier: MemoryTier, kind: str, nbytes: int, touch: bool):
+    def __init__(self, tier: MemoryTier | None, kind: str, nbytes: int, touch: bool):
         self._tier, self._kind, self.nbytes = tier, kind, nbytes
         self._map = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if nbytes >= 4 << 20 and hasattr(mmap, "MADV_HUGEPAGE"):
@@ -64,6 +64,11 @@ class Buffer:
         self.data = torch.frombuffer(self._map, dtype=torch.uint8)
         if touch:
             self.data[::PAGE_BYTES] = 0
+
+    @classmethod
+    def outside_budget(cls, nbytes: int) -> Buffer:
+        """Scratch memory while weights load, before the run's own buffers are filled."""
+        return cls(None, "scratch", align_up(nbytes), False)
 
     def view(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A tensor over bytes ``[offset, ...)`` of the buffer, which it keeps alive."""
@@ -73,5 +78,6 @@ class Buffer:
     def close(self) -> None:
         """Give the bytes back to the budget. The memory itself goes when the last view of it does."""
         if self._map is not None:
-            self._tier.release(self._kind, self.nbytes)
+            if self._tier is not None:
+                self._tier.release(self._kind, self.nbytes)
             self._map = self.data = None

@@ -49,9 +49,9 @@ class WeightStore:
         *,
         read_threads: int = 4,
         direct: bool = True,
-        place_resident: Callable[[Tensor], Tensor] | None = None,
+        pack: Callable[[Tensor], Tensor] | None = None,
     ):
-        """``place_resident`` may turn a resident matrix into the form the matmul likes best (same bytes)."""
+        """``pack`` turns a resident matrix into the form the host's matmul likes best (it takes the same bytes)."""
         self.spec, self.packed, self.placement = spec, packed, placement
         self._dtype = DTYPES[spec.dtype]
         self._compute_tier = Tier.CPU if device is None else Tier.GPU
@@ -63,7 +63,10 @@ class WeightStore:
         self.embedding: dict[str, Tensor] = {}
         self.embedding_rows: RowFile | None = None
         self._buffers: list[Buffer] = []
-        self._load(host, device, read_threads, place_resident)
+        self._pack = pack if device is None else None
+        self._host = host
+        self._packed_bytes = 0
+        self._load(host, device, read_threads)
         self.host_ring = self._ring(host, account.host_ring_bytes)
         self.device_ring = self._ring(device, account.device_ring_bytes) if device is not None else None
 
@@ -73,33 +76,49 @@ class WeightStore:
         self._buffers.append(tier.allocate("ring", nbytes, touch=True))
         return self._buffers[-1]
 
-    def _load(self, host, device, read_threads, place_resident) -> None:
+    def _load(self, host: MemoryTier, device: MemoryTier | None, read_threads: int) -> None:
         """Read every resident tensor, several requests in flight, into one arena a tier."""
-        arenas = {Tier.CPU: None, Tier.GPU: None}
+        sizes = dict.fromkeys((Tier.CPU, Tier.GPU), 0)
+        for placed in self.placement.tensors:
+            if placed.tier is not Tier.DISK and not self._is_packed(placed):
+                sizes[placed.tier] += align_up(placed.nbytes)
+        arenas = {}
         for tier, memory in ((Tier.CPU, host), (Tier.GPU, device)):
-            if memory is not None and self.placement.bytes_on(tier):
-                arenas[tier] = memory.allocate("weights", self.placement.bytes_on(tier))
+            if sizes[tier]:
+                arenas[tier] = memory.allocate("weights", sizes[tier])
                 self._buffers.append(arenas[tier])
-        cursor = dict.fromkeys(arenas, 0)
+        offsets = dict.fromkeys(sizes, 0)
         with ThreadPoolExecutor(read_threads) as pool:
             reads = []
             for placed in self.placement.tensors:
                 value = None
-                if placed.tier is not Tier.DISK:
-                    arena, offset = arenas[placed.tier], cursor[placed.tier]
-                    cursor[placed.tier] += align_up(placed.nbytes)
-                    entry = self.packed.entry(placed.layer, placed.tensor.name)
-                    target = arena.data[offset : offset + align_up(placed.nbytes)]
-                    reads += [pool.submit(block.read) for block in self._blocks(entry, target)]
+                if self._is_packed(placed):
+                    value = self._load_packed(placed, pool)
+                elif placed.tier is not Tier.DISK:
+                    arena, offset = arenas[placed.tier], offsets[placed.tier]
+                    offsets[placed.tier] += align_up(placed.nbytes)
+                    reads += [pool.submit(block.read) for block in self._blocks(placed, arena.data[offset:])]
                     value = arena.view(offset, placed.tensor.shape, self._dtype)
                 self._register(placed, value)
             for read in reads:
                 read.result()
-        if place_resident is not None:
-            for unit in self._units:
-                unit.resident = {name: place_resident(value) for name, value in unit.resident.items()}
 
-    def _blocks(self, entry, target: Tensor) -> list[Block]:
+    def _is_packed(self, placed: PlacedTensor) -> bool:
+        """Matrices that only a matmul ever reads; an embedding is read by rows as well."""
+        is_matrix = len(placed.tensor.shape) == 2 and placed.tensor.module != "embedding"
+        return self._pack is not None and is_matrix and placed.tier is Tier.CPU
+
+    def _load_packed(self, placed: PlacedTensor, pool: ThreadPoolExecutor) -> Tensor:
+        nbytes = align_up(placed.nbytes)
+        self._host.reserve("weights", nbytes)
+        self._packed_bytes += nbytes
+        staging = Buffer.outside_budget(nbytes)
+        for read in [pool.submit(block.read) for block in self._blocks(placed, staging.data)]:
+            read.result()
+        return self._pack(staging.view(0, placed.tensor.shape, self._dtype))
+
+    def _blocks(self, placed: PlacedTensor, target: Tensor) -> list[Block]:
+        entry = self.packed.entry(placed.layer, placed.tensor.name)
         return blocks_of(self._files[entry.file], entry.offset, entry.nbytes, target)
 
     def _register(self, placed: PlacedTensor, value: Tensor | None) -> None:
@@ -129,9 +148,7 @@ class WeightStore:
         """The block reads of a READ_WEIGHTS step, to the host ring at ``step.offset``."""
         offset, parts = step.offset, []
         for placed in self._units[step.unit].from_disk:
-            entry = self.packed.entry(placed.layer, placed.tensor.name)
-            target = self.host_ring.data[offset : offset + align_up(placed.nbytes)]
-            parts += [block.read for block in self._blocks(entry, target)]
+            parts += [block.read for block in self._blocks(placed, self.host_ring.data[offset:])]
             offset += align_up(placed.nbytes)
         return parts
 
@@ -170,6 +187,9 @@ class WeightStore:
         self.embedding = {}
         for buffer in self._buffers:
             buffer.close()
+        if self._packed_bytes:
+            self._host.release("weights", self._packed_bytes)
+            self._packed_bytes = 0
 
 
 def _weight_name(placed: PlacedTensor) -> str:

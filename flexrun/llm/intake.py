@@ -1,0 +1,138 @@
+"""Turns what callers give (text, messages, token ids) into groups of sequences, or into one request's error."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy
+
+from flexrun.errors import FlexrunError, RequestError
+from flexrun.llm.model_files import ModelFiles
+from flexrun.offload.sequence import Group
+from flexrun.offload.sequence import Sequence as TextInTheMaking
+from flexrun.outputs import Request
+from flexrun.sampling import SamplingParams, resolve_seed
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+
+
+def as_requests(prompts: Prompt | Iterable[Prompt], params: SamplingParams | Sequence[SamplingParams] | None):
+    """Requests, in order, from one prompt or several, in the forms vLLM's ``generate`` takes.
+
+    A prompt is text, a list of token ids, or ``{"prompt": text}`` / ``{"prompt_token_ids": ids}``.
+    Raises RequestError where the number of params does not match.
+    """
+    if isinstance(prompts, (str, Mapping)) or _is_ids(prompts):
+        prompts = [prompts]
+    return with_params([_as_fields(prompt) for prompt in prompts], params)
+
+
+def as_chat_requests(messages: Sequence, params: SamplingParams | Sequence[SamplingParams] | None) -> list[Request]:
+    """Requests from one conversation or several (a conversation is a list of {"role", "content"} messages)."""
+    conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+    return with_params([{"messages": list(conversation)} for conversation in conversations], params)
+
+
+def with_params(fields: list[dict], params: SamplingParams | Sequence[SamplingParams] | None) -> list[Request]:
+    rows = params if isinstance(params, (list, tuple)) else [params or SamplingParams()] * len(fields)
+    if len(rows) != len(fields):
+        raise RequestError(f"{len(rows)} sampling params for {len(fields)} prompts", "give one for all or one for each")
+    return [Request(str(number), params=row, **each) for number, (each, row) in enumerate(zip(fields, rows))]
+
+
+def _is_ids(prompt: object) -> bool:
+    return isinstance(prompt, Sequence) and len(prompt) > 0 and all(isinstance(item, int) for item in prompt)
+
+
+def _as_fields(prompt: Prompt) -> dict:
+    if isinstance(prompt, str):
+        return {"prompt": prompt}
+    if isinstance(prompt, Mapping):
+        unknown = set(prompt) - {"prompt", "prompt_token_ids"}
+        if unknown or not prompt:
+            raise RequestError(f"prompt with keys {sorted(prompt)}", "use prompt or prompt_token_ids")
+        ids = prompt.get("prompt_token_ids")
+        return {"prompt": prompt.get("prompt"), "token_ids": None if ids is None else list(ids)}
+    if _is_ids(prompt):
+        return {"token_ids": list(prompt)}
+    raise RequestError(f"cannot read a prompt of type {type(prompt).__name__}", "give text or a list of token ids")
+
+
+class Intake:
+    """Encodes and checks requests for one model. ``job_seed`` seeds the requests that bring no seed."""
+
+    def __init__(self, files: ModelFiles, job_seed: int):
+        self._files = files
+        self._job_seed = job_seed
+
+    def encode(self, request: Request) -> list[int]:
+        """Token ids of the prompt. Raises RequestError (or TokenizerError) for what cannot be encoded."""
+        if request.token_ids is not None:
+            ids = list(request.token_ids)
+            bad = next((token for token in ids if not 0 <= token < self._files.spec.vocab_size), None)
+            if bad is not None:
+                raise RequestError(
+                    f"token id {bad} is outside the vocabulary of {self._files.spec.vocab_size}",
+                    "encode the prompt with this model's tokenizer",
+                    "token_out_of_vocabulary",
+                )
+            return ids
+        tokenizer = self._files.tokenizer
+        if tokenizer is None:
+            raise RequestError(
+                f"{self._files.name} has no tokenizer", "give --tokenizer, or prompts as token ids", "no_tokenizer"
+            )
+        if request.messages is not None:
+            return tokenizer.encode_chat(request.messages)
+        if request.prompt is None:
+            raise RequestError("a request needs a prompt, messages or token ids", "add one of them")
+        return tokenizer.encode(request.prompt)
+
+    def max_tokens(self, prompt_tokens: int, params: SamplingParams) -> int:
+        """Tokens a sequence may generate: what it asks for, up to the context. Raises RequestError where none."""
+        room = self._files.max_model_len - prompt_tokens
+        if prompt_tokens < 1:
+            raise RequestError("the prompt is empty", "give at least one token", "empty_prompt")
+        if room < 1:
+            raise RequestError(
+                f"the prompt has {prompt_tokens} tokens; with one to generate the limit is {self._files.max_model_len}",
+                "shorten the prompt or raise --max-model-len",
+                "context_length_exceeded",
+            )
+        return room if params.max_tokens is None else min(params.max_tokens, room)
+
+    def group(self, request: Request, prompt_ids: list[int] | None = None) -> tuple[Group, list[TextInTheMaking]]:
+        """A request as its group and its n sequences. Raises FlexrunError where it cannot be served."""
+        params = request.params or SamplingParams()
+        ids = numpy.array(self.encode(request) if prompt_ids is None else prompt_ids, dtype=numpy.int64)
+        stops = set(params.stop_token_ids)
+        if not params.ignore_eos:
+            stops |= self._files.stop_token_ids
+        if params.stop and self._files.tokenizer is None:
+            raise RequestError("stop strings need a tokenizer", "use stop_token_ids", "no_tokenizer")
+        group = Group(
+            request,
+            params,
+            ids,
+            request.prompt,
+            frozenset(stops),
+            self.max_tokens(len(ids), params),
+            unfinished=params.n,
+            start_seconds=time.perf_counter(),
+        )
+        seed = resolve_seed(params.seed, self._job_seed, request.request_id)
+        sequences = []
+        for choice in range(params.n):
+            decoder = None
+            if self._files.tokenizer is not None:
+                decoder = self._files.tokenizer.incremental_decoder(
+                    skip_special_tokens=params.skip_special_tokens, prompt_ids=ids[-8:].tolist()
+                )
+            sequences.append(TextInTheMaking(group, choice, seed, decoder))
+        return group, sequences
+
+
+def as_request_error(error: FlexrunError) -> RequestError:
+    return error if isinstance(error, RequestError) else RequestError(error.message, error.hint)

@@ -1,0 +1,319 @@
+"""LLM: opens a model, settles a policy, and turns requests into outputs. Wires the house; computes nothing itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from flexrun.config import Policy
+from flexrun.core import Tier, format_bytes, parse_bytes
+from flexrun.errors import BudgetError, ConfigError, FlexrunError, RequestError, UnsupportedError
+from flexrun.llm.intake import Intake, Prompt, as_chat_requests, as_request_error, as_requests
+from flexrun.llm.model_files import ModelFiles, cache_stem, default_cache_dir, open_model
+from flexrun.machine import available_cores, available_memory_bytes, peak_resident_bytes
+from flexrun.offload.engine import Engine
+from flexrun.outputs import Request, RequestOutput
+from flexrun.placement import memory_account, place_weights
+from flexrun.policy import default_policy
+from flexrun.policy.defaults import room_for
+from flexrun.report.trace import write_chrome_trace
+from flexrun.sampling import SamplingParams
+from flexrun.weights.packed import PackedWeights, open_packed
+from flexrun.workload import Workload
+
+MEMORY_SHARE = 0.8  # of the RAM that is free, when no --cpu-memory is given
+LAZY_SEQUENCES = 64  # sized for when requests come from an iterator that tells nothing about itself
+
+
+class LLM:
+    """A model ready to run piles of prompts.
+
+    model: a folder with config.json and safetensors, a .gguf file, or a catalog name (``smollm2-135m-instruct``).
+    dtype: float32, bfloat16, float16, or auto (the checkpoint's; bfloat16 for GGUF).
+    policy: None or "auto" chooses one for each workload; else a Policy or the path of its JSON document.
+    cpu_memory, gpu_memory: hard budgets for weights, KV cache and buffers, as bytes or text ("8GiB"). A
+        ``gpu_memory`` above 0 with ``device="cpu"`` emulates an accelerator of that size.
+    disk_dir: folder of the packed weight cache (default: inside cache_dir).
+    seed: seeds every request that brings none. trace: path of a Chrome trace written on close().
+
+    Raises ConfigError, CheckpointError, UnsupportedError or BudgetError, each naming its remedy.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | ModelFiles,
+        *,
+        tokenizer: str | Path | None = None,
+        dtype: str = "auto",
+        policy: Policy | str | Path | None = None,
+        gpu_memory: int | str = 0,
+        cpu_memory: int | str | None = None,
+        disk_dir: str | Path | None = None,
+        cache_dir: str | Path | None = None,
+        max_model_len: int | None = None,
+        max_num_seqs: int | None = None,
+        seed: int = 0,
+        trace: str | Path | None = None,
+        device: str = "cpu",
+        threads: int | None = None,
+        progress: bool = False,
+        direct_io: bool = True,
+    ):
+        if device != "cpu":
+            raise UnsupportedError(
+                f"device={device!r} is not run in this version",
+                "use device='cpu'; gpu_memory then emulates an accelerator",
+            )
+        if max_num_seqs is not None and max_num_seqs < 1:
+            raise ConfigError(f"max_num_seqs={max_num_seqs} must be at least 1")
+        torch.set_num_threads(threads or available_cores())
+        self.files = (
+            model
+            if isinstance(model, ModelFiles)
+            else open_model(model, tokenizer=tokenizer, dtype=dtype, max_model_len=max_model_len, cache_dir=cache_dir)
+        )
+        self.spec, self.tokenizer, self.max_model_len = self.files.spec, self.files.tokenizer, self.files.max_model_len
+        self._policy = None if policy in (None, "auto") else policy
+        if isinstance(self._policy, (str, Path)):
+            self._policy = Policy.from_json(self._policy)
+        self._gpu_budget = parse_bytes(gpu_memory)
+        self._cpu_budget = parse_bytes(cpu_memory) if cpu_memory is not None else None
+        self._cache_dir = Path(disk_dir) if disk_dir else default_cache_dir_of(cache_dir) / "packed"
+        self._max_num_seqs = max_num_seqs
+        self._intake = Intake(self.files, seed)
+        self._trace_path, self._direct_io, self._progress = trace, direct_io, progress
+        self._packed: PackedWeights | None = None
+        self._engine: Engine | None = None
+        self._events: list = []
+        self._run_seconds = 0.0
+
+    # Generating ---------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete prompts (text, token ids, or vLLM's prompt dicts); outputs in the order of the prompts.
+
+        A request that cannot be served comes back with ``error`` set; it never fails the others.
+        """
+        return self._all(as_requests(prompts, sampling_params), use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or a list of them, through the model's chat template."""
+        return self._all(as_chat_requests(messages, sampling_params), use_tqdm)
+
+    def _all(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
+        # Longest first: the end of the run then holds the short ones, and the machine stays full.
+        encoded = [(request, *self._encode(request)) for request in requests]
+        encoded.sort(key=lambda item: -item[2])
+        prepared = [dataclasses.replace(request, token_ids=ids) if ids else request for request, ids, _ in encoded]
+        workload = self._workload_of(prepared)
+        place = {request.request_id: number for number, request in enumerate(requests)}
+        outputs: list[RequestOutput | None] = [None] * len(requests)
+        with tqdm(total=len(requests), desc="requests", disable=not use_tqdm) as bar:
+            for output in self.generate_iter(prepared, workload):
+                number = place[output.request_id]
+                output.prompt = requests[number].prompt
+                outputs[number] = output
+                bar.update()
+        return outputs
+
+    def _encode(self, request: Request) -> tuple[list[int] | None, int]:
+        """(token ids, longest total) of a request; (None, 0) where it will be refused."""
+        try:
+            ids = self._intake.encode(request)
+            return ids, len(ids) + self._intake.max_tokens(len(ids), request.params)
+        except FlexrunError:
+            return None, 0
+
+    def _workload_of(self, requests: list[Request]) -> Workload:
+        prompt_tokens, max_tokens = [], []
+        for request in requests:
+            ids, total = self._encode(request)
+            if ids:
+                prompt_tokens += [len(ids)] * request.params.n
+                max_tokens += [total - len(ids)] * request.params.n
+        return Workload.of(prompt_tokens, max_tokens)
+
+    def generate_iter(self, requests: Iterable[Request], workload: Workload | None = None) -> Iterator[RequestOutput]:
+        """Outputs in completion order; requests are drawn as slots free up, so the pile may be endless.
+
+        workload: what the requests will ask for, to size the run by; without it each is taken to be as long as
+        max_model_len allows. A bad request yields an output with ``error`` set.
+        """
+        if isinstance(requests, list) and workload is None:
+            workload = self._workload_of(requests)
+        if workload is not None and not len(workload):
+            workload = Workload.uniform(1, 1, 1)  # nothing but refusals: no cache to speak of
+        self.prepare(workload)
+        refused: list[RequestOutput] = []
+        name_of = self.tokenizer and (lambda token: self.tokenizer.decode([token], skip_special_tokens=False))
+        start_seconds = time.perf_counter()
+        outputs = self._engine.run(self._groups(iter(requests), refused), name_of)
+        try:
+            for output in outputs:
+                yield from self._drain(refused)
+                yield output
+            yield from self._drain(refused)
+        finally:
+            outputs.close()
+            self._run_seconds += time.perf_counter() - start_seconds
+
+    @staticmethod
+    def _drain(refused: list[RequestOutput]) -> Iterator[RequestOutput]:
+        while refused:
+            yield refused.pop(0)
+
+    def _groups(self, requests: Iterator[Request], refused: list[RequestOutput]):
+        longest = self._engine.kv.largest_sequence_tokens
+        for request in requests:
+            try:
+                group, sequences = self._intake.group(request)
+                if sequences[0].kv_tokens > longest:
+                    raise RequestError(
+                        f"the request may take {sequences[0].kv_tokens} tokens of KV cache, "
+                        f"this run has room for {longest}",
+                        "lower max_tokens, or raise kv_tokens in the policy or --cpu-memory",
+                        "kv_cache_too_small",
+                    )
+            except FlexrunError as error:
+                refused.append(RequestOutput.refused(request, as_request_error(error)))
+                continue
+            yield group, sequences
+
+    # The engine ---------------------------------------------------------------------------------------
+
+    def prepare(self, workload: Workload | None = None) -> Policy:
+        """Settle the policy for a workload and load the weights, unless the engine at hand already serves it."""
+        cpu_budget = self._cpu_budget_bytes()
+        if workload is None:
+            workload = Workload.uniform(self._max_num_seqs or LAZY_SEQUENCES, self.max_model_len - 1, 1)
+        policy, kv_tokens = self._settle(workload, cpu_budget)
+        engine = self._engine
+        if engine is not None:
+            serves = engine.kv.largest_sequence_tokens >= workload.longest_tokens and engine.kv_tokens >= kv_tokens
+            if serves:
+                return engine.policy
+            self._retire_engine()
+        on_device = self._gpu_budget > 0
+        placement = place_weights(self.spec, policy, on_device=on_device)
+        account = memory_account(
+            self.spec,
+            policy,
+            placement,
+            kv_tokens,
+            on_device=on_device,
+            gpu_budget_bytes=self._gpu_budget or None,
+            cpu_budget_bytes=cpu_budget,
+        )
+        for tier, budget in ((Tier.CPU, cpu_budget), (Tier.GPU, self._gpu_budget)):
+            if (tier is Tier.CPU or on_device) and account.total(tier) > budget:
+                parts = ", ".join(
+                    f"{kind} {format_bytes(size)}" for kind, size in account.bytes_by_kind[tier].items() if size
+                )
+                raise BudgetError(
+                    f"the policy needs {format_bytes(account.total(tier))} of {tier.value} memory ({parts}); "
+                    f"the budget is {format_bytes(budget)}",
+                    "raise the budget, or use --policy auto",
+                )
+        if self._packed is None:
+            self._packed = open_packed(
+                self.files.reader, self.spec, self._cache_dir, name=cache_stem(self.files), progress=self._progress
+            )
+        self._engine = Engine(
+            self.spec,
+            self._packed,
+            policy,
+            placement,
+            account,
+            kv_tokens,
+            self.max_model_len,
+            cpu_budget_bytes=cpu_budget,
+            gpu_budget_bytes=self._gpu_budget,
+            trace=self._trace_path is not None,
+            direct=self._direct_io,
+        )
+        return policy
+
+    def _cpu_budget_bytes(self) -> int:
+        if self._cpu_budget is None:
+            self._cpu_budget = int(available_memory_bytes() * MEMORY_SHARE)
+        return self._cpu_budget
+
+    def _settle(self, workload: Workload, cpu_budget: int) -> tuple[Policy, int]:
+        policy = self._policy
+        if policy is None:
+            policy = default_policy(self.spec, workload, cpu_budget, self._gpu_budget, self._max_num_seqs)
+        elif self._max_num_seqs is not None:
+            policy = dataclasses.replace(
+                policy, sequences_in_flight=min(policy.sequences_in_flight, self._max_num_seqs)
+            )
+        return policy, policy.kv_tokens or room_for(policy, workload)
+
+    def _retire_engine(self) -> None:
+        if self._engine is not None:
+            self._events += self._engine.events or []
+            self._engine.close()
+            self._engine = None
+
+    def summary(self) -> dict:
+        """Totals of the engine at hand: tokens, seconds, phases, lanes, and the peak bytes of each tier."""
+        engine = self._engine
+        if engine is None:
+            return {}
+        totals, wall = engine.totals, self._run_seconds
+        lanes = engine.lane_statistics()
+        for lane in lanes.values():
+            lane["utilisation"] = lane["busy_seconds"] / wall if wall else 0.0
+        return {
+            "passes": totals.passes,
+            "seconds": wall,
+            "prompt_tokens": totals.prompt_tokens,
+            "generated_tokens": totals.generated_tokens,
+            "generated_tokens_per_second": totals.generated_tokens / wall if wall else 0.0,
+            "total_tokens_per_second": (totals.generated_tokens + totals.prompt_tokens) / wall if wall else 0.0,
+            "prefill_seconds": totals.prefill_seconds,
+            "decode_seconds": totals.decode_seconds,
+            "tiers": {
+                tier.value: {
+                    "budget_bytes": memory.limit_bytes,
+                    "peak_bytes": memory.peak_bytes,
+                    "by_kind": dict(memory.used_by_kind),
+                }
+                for tier, memory in engine.tiers.items()
+            },
+            "process_peak_bytes": peak_resident_bytes(),
+            "lanes": lanes,
+            "policy": dataclasses.asdict(engine.policy),
+        }
+
+    def close(self) -> None:
+        """Write the trace, free the memory, close the files. Safe to call twice."""
+        self._retire_engine()
+        if self._trace_path is not None and self._events:
+            write_chrome_trace(self._events, self._trace_path)
+            self._events = []
+        self.files.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+
+def default_cache_dir_of(cache_dir: str | Path | None) -> Path:
+    return Path(cache_dir) if cache_dir else default_cache_dir()
