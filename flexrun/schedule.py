@@ -41,7 +41,8 @@ class Step:
 
     order: position of the step in its lane, counted over the whole run.
     unit: index of the weight unit read, copied or used (-1: none). offset: its byte offset in the ring
-    that the step fills or uses (KV copies: the staging slot). source_offset: where a copied unit waits in the host ring.
+    that the step fills or uses (KV copies: the staging slot). source_offset: where a copied unit waits in the
+    host ring.
     bytes moved and flops done are totals of the step. depends_on: (lane, order) pairs that must be finished.
     """
 

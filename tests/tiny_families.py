@@ -89,6 +89,10 @@ TINY: dict[str, tuple[str, dict]] = {
             "final_logit_softcapping": 5.0,
         },
     ),
+    "gemma2_untied": (
+        "Gemma2Config",
+        {**_GEMMA, "tie_word_embeddings": False, "attn_logit_softcapping": 0.7, "final_logit_softcapping": 5.0},
+    ),
     "gemma3": (
         "Gemma3TextConfig",
         {

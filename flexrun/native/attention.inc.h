@@ -4,14 +4,21 @@
  * weighted sum of V. Everything is accumulated in float32.
  */
 
+#ifndef BLOCK_TOKENS
 #define BLOCK_TOKENS 64
-
-/* Software prefetch of the same head's rows one block ahead: heads of one token-major row are visited in turn, which
- * hardware prefetchers do not follow. */
-INLINE void prefetch_row(const void *base, int64_t index, int64_t count, int dtype) {
-    const char *start = (const char *)base + index * element_bytes(dtype);
-    for (int64_t offset = 0; offset < count * element_bytes(dtype); offset += 64) __builtin_prefetch(start + offset, 0, 2);
-}
+#endif
+#ifndef VT
+#define VT 8
+#endif
+#ifndef KA
+#define KA 0
+#endif
+#ifndef VA
+#define VA 0
+#endif
+#ifndef PF
+#define PF 2
+#endif
 
 #ifdef HAVE_BF16_DOT
 /* bfloat16 products, two a lane, of q as it lies in memory. */
@@ -122,48 +129,43 @@ INLINE float soften(float *scores, int64_t tokens, int64_t low, int64_t high, fl
     return rescale;
 }
 
-struct block {
-    const void *keys, *values; /* at the block's first row and the KV head */
-    int64_t tokens, position;  /* position of the first token relative to the first query */
-    int prefetch;
+/* The tile of query rows of one KV head against tokens [first, last] of the block. */
+struct tile {
+    const void *query_raw[ROW_TILE]; /* as in memory */
+    const float *query;              /* the same in float32, [rows][head_dim] */
+    int64_t state;                   /* index of its first row in the partial */
 };
 
-INLINE void attend_tile(const struct attention *a, const struct block *block, const void *const *query_raw,
-                        const float *query, int64_t first_row, const struct partial *partial, int64_t state, int rows,
-                        int dtype) {
-    int64_t head_dim = a->head_dim, tokens = block->tokens, group = a->num_heads / a->num_kv_heads;
-    float weight[ROW_TILE][BLOCK_TOKENS] __attribute__((aligned(64)));
-    float rescale[ROW_TILE];
-    for (int64_t token = 0; token < tokens; token += 4) {
-        if (block->prefetch)
-            for (int64_t ahead = token + BLOCK_TOKENS; ahead < token + BLOCK_TOKENS + 4; ahead++)
-                prefetch_row(block->keys, ahead * a->key_stride, head_dim, dtype);
+INLINE void prefetch_rows(const void *base, int64_t token, int tokens, int64_t stride, int64_t head_stride, int64_t kv_head, int64_t head_dim, int dtype) {
+    int64_t bytes = element_bytes(dtype), row_bytes = head_dim * bytes;
+    for (int64_t ahead = token; ahead < token + tokens; ahead++) {
+        const char *start = (const char *)base + (ahead * stride + kv_head * head_stride) * bytes;
+        for (int64_t offset = 0; offset < row_bytes; offset += 64) __builtin_prefetch(start + offset, 0, PF);
+    }
+}
+
+INLINE void score_tile(const struct attention *a, const struct tile *tile, const void *keys, int64_t token,
+                       int64_t last, float (*scores)[BLOCK_TOKENS], int rows, int dtype) {
 #ifdef HAVE_BF16_DOT
-        if (dtype == BFLOAT16) {
-            scores_bf16(query_raw, block->keys, a->key_stride, token, tokens - 1, head_dim, weight, rows);
-            continue;
-        }
+    if (dtype == BFLOAT16) {
+        scores_bf16(tile->query_raw, keys, a->key_stride, token, last, a->head_dim, scores + tile->state, rows);
+        return;
+    }
 #endif
-        (void)query_raw;
-        scores_float(query, block->keys, a->key_stride, token, tokens - 1, head_dim, weight, rows, dtype);
-    }
-    for (int row = 0; row < rows; row++) {
-        int64_t position = (first_row + row) / group - block->position; /* of the query, from the block's first token */
-        int64_t high = position + 1 < tokens ? position + 1 : tokens;
-        int64_t low = a->window ? position - a->window + 1 : 0;
-        rescale[row] = soften(weight[row], tokens, low, high, a->scale, a->softcap, partial->maximum + state + row,
-                              partial->sum + state + row);
-    }
-    if (block->prefetch)
-        for (int64_t ahead = BLOCK_TOKENS; ahead < BLOCK_TOKENS + tokens; ahead++)
-            prefetch_row(block->values, ahead * a->value_stride, head_dim, dtype);
+    scores_float(tile->query, keys, a->key_stride, token, last, a->head_dim, scores + tile->state, rows, dtype);
+}
+
+INLINE void weigh_tile(const struct attention *a, int64_t state, const void *values, int64_t token, int64_t tokens,
+                       const struct partial *partial, float (*weight)[BLOCK_TOKENS], const float *rescale, int rows, int dtype) {
+    int64_t head_dim = a->head_dim;
     float *sum_values = partial->sum_values + state * head_dim;
+    const char *start = (const char *)values + token * a->value_stride * element_bytes(dtype);
     for (int64_t column = 0; column < head_dim;) {
-        const void *values = (const char *)block->values + column * element_bytes(dtype);
+        const void *at = start + column * element_bytes(dtype);
         int64_t left = (head_dim - column) / LANES;
-#define WEIGH(vectors)                                                                                            \
-    weigh_columns(sum_values + column, rescale, values, a->value_stride, tokens, head_dim, weight, rows, vectors, \
-                  dtype),                                                                                         \
+#define WEIGH(vectors)                                                                                       \
+    weigh_columns(sum_values + column, rescale, at, a->value_stride, tokens, head_dim,                      \
+                  (float(*)[BLOCK_TOKENS])(weight[state] + token), rows, vectors, dtype),                   \
         column += (vectors)*LANES
         if (left >= 4) WEIGH(4);
         else if (left >= 2) WEIGH(2);
@@ -175,7 +177,12 @@ INLINE void attend_chunk_typed(const struct attention *a, const struct chunk *ch
                                float *workspace, int dtype) {
     int64_t group = a->num_heads / a->num_kv_heads, head_dim = a->head_dim, bytes = element_bytes(dtype);
     int64_t rows = group * chunk->query_len; /* of one KV head */
-    for (int64_t row = 0; row < rows * a->num_kv_heads; row++) {
+    int64_t all_rows = rows * a->num_kv_heads;
+    float(*weight)[BLOCK_TOKENS] = (float(*)[BLOCK_TOKENS])(workspace + all_rows * head_dim);
+    float *rescale = workspace + all_rows * (head_dim + BLOCK_TOKENS);
+    float ones[ROW_TILE];
+    for (int t = 0; t < ROW_TILE; t++) ones[t] = 1.0f;
+    for (int64_t row = 0; row < all_rows; row++) {
         partial->maximum[row] = -INFINITY;
         partial->sum[row] = 0.0f;
         int64_t head = row / rows * group + row % rows % group, token = chunk->query_row + row % rows / group;
@@ -186,31 +193,50 @@ INLINE void attend_chunk_typed(const struct attention *a, const struct chunk *ch
         }
     }
     for (int64_t start = 0; start < chunk->kv_len; start += BLOCK_TOKENS) {
-        struct block block;
-        block.tokens = chunk->kv_len - start < BLOCK_TOKENS ? chunk->kv_len - start : BLOCK_TOKENS;
-        block.position = chunk->kv_position + start - chunk->query_position;
-        for (int64_t kv_head = 0; kv_head < a->num_kv_heads; kv_head++) {
-            int64_t kv_row = chunk->kv_row + start;
-            block.keys = (const char *)a->keys + (kv_row * a->key_stride + kv_head * a->key_head_stride) * bytes;
-            block.values =
-                (const char *)a->values + (kv_row * a->value_stride + kv_head * a->value_head_stride) * bytes;
-            for (int64_t row = 0; row < rows;) {
-                int64_t state = kv_head * rows + row;
-                const void *query_raw[ROW_TILE] = {0};
-                for (int64_t tile = 0; tile < ROW_TILE && row + tile < rows; tile++) {
-                    int64_t token = chunk->query_row + (row + tile) / group;
-                    int64_t head = kv_head * group + (row + tile) % group;
-                    query_raw[tile] =
-                        (const char *)a->query + (token * a->query_stride + head * a->query_head_stride) * bytes;
+        int64_t tokens = chunk->kv_len - start < BLOCK_TOKENS ? chunk->kv_len - start : BLOCK_TOKENS;
+        const char *block_keys = (const char *)a->keys + (chunk->kv_row + start) * a->key_stride * bytes;
+        const char *block_values = (const char *)a->values + (chunk->kv_row + start) * a->value_stride * bytes;
+        for (int64_t token = 0; token < tokens; token += 4)
+            for (int64_t kv_head = 0; kv_head < a->num_kv_heads; kv_head++) {
+                const void *keys = block_keys + kv_head * a->key_head_stride * bytes;
+                if (KA) prefetch_rows(block_keys, token + KA, 4, a->key_stride, a->key_head_stride, kv_head, head_dim, dtype);
+                for (int64_t row = 0; row < rows;) {
+                    struct tile tile;
+                    tile.state = kv_head * rows + row;
+                    tile.query = workspace + tile.state * head_dim;
+                    for (int64_t t = 0; t < ROW_TILE && row + t < rows; t++) {
+                        int64_t qtoken = chunk->query_row + (row + t) / group;
+                        int64_t head = kv_head * group + (row + t) % group;
+                        tile.query_raw[t] =
+                            (const char *)a->query + (qtoken * a->query_stride + head * a->query_head_stride) * bytes;
+                    }
+#define SCORE(count) score_tile(a, &tile, keys, token, tokens - 1, weight, count, dtype), row += (count)
+                    if (rows - row >= ROW_TILE) SCORE(ROW_TILE);
+                    else if (rows - row >= 2) SCORE(2);
+                    else SCORE(1);
                 }
-                block.prefetch = row == 0;
-#define TILE(count)                                                                                             \
-    attend_tile(a, &block, query_raw, workspace + state * head_dim, row, partial, state, count, dtype), row += (count)
-                if (rows - row >= ROW_TILE) TILE(ROW_TILE);
-                else if (rows - row >= 2) TILE(2);
-                else TILE(1);
             }
+        for (int64_t row = 0; row < all_rows; row++) {
+            int64_t position = chunk->query_position + row % rows / group - chunk->kv_position - start;
+            int64_t high = position + 1 < tokens ? position + 1 : tokens;
+            int64_t low = a->window ? position - a->window + 1 : 0;
+            rescale[row] = soften(weight[row], tokens, low, high, a->scale, a->softcap, partial->maximum + row,
+                                  partial->sum + row);
         }
+        for (int64_t token = 0; token < tokens; token += VT)
+            for (int64_t kv_head = 0; kv_head < a->num_kv_heads; kv_head++) {
+                const void *values = block_values + kv_head * a->value_head_stride * bytes;
+                int64_t count = tokens - token < VT ? tokens - token : VT;
+                if (VA) prefetch_rows(block_values, token + VA, VT, a->value_stride, a->value_head_stride, kv_head, head_dim, dtype);
+                for (int64_t row = 0; row < rows;) {
+                    int64_t state = kv_head * rows + row;
+                    const float *factor = token ? ones : rescale + state;
+#define SUM(n) weigh_tile(a, state, values, token, count, partial, weight, factor, n, dtype), row += (n)
+                    if (rows - row >= ROW_TILE) SUM(ROW_TILE);
+                    else if (rows - row >= 2) SUM(2);
+                    else SUM(1);
+                }
+            }
     }
 }
 

@@ -141,7 +141,7 @@ EXPORT int flexrun_attend(const struct attention *a, const int64_t *segments, in
         if (chunks > 1) split_rows += chunks * s.query_len * a->num_heads;
     }
     int64_t thread_rows = longest_query * a->num_heads;
-    int64_t thread_floats = thread_rows * (3 * head_dim + 4);
+    int64_t thread_floats = thread_rows * (3 * head_dim + 4 + 65);
     struct item *items = malloc((size_t)item_count * sizeof *items);
     float *memory = malloc((size_t)(split_rows * (head_dim + 2) + threads * thread_floats) * sizeof *memory);
     if (!items || !memory) {

@@ -48,7 +48,7 @@ class DirectFile:
             self._descriptor = os.open(path, flags)
 
     def read_into(self, address: int, offset: int, nbytes: int) -> None:
-        """Fill ``nbytes`` at ``address``, without the interpreter lock. Raises ExecutionError on error or short read."""
+        """Fill ``nbytes`` at ``address``, without the interpreter lock. Raises ExecutionError on error or early end."""
         done = 0
         while done < nbytes:
             window = (ctypes.c_char * (nbytes - done)).from_address(address + done)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -35,7 +36,6 @@ class Totals:
     generated_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
-    pass_seconds: list[float] = field(default_factory=list)
 
     def add(self, plan: PassPlan, seconds: float) -> None:
         share = plan.prefill_tokens / plan.shape.tokens
@@ -71,16 +71,8 @@ class Engine:
         if on_device:
             self.tiers[Tier.GPU] = MemoryTier(Tier.GPU, gpu_budget_bytes)
         host, device = self.tiers[Tier.CPU], self.tiers.get(Tier.GPU)
-        self.weights = WeightStore(
-            spec,
-            packed,
-            placement,
-            account,
-            host,
-            device,
-            direct=direct,
-            pack=pack_matrix if can_pack(DTYPES[spec.dtype]) else None,
-        )
+        pack = pack_matrix if can_pack(DTYPES[spec.dtype]) else None
+        self.weights = WeightStore(spec, packed, placement, account, host, device, direct=direct, pack=pack)
         self.kv = KVStore(spec, kv_micro_batches(policy, kv_tokens, on_device=on_device), host, device)
         self._scheduler = Scheduler(
             placement.units,
@@ -115,7 +107,7 @@ class Engine:
                 if plan is None:
                     return
                 finished: list[Sequence] = []
-                self._executor.run(plan, lambda start, logits: self._sample(plan, start, logits, finished, name_of))
+                self._executor.run(plan, partial(self._sample, plan, finished, name_of))
                 now = time.perf_counter()
                 self.totals.add(plan, now - start_seconds)
                 if on_pass is not None:
@@ -127,7 +119,8 @@ class Engine:
         finally:
             self._batcher.abandon()
 
-    def _sample(self, plan: PassPlan, start: int, logits: torch.Tensor, finished: list, name_of) -> None:
+    def _sample(self, plan: PassPlan, finished: list[Sequence], name_of, start: int, logits: torch.Tensor) -> None:
+        """Take the next token of ``plan.sampled[start:]``; those that end with it are added to ``finished``."""
         sequences = plan.sampled[start : start + len(logits)]
         sampled = sample(logits, [sequence.row for sequence in sequences])
         tokens = sampled.token_ids.tolist()

@@ -1,4 +1,4 @@
-"""Runs the steps of a pass: copies and reads on their lanes' threads, compute on the caller's, overlap by dependency only."""
+"""Runs the steps of a pass: reads and copies on their lanes' threads, compute on the caller's."""
 
 from __future__ import annotations
 

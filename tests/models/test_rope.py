@@ -44,6 +44,10 @@ SCALINGS = {
             "original_max_position_embeddings": 1024,
         }
     },
+    "yarn, ramp past the last channel": {
+        "rope_theta": 10.0,
+        "rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 1024},
+    },
     "yarn, given attention factor": {
         "rope_scaling": {
             "type": "yarn",
