@@ -142,6 +142,7 @@ TINY: dict[str, tuple[str, dict]] = {
     ),
     "opt": ("OPTConfig", _OPT),
     "opt_350m": ("OPTConfig", {**_OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 26}),
+    "opt_no_final_norm": ("OPTConfig", {**_OPT, "_remove_final_layer_norm": True, "activation_function": "gelu"}),
     "opt_no_affine": ("OPTConfig", {**_OPT, "enable_bias": False, "layer_norm_elementwise_affine": False}),
     "rope_linear": ("LlamaConfig", {**_SIZES, **_rope("linear", factor=3.0)}),
     "rope_dynamic": ("LlamaConfig", {**_SIZES, "max_position_embeddings": 32, **_rope("dynamic", factor=2.0)}),

@@ -194,6 +194,7 @@ FAMILIES: tuple[Family, ...] = (
                 ("language_model.model.", "model.language_model."),
                 ("language_model.lm_head.", "lm_head."),
             ),
+            "ignored_sources": ("*vision_tower.*", "*multi_modal_projector.*"),
         },
     ),
     _llama(
@@ -244,6 +245,7 @@ FAMILIES: tuple[Family, ...] = (
         },
         layer_prefix="gpt_neox.layers.{layer}.",
         source_prefixes=(("gpt_neox.", ""), ("embed_out.", "lm_head.")),
+        ignored_sources=("*.rotary_emb.inv_freq", "*.attention.bias", "*.attention.masked_bias"),
         defaults={
             "hidden_act": "gelu",
             "layer_norm_eps": 1e-5,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 
 @dataclass(frozen=True)
 class From:
-    """A setting that the config.json key ``key`` decides; an explicit null means the field's own default."""
+    """A setting that the config.json key ``key`` decides; an explicit null switches it off."""
 
     key: str
 
@@ -26,6 +26,7 @@ class Family:
     model: Mapping[str, str]  # packed stem -> checkpoint stem, outside the layers
     layer_prefix: str
     source_prefixes: tuple[tuple[str, str], ...] = ()  # (usual, other): prefixes a checkpoint may carry instead
+    ignored_sources: tuple[str, ...] = ("*.rotary_emb.inv_freq",)  # patterns; old files carry the rope buffers
     when: Mapping = field(default_factory=dict)
     defaults: Mapping = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)  # our config key -> this family's

@@ -58,7 +58,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0, 
     """``x / sqrt(mean(x^2) + eps) * (weight + offset)`` over the last dimension; ``out`` may be ``x``."""
     wide = x.float()
     scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    result = wide * scale
+    result = wide * scale if wide is x else wide.mul_(scale)
     if weight is not None:
         result *= weight.float() + offset if offset else weight
     if out is None:

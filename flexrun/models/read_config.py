@@ -62,6 +62,12 @@ def build_spec(family: Family, config: Mapping, dtype: str | None) -> ModelSpec:
         given = settings.get(setting.key)
         return default if given is None else given
 
+    def number(setting, default: float | None = None) -> float:
+        given = value(setting, default)
+        if not isinstance(given, (int, float)) or isinstance(given, bool):
+            raise ConfigError(f"the model's config.json gives {setting.key}={given!r}; a number is needed")
+        return float(given)
+
     def size(key: str) -> int:
         key = family.renamed.get(key, key)
         given = settings.get(key)
@@ -79,12 +85,15 @@ def build_spec(family: Family, config: Mapping, dtype: str | None) -> ModelSpec:
     dtype = dtype or _config_dtype(config, inner)
     if dtype not in DTYPES:
         raise UnsupportedError(f"dtype {dtype!r}", nearest_name(dtype, DTYPES))
+    max_position_embeddings = size("max_position_embeddings")
     layer_types, windows = _windows(family, settings, num_layers)
     ropes, layer_ropes = _ropes(family, settings, head_dim, num_layers, layer_types)
     if family.query_pre_attention_scalar is not None:
-        attention_scale = float(value(family.query_pre_attention_scalar)) ** -0.5
+        attention_scale = number(family.query_pre_attention_scalar) ** -0.5
+    elif family.attention_scale is not None:
+        attention_scale = number(family.attention_scale)
     else:
-        attention_scale = float(value(family.attention_scale, 1.0) or head_dim**-0.5)
+        attention_scale = head_dim**-0.5
 
     def outer(key: str):
         return config[key] if key in config else settings.get(key)
@@ -99,7 +108,7 @@ def build_spec(family: Family, config: Mapping, dtype: str | None) -> ModelSpec:
         head_dim=head_dim,
         intermediate_size=size("intermediate_size"),
         vocab_size=size("vocab_size"),
-        max_position_embeddings=size("max_position_embeddings"),
+        max_position_embeddings=max_position_embeddings,
         embedding_size=hidden_size if settings.get("word_embed_proj_dim") is None else size("word_embed_proj_dim"),
         tie_word_embeddings=bool(outer("tie_word_embeddings")),
         norms=frozenset(stem for stem in (*family.layer, *family.model) if stem.endswith("_norm")),
@@ -109,7 +118,7 @@ def build_spec(family: Family, config: Mapping, dtype: str | None) -> ModelSpec:
         layer_ropes=layer_ropes,
         ropes=ropes,
         norm_kind=family.norm_kind,
-        norm_eps=float(value(family.norm_eps)),
+        norm_eps=number(family.norm_eps),
         norm_offset=family.norm_offset,
         norm_affine=bool(value(family.norm_affine)),
         query_key_norm_width=family.query_key_norm_width,
@@ -122,13 +131,14 @@ def build_spec(family: Family, config: Mapping, dtype: str | None) -> ModelSpec:
         learned_positions=family.learned_positions,
         position_offset=family.position_offset,
         attention_scale=attention_scale,
-        attention_softcap=float(value(family.attention_softcap, 0.0)),
+        attention_softcap=number(family.attention_softcap, 0.0),
         embedding_scale=_embedding_scale(value(family.embedding_scale, 1.0), hidden_size, dtype),
-        residual_scale=float(value(family.residual_scale, 1.0)),
-        logits_divisor=float(value(family.logits_divisor, 1.0)),
-        logits_softcap=float(value(family.logits_softcap, 0.0)),
+        residual_scale=number(family.residual_scale, 1.0),
+        logits_divisor=number(family.logits_divisor, 1.0),
+        logits_softcap=number(family.logits_softcap, 0.0),
         qkv_assembler=family.qkv_assembler,
         source_prefixes=family.source_prefixes,
+        ignored_sources=family.ignored_sources,
         eos_token_ids=_token_ids(outer("eos_token_id")),
         bos_token_id=next(iter(_token_ids(outer("bos_token_id"))), None),
         pad_token_id=next(iter(_token_ids(outer("pad_token_id"))), None),
@@ -181,11 +191,11 @@ def _windows(family: Family, settings: Mapping, num_layers: int) -> tuple[list[s
     if window is not None and (not isinstance(window, int) or window < 1):
         raise ConfigError(f"the model's config.json gives sliding_window={window!r}")
     layer_types = settings.get("layer_types")
-    expected = [_layer_type(family, settings, window, layer) for layer in range(num_layers)]
-    if layer_types is None:
-        layer_types = expected
-    elif family.windows in ("none", "all") and list(layer_types) != expected:
-        raise UnsupportedError(f"config option layer_types in {family.architecture}", _HINT)
+    if layer_types is None or family.windows in ("none", "all"):
+        by_rule = [_layer_type(family, settings, window, layer) for layer in range(num_layers)]
+        if layer_types is not None and list(layer_types) != by_rule:
+            raise UnsupportedError(f"config option layer_types in {family.architecture}", _HINT)
+        layer_types = by_rule
     if len(layer_types) != num_layers:
         raise ConfigError(f"layer_types lists {len(layer_types)} layers, num_hidden_layers is {num_layers}")
     for layer_type in layer_types:

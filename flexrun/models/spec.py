@@ -5,8 +5,9 @@ A ModelSpec holds no tensor and reads no file: shapes, names, bytes and FLOPs al
 
 from __future__ import annotations
 
+import fnmatch
 import math
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -158,6 +159,7 @@ class ModelSpec:
     logits_softcap: float = 0.0
     qkv_assembler: str = "concat"
     source_prefixes: tuple[tuple[str, str], ...] = ()
+    ignored_sources: tuple[str, ...] = ()  # patterns of checkpoint tensors that text generation does not need
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
     pad_token_id: int | None = None
@@ -261,6 +263,23 @@ class ModelSpec:
     def find_source(self, source: str, available: Container[str]) -> str | None:
         """The name under which ``available`` holds ``source``, or None."""
         return next((name for name in self.source_names(source) if name in available), None)
+
+    def unread_sources(self, available: Iterable[str]) -> list[str]:
+        """Checkpoint tensors this spec would leave unread although they belong to the model.
+
+        Not empty means that the checkpoint computes something this spec does not: do not run it.
+        """
+        names = sorted(available)
+        known = set(names)
+        read = {self.find_source(source, known) for tensor in self.all_tensors() for source in tensor.sources}
+        ignored = list(self.ignored_sources)
+        if self.tie_word_embeddings:
+            ignored += [f"{name}.weight" for name in self.source_names(dict(self.model_sources)["lm_head"])]
+        return [
+            name
+            for name in names
+            if name not in read and not any(fnmatch.fnmatchcase(name, pattern) for pattern in ignored)
+        ]
 
     def _stems(self, stem: str, layer: int | None) -> tuple[str, ...]:
         if layer is None:

@@ -236,6 +236,8 @@ def test_options_that_change_nothing_are_accepted(harmless):
         ({"architectures": None}, "model_type"),
         ({"hidden_size": None}, "hidden_size"),
         ({"num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"max_position_embeddings": None}, "max_position_embeddings"),
+        ({"rms_norm_eps": None}, "rms_norm_eps"),
         ({"hidden_size": 50}, "num_attention_heads"),
         ({"num_key_value_heads": 4}, "num_key_value_heads"),
         ({"rope_scaling": {"type": "linear"}}, "factor"),

@@ -24,6 +24,7 @@ def test_every_checkpoint_tensor_is_packed_once_with_its_shape(tiny, name):
         for source, shape in zip(tensor.sources, tensor.source_shapes, strict=True)
     }
     assert shapes == {key: tuple(tensor.shape) for key, tensor in text.items()}
+    assert spec.unread_sources(tensors) == []
     assert spec.parameter_count == sum(tensor.numel() for tensor in text.values())
     assert all(tensor.elements == sum(map(_count, tensor.source_shapes)) for tensor in packed)
     places = [(tensor.module, tensor.name) for layer in range(spec.num_layers) for tensor in spec.layer_tensors(layer)]
@@ -43,6 +44,19 @@ def test_checkpoints_of_the_bare_base_model_are_found(tiny):
     names = {spec.find_source(source, bare) for tensor in spec.all_tensors() for source in tensor.sources}
     assert names == bare
     assert spec.find_source("model.nothing", bare) is None
+
+
+def test_tensors_nobody_reads_are_reported(tiny):
+    config, tensors, _ = tiny("mistral")
+    spec = spec_from_config(config)
+    extra = ["model.layers.1.self_attn.q_proj.bias", "model.layers.0.self_attn.sinks"]
+    harmless = ["model.layers.0.self_attn.rotary_emb.inv_freq"]
+    assert spec.unread_sources([*tensors, *extra, *harmless]) == sorted(extra)
+    config, tensors, _ = tiny("llama_biases_tied")
+    assert spec_from_config(config).unread_sources([*tensors, "lm_head.weight"]) == []
+    config, tensors, _ = tiny("gpt_neox")
+    buffers = ["gpt_neox.layers.0.attention.bias", "gpt_neox.layers.0.attention.masked_bias"]
+    assert spec_from_config(config).unread_sources([*tensors, *buffers]) == []
 
 
 def test_tied_heads_are_absent_and_untied_ones_present(tiny):
