@@ -1,0 +1,54 @@
+"""The command line: parses, calls, prints. Everything heavy is imported by the command that needs it.
+
+Answers go to stdout, everything else to stderr. Exit codes: 0 done, 1 some requests failed, 2 wrong usage or
+settings, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from flexrun import __version__
+from flexrun.cli import run
+from flexrun.cli.parser import Parser
+from flexrun.cli.style import print_error
+from flexrun.errors import ExecutionError, FlexrunError
+
+COMMANDS = {"run": run}  # a command is a module with add_flags(parser) and call(args) -> exit code
+
+DONE, SOME_FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line (default: the process's own) and return its exit code."""
+    command_line = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        args = build_parser().parse_args(command_line)
+    except SystemExit as ending:  # argparse leaves this way after --help, --version and errors
+        return int(ending.code or 0)
+    args.command_line = command_line
+    try:
+        return args.call(args)
+    except FlexrunError as error:
+        print_error(error.message, error.hint)
+        return SOME_FAILED if isinstance(error, ExecutionError) else USAGE
+    except KeyboardInterrupt:
+        print_error("interrupted", "nothing that was written is lost; go on with --resume")
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of stdout went away, as in "flexrun ... | head"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return SOME_FAILED
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="flexrun", description="Single-GPU offloading throughput runner for large language models.")
+    parser.add_argument("--version", action="version", version=f"flexrun {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
+    for name, module in COMMANDS.items():
+        summary = module.__doc__.splitlines()[0]
+        command = commands.add_parser(name, help=summary, description=summary)
+        module.add_flags(command)
+        command.set_defaults(call=module.call)
+    return parser

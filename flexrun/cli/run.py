@@ -1,0 +1,157 @@
+"""Answer every prompt of a JSONL file, with resume."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+
+from flexrun.errors import ConfigError
+
+SAMPLING_FLAGS = (
+    "max_tokens",
+    "min_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "n",
+    "logprobs",
+    "ignore_eos",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
+ENGINE_FLAGS = (
+    "tokenizer",
+    "dtype",
+    "gpu_memory",
+    "cpu_memory",
+    "disk_dir",
+    "cache_dir",
+    "max_model_len",
+    "max_num_seqs",
+    "seed",
+    "trace",
+    "device",
+    "threads",
+)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    files = parser.add_argument_group("files")
+    files.add_argument("-i", "--input-file", required=True, metavar="FILE", help="prompts, JSONL or .gz; - is stdin")
+    files.add_argument("-o", "--output-file", required=True, metavar="FILE", help="answers, JSONL; - is stdout")
+    files.add_argument("--error-file", metavar="FILE", help="refused and failed lines go here, not to the output")
+    files.add_argument("--output-json", metavar="FILE", help="summary of the job as one JSON object; - is stdout")
+    files.add_argument("--trace", metavar="FILE", help="timeline of the run, in Chrome's trace format")
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", required=True, metavar="NAME", help="directory, .gguf file or known model name")
+    model.add_argument("--tokenizer", metavar="PATH", help="tokenizer directory or file, if not the model's own")
+    model.add_argument("--chat-template", metavar="FILE", help="Jinja2 chat template in place of the model's own")
+    model.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    model.add_argument("--max-model-len", type=int, metavar="TOKENS", help="most tokens of prompt and answer together")
+    model.add_argument("--cache-dir", metavar="DIR", help="where fetched models and packed weights are kept")
+
+    sampling = parser.add_argument_group("sampling (a line's own values win)")
+    sampling.add_argument("--max-tokens", "--max-new-tokens", type=int, default=128, metavar="TOKENS")
+    sampling.add_argument("--min-tokens", type=int, default=0, metavar="TOKENS")
+    sampling.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
+    sampling.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    sampling.add_argument("--top-k", type=int, default=0, metavar="K")
+    sampling.add_argument("--min-p", type=float, default=0.0, metavar="P")
+    sampling.add_argument("--n", type=int, default=1, metavar="COUNT", help="choices generated a prompt")
+    sampling.add_argument("--stop", action="append", metavar="TEXT", help="ends an answer; may be given repeatedly")
+    sampling.add_argument("--stop-token-ids", type=int, nargs="+", metavar="ID")
+    sampling.add_argument("--seed", type=int, default=0, help="lines without a seed derive theirs from it")
+    sampling.add_argument("--logprobs", type=int, metavar="COUNT", help="likeliest tokens reported a position")
+    sampling.add_argument("--ignore-eos", action="store_true", help="go on to max-tokens")
+    sampling.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X")
+    sampling.add_argument("--presence-penalty", type=float, default=0.0, metavar="X")
+    sampling.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X")
+    sampling.add_argument("--return-token-ids", action="store_true", help="put token ids beside the text")
+
+    engine = parser.add_argument_group("machine")
+    engine.add_argument("--policy", default="auto", metavar="auto|FILE", help="policy JSON; see configs/policies")
+    engine.add_argument("--device", default="cpu", choices=("cpu",))
+    engine.add_argument("--gpu-memory", default="0", metavar="SIZE", help="budget; on cpu, an emulated accelerator")
+    engine.add_argument("--cpu-memory", metavar="SIZE", help="budget of host memory, for example 8GiB")
+    engine.add_argument("--disk-dir", metavar="DIR", help="where weights are streamed from")
+    engine.add_argument("--max-num-seqs", type=int, metavar="COUNT", help="sequences in flight")
+    engine.add_argument("--threads", type=int, metavar="COUNT", help="threads that compute")
+
+    job = parser.add_argument_group("job")
+    job.add_argument("--limit", type=int, metavar="LINES", help="only the first lines of the input")
+    job.add_argument("--order", default="longest", choices=("longest", "input"), help="which lines run first")
+    job.add_argument("--strict", action="store_true", help="stop before weights are loaded if any line is bad")
+    job.add_argument("--resume", action="store_true", help="go on where an earlier run of the same job ended")
+    job.add_argument("--retry-errors", action="store_true", help="with --resume: do failed lines again")
+    job.add_argument("--overwrite", action="store_true", help="replace an output file that exists")
+    job.add_argument("--preserve-order", action="store_true", help="put the output into input order at the end")
+    job.add_argument("--progress", action=argparse.BooleanOptionalAction, help="default: a bar on a terminal")
+
+
+def call(args: argparse.Namespace) -> int:
+    from flexrun.jobs.runner import JobConfig, run_job
+    from flexrun.jobs.summary import format_summary
+    from flexrun.llm import LLM, open_model
+    from flexrun.sampling import SamplingParams
+
+    if args.output_file == "-" and args.output_json == "-":
+        raise ConfigError("-o - and --output-json - both want stdout", "send one of them to a file")
+    given = {name: getattr(args, name) for name in SAMPLING_FLAGS}
+    config = JobConfig(
+        input_file=args.input_file,
+        output_file=args.output_file,
+        model_name=args.model,
+        sampling=SamplingParams(**given, stop=args.stop or (), stop_token_ids=args.stop_token_ids or ()),
+        error_file=args.error_file,
+        chat_template=None if args.chat_template is None else _read(args.chat_template),
+        order=args.order,
+        limit=args.limit,
+        strict=args.strict,
+        resume=args.resume,
+        retry_errors=args.retry_errors,
+        overwrite=args.overwrite,
+        preserve_order=args.preserve_order,
+        return_token_ids=args.return_token_ids,
+        progress=args.progress,
+        identity={"dtype": args.dtype, "tokenizer": args.tokenizer, "seed": args.seed},
+    )
+    engine = {name: getattr(args, name) for name in ENGINE_FLAGS}
+    policy = None if args.policy == "auto" else args.policy
+    summary = run_job(config, lambda: open_model(args.model), lambda: LLM(args.model, policy=policy, **engine))
+    print(f"\n{format_summary(summary)}", file=sys.stderr)
+    if args.output_json is not None:
+        _write(args.output_json, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    if summary["interrupted"]:
+        print(f"\ninterrupted; {_how_to_go_on(args)}", file=sys.stderr)
+        return 130
+    return 1 if summary["requests"]["failed"] + summary["requests"]["failed_before"] else 0
+
+
+def _how_to_go_on(args: argparse.Namespace) -> str:
+    if args.output_file == "-":
+        return "a job that writes to stdout cannot be resumed; write to a file with -o FILE"
+    words = [word for word in args.command_line if word not in ("--overwrite", "--resume")]
+    return f"go on with:\n  flexrun {shlex.join([*words, '--resume'])}"
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"chat template {path} cannot be read: {error}", "give a file of Jinja2 source") from error
+
+
+def _write(path: str, text: str) -> None:
+    if path == "-":
+        sys.stdout.write(text)
+        return
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"summary {path} cannot be written: {error.strerror}", "name a file that can be") from error

@@ -1,0 +1,129 @@
+"""The file work under the journal: a lock against two writers, atomic replacement, reading back what was written."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from array import array
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from flexrun.errors import ConfigError
+from flexrun.jobs.records import record_line
+
+
+class FileLock:
+    """An exclusive lock on ``path`` for as long as the object lives unclosed; it ends with the process at the latest.
+
+    Raises ConfigError if another process holds it.
+    """
+
+    def __init__(self, path: Path, purpose: str):
+        self.path = path
+        while True:
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                os.close(self._descriptor)
+                raise ConfigError(
+                    f"another flexrun is writing {purpose}", "wait for it to end, or choose another output file"
+                ) from error
+            # The holder before us may have removed the file between our open and our lock.
+            try:
+                if os.stat(path).st_ino == os.fstat(self._descriptor).st_ino:
+                    return
+            except FileNotFoundError:
+                pass
+            os.close(self._descriptor)
+
+    def close(self) -> None:
+        self.path.unlink(missing_ok=True)
+        os.close(self._descriptor)
+
+
+@dataclass(frozen=True)
+class WrittenRecords:
+    """What a result file holds. lines, offsets, sizes: int64 [records]; answered: bool [records], status 200.
+
+    end: byte offset after the last whole record.
+    """
+
+    lines: np.ndarray
+    offsets: np.ndarray
+    sizes: np.ndarray
+    answered: np.ndarray
+    end: int
+
+
+def read_records(path: Path) -> WrittenRecords:
+    """Scan a result file. A last line that is torn is left out (``end`` is before it).
+
+    Raises ConfigError for a line that is no record of ours with records after it.
+    """
+    lines, offsets, sizes, answered = array("q"), array("q"), array("q"), bytearray()
+    end = offset = 0
+    broken_at = 0
+    with open(path, "rb") as file:
+        for number, raw in enumerate(file, 1):
+            start, offset = offset, offset + len(raw)
+            try:
+                if not raw.endswith(b"\n"):
+                    raise ValueError("torn")
+                record = json.loads(raw)
+                line, status = record_line(record), (record["response"] or {}).get("status_code")
+            except (ValueError, KeyError, TypeError, AttributeError):
+                broken_at = broken_at or number
+                continue
+            if broken_at:
+                raise ConfigError(
+                    f"{path} line {broken_at} is not a record of this job, and whole records follow it",
+                    "restore the file, or start again with --overwrite",
+                )
+            lines.append(line)
+            offsets.append(start)
+            sizes.append(len(raw))
+            answered.append(status == 200)
+            end = offset
+    columns = [np.array(column, dtype=np.int64) for column in (lines, offsets, sizes)]
+    return WrittenRecords(*columns, np.frombuffer(bytes(answered), dtype=bool), end)
+
+
+def rewrite_records(path: Path, records: WrittenRecords, order: Iterable[int]) -> None:
+    """Replace ``path`` atomically by its records picked in ``order``."""
+
+    def copy(target: BinaryIO) -> None:
+        with open(path, "rb") as source:
+            for position in order:
+                source.seek(int(records.offsets[position]))
+                target.write(source.read(int(records.sizes[position])))
+
+    replace_file(path, copy)
+
+
+def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file beside ``path`` with ``write(file)``, make it durable, then put it in the place of ``path``."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable, as fsync does for contents."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

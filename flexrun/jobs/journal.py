@@ -1,0 +1,238 @@
+"""Keeps finished answers safe while the job runs, and finds out after a stop what is left to do.
+
+Beside OUTPUT stand OUTPUT.manifest.json (what the job was; kept) and OUTPUT.lock (only while it runs).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from flexrun.errors import ConfigError, ExecutionError
+from flexrun.jobs.files import FileLock, WrittenRecords, read_records, replace_file, rewrite_records, sync_directory
+
+SYNC_RECORDS = 256
+SYNC_SECONDS = 2.0
+_UNCOMPARED_KEYS = ("flexrun_version",)
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What an earlier run left. ``lines``: int64, sorted, the input lines that need no work; the counts are records."""
+
+    lines: np.ndarray
+    answered_count: int
+    failed_count: int
+
+    def __contains__(self, line: int) -> bool:
+        position = int(np.searchsorted(self.lines, line))
+        return position < len(self.lines) and self.lines[position] == line
+
+
+class Journal:
+    """Appends records in completion order: answers to ``output``, refusals to ``error_file`` (or ``output`` too).
+
+    Use: construct (claims the files, touches nothing), ``recover`` when resuming, ``start``, ``append``...,
+    ``finish``; ``close`` always. A record reaches the operating system at once and the disk within SYNC_SECONDS or
+    SYNC_RECORDS, from a thread of its own, so that the engine never waits for the disk.
+
+    Raises ConfigError when the output exists and neither resume nor overwrite is set, or another process has it.
+    """
+
+    def __init__(
+        self, output: str | Path, error_file: str | Path | None = None, *, resume: bool = False, overwrite: bool = False
+    ):
+        if resume and overwrite:
+            raise ConfigError("--resume and --overwrite contradict each other", "give one of them")
+        self._streams = _is_stream(output)
+        self._output = Path(output)
+        self._error_file = None if error_file is None else Path(error_file)
+        self._resume = resume
+        self._lock: FileLock | None = None
+        self._answers: BinaryIO | None = None
+        self._failures: BinaryIO | None = None
+        self._unsynced = 0
+        self._sync_error: OSError | None = None
+        self._wake, self._stopping = threading.Event(), False
+        self._syncer: threading.Thread | None = None
+        if self._streams and resume:
+            raise ConfigError(f"a job that writes to {output} cannot be resumed", "write to a file with -o FILE")
+        for path in self._paths():
+            _check_writable(path)
+            if path.exists() and path.stat().st_size and not (resume or overwrite):
+                raise ConfigError(
+                    f"{path} already exists", "go on with --resume, start again with --overwrite, or name another file"
+                )
+        if self._error_file == self._output:
+            raise ConfigError("the output file and the error file are the same", "leave --error-file out to join them")
+        if not self._streams:
+            self._lock = FileLock(self._beside("lock"), str(self._output))
+
+    def recover(self, manifest: Mapping[str, Any], retry_errors: bool = False) -> Recovered:
+        """Check that the earlier run was of the same job, repair torn last lines, and tell which lines are done.
+
+        retry_errors: take the earlier failures out of the files; their lines are to be done again.
+        Raises ConfigError where the manifest is missing or differs.
+        """
+        present = [path for path in self._paths() if path.exists() and path.stat().st_size]
+        if not self._resume or not present:
+            return Recovered(np.zeros(0, dtype=np.int64), 0, 0)
+        self._check_manifest(manifest)
+        lines, answered_count, failed_count = [], 0, 0
+        for path in present:
+            records = read_records(path)
+            if records.end < path.stat().st_size:
+                os.truncate(path, records.end)
+            if retry_errors and not records.answered.all():
+                rewrite_records(path, records, np.flatnonzero(records.answered))
+                lines.append(records.lines[records.answered])
+            else:
+                lines.append(records.lines)
+                failed_count += int((~records.answered).sum())
+            answered_count += int(records.answered.sum())
+        return Recovered(np.unique(np.concatenate(lines)), answered_count, failed_count)
+
+    def start(self, manifest: Mapping[str, Any]) -> None:
+        """Open the files for appending (emptied unless resuming) and write the manifest."""
+        if self._streams:
+            # Opened by name, not by number, so that /dev/null and named pipes work as they do in a shell.
+            self._answers = sys.stdout.buffer if str(self._output) == "-" else open(self._output, "wb")  # noqa: SIM115
+        else:
+            self._answers = self._open(self._output)
+        self._failures = self._answers if self._error_file is None else self._open(self._error_file)
+        if not self._streams:
+            # After the files were emptied: a manifest must never stand beside the answers of another job.
+            text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+            replace_file(self._beside("manifest.json"), lambda file: file.write(text.encode()))
+            self._syncer = threading.Thread(target=self._sync_loop, name="journal-sync", daemon=True)
+            self._syncer.start()
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Write one record. Raises ExecutionError where the file system refuses (disk full, ...)."""
+        file = self._answers if record["error"] is None else self._failures
+        data = json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace") + b"\n"
+        try:
+            if self._sync_error is not None:
+                raise self._sync_error
+            file.write(data)
+            file.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise ExecutionError(
+                f"cannot write {self._output}: {error.strerror or error}",
+                "free some space, then go on with --resume; nothing that was written is lost",
+            ) from error
+        self._unsynced += 1
+        if self._unsynced >= SYNC_RECORDS:
+            self._wake.set()
+
+    def finish(self, preserve_order: bool = False) -> None:
+        """Make everything durable; with ``preserve_order`` put the records into the order of the input, atomically."""
+        self.close(keep_lock=True)
+        if preserve_order and not self._streams:
+            for path in self._paths():
+                records: WrittenRecords = read_records(path)
+                rewrite_records(path, records, np.argsort(records.lines, kind="stable"))
+        self._release()
+
+    def close(self, keep_lock: bool = False) -> None:
+        """Make everything durable and let go of the files. May be called twice."""
+        self._stopping = True
+        self._wake.set()
+        if self._syncer is not None:
+            self._syncer.join()
+            self._syncer = None
+        for file in {self._answers, self._failures} - {None}:
+            if not file.closed and file is not sys.stdout.buffer:
+                file.flush()
+                if not self._streams or file is not self._answers:
+                    os.fsync(file.fileno())
+                file.close()
+        if not keep_lock:
+            self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _paths(self) -> list[Path]:
+        answers = [] if self._streams else [self._output]
+        return answers if self._error_file is None else [*answers, self._error_file]
+
+    def _beside(self, ending: str) -> Path:
+        return self._output.with_name(f"{self._output.name}.{ending}")
+
+    def _open(self, path: Path) -> BinaryIO:
+        file = open(path, "ab" if self._resume else "wb")  # noqa: SIM115 - closed by close()
+        sync_directory(path.parent)
+        return file
+
+    def _sync_loop(self) -> None:
+        while not self._stopping:
+            self._wake.wait(SYNC_SECONDS)
+            self._wake.clear()
+            if not self._unsynced:
+                continue
+            self._unsynced = 0  # before the call: a record written meanwhile counts for the next one
+            try:
+                for file in {self._answers, self._failures}:
+                    os.fsync(file.fileno())
+            except OSError as error:
+                self._sync_error = error
+
+    def _check_manifest(self, manifest: Mapping[str, Any]) -> None:
+        path = self._beside("manifest.json")
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise ConfigError(
+                f"{path} is missing, so {self._output} cannot be resumed", "start again with --overwrite"
+            ) from error
+        except ValueError as error:
+            raise ConfigError(f"{path} is not JSON: {error}", "start again with --overwrite") from error
+        now = json.loads(json.dumps(manifest))  # tuples become lists, as in the file
+        for key, old, new in _differences(before, now):
+            raise ConfigError(
+                f"{self._output} was made with {key}={json.dumps(old)}, this command has {key}={json.dumps(new)}",
+                "resume with the same input and settings, or start again with --overwrite",
+            )
+
+
+def _differences(before: Any, now: Any, name: str = ""):
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted({*before, *now} - {*_UNCOMPARED_KEYS}):
+            yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+    elif before != now:
+        yield name, before, now
+
+
+def _is_stream(output: str | Path) -> bool:
+    """True for ``-`` and for what exists but is no regular file: a pipe, a terminal, /dev/null."""
+    if str(output) == "-":
+        return True
+    try:
+        mode = os.stat(output).st_mode
+    except OSError:
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+
+
+def _check_writable(path: Path) -> None:
+    if path.is_dir():
+        raise ConfigError(f"{path} is a directory", "name a file")
+    folder = path.parent
+    if not folder.is_dir():
+        raise ConfigError(f"the folder of {path} does not exist", f"make it first: mkdir -p {folder}")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise ConfigError(f"{path} cannot be written", "check its permissions")

@@ -1,0 +1,71 @@
+"""Shows how far a job is: a bar on a terminal, a plain line every ten seconds in a log file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TextIO
+
+from tqdm import tqdm
+
+PLAIN_SECONDS = 10.0
+_BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} requests [{elapsed}{postfix}]"
+
+
+class Progress:
+    """Counts finished requests. Tokens, not requests, drive the ETA: the longest requests usually come first.
+
+    total_requests, done_requests: of the whole job, and done before this run. total_tokens: prompt and answer tokens
+    expected of this run. enabled: None draws a bar on a terminal and plain lines elsewhere; True forces the bar,
+    False is silent.
+    """
+
+    def __init__(
+        self,
+        total_requests: int,
+        total_tokens: int,
+        *,
+        done_requests: int = 0,
+        enabled: bool | None = None,
+        stream: TextIO | None = None,
+    ):
+        self._stream = stream or sys.stderr
+        self._total_requests, self._done_requests = total_requests, done_requests
+        self._total_tokens, self._done_tokens = total_tokens, 0
+        self._generated_tokens = 0
+        self._started = self._last_line = time.monotonic()
+        draws = self._stream.isatty() if enabled is None else enabled
+        self._plain = enabled is None and not draws
+        # No colours are used, so NO_COLOR holds; ascii keeps the bar readable in any encoding.
+        self._bar = tqdm(
+            total=total_requests,
+            initial=done_requests,
+            disable=not draws,
+            file=self._stream,
+            bar_format=_BAR,
+            dynamic_ncols=True,
+            ascii=None if (getattr(self._stream, "encoding", "") or "").lower().startswith("utf") else True,
+            mininterval=0.2,
+        )
+
+    def update(self, generated_tokens: int, expected_tokens: int) -> None:
+        """One request has finished: it made ``generated_tokens`` and was ``expected_tokens`` of the total."""
+        self._done_requests += 1
+        self._generated_tokens += generated_tokens
+        self._done_tokens += expected_tokens
+        if not self._bar.disable:
+            self._bar.set_postfix_str(self._rates(), refresh=False)
+            self._bar.update()
+        elif self._plain and time.monotonic() - self._last_line >= PLAIN_SECONDS:
+            self._last_line = time.monotonic()
+            done = f"{self._done_requests:,}/{self._total_requests:,} requests"
+            print(f"{done}, {self._rates()}", file=self._stream, flush=True)
+
+    def close(self) -> None:
+        self._bar.close()
+
+    def _rates(self) -> str:
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        left_tokens = self._total_tokens - self._done_tokens
+        eta = tqdm.format_interval(seconds * left_tokens / self._done_tokens) if self._done_tokens else "?"
+        return f"{self._generated_tokens / seconds:,.1f} generated tok/s, ETA {eta}"

@@ -1,0 +1,52 @@
+"""The last words of a job, for people: the machine-readable form is the summary itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from flexrun.core import format_bytes
+
+
+def format_summary(summary: Mapping[str, Any]) -> str:
+    """A few lines of text about a summary of ``run_job``."""
+    requests = summary["requests"]
+    counts = [f"{requests['answered']:,} answered", f"{requests['failed']:,} failed"]
+    if requests["answered_before"] or requests["failed_before"]:
+        counts.append(f"{requests['answered_before'] + requests['failed_before']:,} done before")
+    if requests["left"]:
+        counts.append(f"{requests['left']:,} left")
+    lines = [
+        ("requests", f"{requests['total']:,}: {', '.join(counts)}"),
+        ("finish reasons", _counts(summary["finish_reasons"])),
+        ("errors", _counts(summary["errors"])),
+        (
+            "tokens",
+            f"{summary['generated_tokens']:,} generated ({summary['generated_tokens_per_second']:,.1f}/s), "
+            f"{summary['prompt_tokens'] + summary['generated_tokens']:,} with prompts "
+            f"({summary['total_tokens_per_second']:,.1f}/s)",
+        ),
+        *_engine_lines(summary["engine"] or {}),
+        (
+            "time",
+            f"{summary['job_seconds']:,.1f} s: check {summary['check_seconds']:.1f} s, "
+            f"load {summary['load_seconds']:.1f} s, run {summary['run_seconds']:,.1f} s",
+        ),
+        ("output", summary["output_file"]),
+    ]
+    return "\n".join(f"{name:<15} {text}" for name, text in lines if text)
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
+
+
+def _engine_lines(engine: Mapping[str, Any]) -> list[tuple[str, str]]:
+    lines = []
+    for phase in ("prefill", "decode"):
+        if f"{phase}_seconds" in engine:
+            lines.append((phase, f"{engine[f'{phase}_seconds']:,.1f} s"))
+    if engine.get("peak_bytes"):
+        tiers = (f"{tier} {format_bytes(count)}" for tier, count in engine["peak_bytes"].items())
+        lines.append(("peak memory", ", ".join(tiers)))
+    return lines

@@ -1,0 +1,180 @@
+"""``flexrun run``: flags reach the job and the engine, streams and exit codes are as promised."""
+
+import json
+import os
+import shlex
+import signal
+import sys
+
+import pytest
+
+from flexrun.cli import style
+from flexrun.errors import BudgetError, ExecutionError
+
+
+def test_answers_go_to_the_file_and_words_to_stderr(flexrun, files):
+    code, out, err = flexrun()
+    assert code == 0 and out == ""
+    records = [json.loads(line) for line in files.output.read_text().splitlines()]
+    assert {record["response"]["body"]["choices"][0]["text"] for record in records} == {"3", "1"}
+    for part in (
+        "checked 2 lines",
+        "2 answered, 0 failed",
+        "2 generated",
+        "prefill",
+        "decode",
+        "cpu 1.0 MiB",
+        "stop 2",
+    ):
+        assert part in err
+
+
+def test_stdout_carries_records_alone(flexrun):
+    code, out, _ = flexrun(output="-")
+    assert code == 0 and [json.loads(line)["custom_id"] for line in out.splitlines()] == ["line-1", "line-2"]
+
+
+def test_output_json_is_one_object(flexrun, files):
+    _, out, _ = flexrun("--output-json", "-")
+    summary = json.loads(out)
+    assert summary["requests"]["answered"] == 2 and summary["engine"]["peak_bytes"] == {"cpu": 1 << 20}
+    target = files.folder / "summary.json"
+    flexrun("--overwrite", "--output-json", str(target))
+    assert json.loads(target.read_text())["generated_tokens"] == 2
+
+
+def test_flags_reach_the_engine(flexrun, engine):
+    flexrun(
+        *shlex.split(
+            "--dtype float32 --gpu-memory 1GiB --cpu-memory 2GiB --max-model-len 40 --max-num-seqs 7 --seed 3"
+        ),
+        *shlex.split("--threads 2 --disk-dir d --cache-dir c --trace t.json --tokenizer tok --policy p.json"),
+    )
+    assert engine.built == {
+        "model": "echo",
+        "policy": "p.json",
+        "tokenizer": "tok",
+        "dtype": "float32",
+        "gpu_memory": "1GiB",
+        "cpu_memory": "2GiB",
+        "disk_dir": "d",
+        "cache_dir": "c",
+        "max_model_len": 40,
+        "max_num_seqs": 7,
+        "seed": 3,
+        "trace": "t.json",
+        "device": "cpu",
+        "threads": 2,
+    }
+
+
+def test_flags_reach_the_requests(flexrun, engine):
+    seen = []
+    engine.on_request = staticmethod(seen.append)
+    flexrun(
+        *shlex.split("--max-new-tokens 5 --temperature 0.5 --top-p 0.9 --top-k 4 --min-p 0.1 --n 2 --logprobs 1"),
+        *shlex.split("--ignore-eos --repetition-penalty 1.1 --presence-penalty 0.2 --frequency-penalty 0.3"),
+        *("--stop", "END", "--stop", "\n", "--stop-token-ids", "7", "8", "--min-tokens", "2"),
+    )
+    params = seen[0].params
+    assert (params.max_tokens, params.temperature, params.top_p, params.top_k, params.min_p) == (5, 0.5, 0.9, 4, 0.1)
+    assert (params.n, params.logprobs, params.ignore_eos, params.min_tokens) == (2, 1, True, 2)
+    assert (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) == (1.1, 0.2, 0.3)
+    assert params.stop == ("END", "\n") and params.stop_token_ids == (7, 8)
+
+
+def test_the_default_is_greedy_and_short(flexrun, engine):
+    seen = []
+    engine.on_request = staticmethod(seen.append)
+    flexrun()
+    assert (seen[0].params.temperature, seen[0].params.max_tokens, engine.built["policy"]) == (0.0, 128, None)
+
+
+def test_some_failures_exit_with_one(flexrun, files):
+    files.source.write_text('{"prompt": "a"}\nbad\n')
+    code, _, err = flexrun("--error-file", str(files.errors))
+    assert code == 1 and "line 2 refused (invalid_json)" in err
+    assert json.loads(files.errors.read_text())["error"]["line"] == 2
+    code, _, _ = flexrun("--error-file", str(files.errors), "--resume")
+    assert code == 1  # the failure is still there
+
+
+def test_strict_is_a_usage_error(flexrun, files, engine):
+    files.source.write_text('{"prompt": "a"}\nbad\n')
+    code, _, err = flexrun("--strict")
+    assert code == 2 and err.rstrip().splitlines()[-1].startswith("hint: ") and engine.built is None
+
+
+@pytest.mark.parametrize(
+    "flags, complaint",
+    [
+        (["--n", "2"], "n=2"),
+        (["--temperature", "-1"], "temperature"),
+        (["--limit", "0"], "limit"),
+        (["--retry-errors"], "--resume"),
+        (["--chat-template", "missing.jinja"], "missing.jinja"),
+    ],
+)
+def test_settings_that_cannot_work(flexrun, flags, complaint):
+    code, out, err = flexrun(*flags)
+    assert code == 2 and out == "" and complaint in err
+    assert err.rstrip("\n").split("\n")[-2:][0] == "" and "\nhint: " in err
+
+
+def test_two_users_of_stdout_are_refused(flexrun):
+    code, _, err = flexrun("--output-json", "-", output="-")
+    assert code == 2 and "stdout" in err
+
+
+@pytest.mark.parametrize(
+    "error, expected", [(BudgetError("too small", "raise it"), 2), (ExecutionError("read", "h"), 1)]
+)
+def test_errors_of_the_engine_have_exit_codes(flexrun, engine, error, expected):
+    def fail(request):
+        raise error
+
+    engine.on_request = staticmethod(fail)
+    code, _, err = flexrun()
+    assert code == expected and f"error: {error.message}\n\nhint: {error.hint}\n" in err
+
+
+def test_ctrl_c_says_how_to_go_on_and_doing_so_ends_the_job(flexrun, engine, files):
+    def interrupt(request):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    engine.on_request = staticmethod(interrupt)
+    code, _, err = flexrun("--overwrite")
+    assert code == 130 and "1 left" in err
+    command = err.rstrip().splitlines()[-1].split()
+    assert command[:2] == ["flexrun", "run"] and command[-1] == "--resume" and "--overwrite" not in command
+    engine.on_request = None
+    code, _, _ = flexrun("--resume")
+    assert code == 0 and len(files.output.read_text().splitlines()) == 2
+
+
+def test_interrupt_before_any_answer(flexrun, engine):
+    def interrupt(request):
+        raise KeyboardInterrupt
+
+    engine.on_request = staticmethod(interrupt)
+    code, _, err = flexrun()
+    assert code == 130 and "2 left" in err
+
+
+def test_chat_template_is_read_from_the_file(flexrun, files, monkeypatch):
+    template = files.folder / "chat.jinja"
+    template.write_text("{{ messages }}")
+    seen = []
+    monkeypatch.setattr("flexrun.jobs.runner.run_job", lambda config, *rest: seen.append(config) or {}["stop"])
+    with pytest.raises(KeyError):
+        flexrun("--chat-template", str(template))
+    assert seen[0].chat_template == "{{ messages }}"
+
+
+@pytest.mark.parametrize("no_color, coloured", [("", True), ("1", False)])
+def test_no_color_is_respected(no_color, coloured, monkeypatch, capsys):
+    monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    style.print_error("bad", "good")
+    assert ("\x1b[" in capsys.readouterr().err) is coloured

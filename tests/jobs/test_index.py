@@ -1,0 +1,210 @@
+"""The first pass: which lines are good, where they are, what they cost, and in how much memory."""
+
+import gzip
+import hashlib
+import io
+import json
+import sys
+import time
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexrun.errors import ConfigError, ExecutionError
+from flexrun.jobs.encoder import PromptEncoder
+from flexrun.jobs.index import BATCH_LINES, first_equal, index_job
+from flexrun.jobs.source import open_source
+from flexrun.sampling import SamplingParams
+
+DEFAULTS = SamplingParams(temperature=0.0, max_tokens=8)
+
+
+@pytest.fixture
+def index_of(model):
+    encoder = PromptEncoder(model.tokenizer, model.spec.vocab_size, model.max_model_len)
+
+    def index_of(content, **options):
+        return index_job(io.BytesIO(content), encoder, DEFAULTS, **options)
+
+    return index_of
+
+
+def lines_of(*values):
+    return b"".join(json.dumps(value).encode() + b"\n" for value in values)
+
+
+def test_good_lines_are_found_again_by_row(index_of):
+    index = index_of(lines_of({"prompt": "one two"}, {"prompt": "three", "custom_id": "b"}))
+    ((prompt, token_ids),) = index.load([1])
+    assert (prompt.custom_id, prompt.prompt, prompt.line, len(token_ids)) == ("b", "three", 2, 2)
+    assert index.prompt_tokens.tolist() == [3, 2]  # BOS and one a word
+    assert index.answer_tokens.tolist() == [8, 8]
+
+
+def test_bom_crlf_blank_lines_and_a_missing_last_newline(index_of):
+    content = b'\xef\xbb\xbf{"prompt": "a"}\r\n\r\n   \n{"prompt": "b"}\r\n{"prompt": "c"}'
+    index = index_of(content)
+    assert index.lines.tolist() == [1, 4, 5] and index.error_count == 0
+    assert [prompt.prompt for prompt, _ in index.load([2, 0, 1])] == ["c", "a", "b"]
+
+
+def test_every_bad_line_is_kept_apart(index_of):
+    index = index_of(
+        b'{"prompt": "fine"}\nnot json\n{"prompt": "\xff"}\n'
+        + lines_of(
+            {"prompt": "word " * 63},  # 64 tokens fill the context of 64
+            {"prompt": "word " * 62},
+            {"prompt": [5, 1000]},
+            {"prompt": [5, -1]},
+            {"prompt": "x", "max_tokens": 0, "custom_id": "zero"},
+        )
+    )
+    assert index.lines.tolist() == [1, 5]
+    assert [(error.line, error.custom_id, error.code) for error in sorted(index.errors(), key=lambda e: e.line)] == [
+        (2, "line-2", "invalid_json"),
+        (3, "line-3", "invalid_utf8"),
+        (4, "line-4", "context_length_exceeded"),
+        (6, "line-6", "invalid_token_id"),
+        (7, "line-7", "invalid_token_id"),
+        (8, "zero", "invalid_request"),
+    ]
+    assert index.error_count == 6
+
+
+def test_the_later_of_equal_ids_is_refused_across_batches(index_of):
+    values = [{"prompt": "a", "custom_id": f"id-{number}"} for number in range(BATCH_LINES + 3)]
+    values[-1]["custom_id"] = "id-0"
+    values[5]["custom_id"] = "line-7"
+    del values[6]["custom_id"]  # its own id would be line-7
+    index = index_of(lines_of(*values))
+    assert {(error.line, error.code) for error in index.errors()} == {
+        (BATCH_LINES + 3, "duplicate_custom_id"),
+        (7, "duplicate_custom_id"),
+    }
+    assert "line 6" in next(error.message for error in index.errors() if error.line == 7)
+
+
+def test_an_id_of_a_refused_line_is_taken_too(index_of):
+    index = index_of(lines_of({"prompt": "", "custom_id": "a"}, {"prompt": "x", "custom_id": "a"}))
+    assert [error.code for error in index.errors()] == ["empty_prompt", "duplicate_custom_id"]
+
+
+def test_no_tokenizer_serves_token_ids_only(index_of, model):
+    encoder = PromptEncoder(None, model.spec.vocab_size, model.max_model_len)
+    index = index_job(io.BytesIO(lines_of({"prompt": "text"}, {"prompt": [1, 2]})), encoder, DEFAULTS)
+    assert index.lines.tolist() == [2]
+    assert [error.code for error in index.errors()] == ["no_tokenizer"]
+
+
+def test_a_template_that_refuses_is_the_lines_error(index_of, model):
+    model.tokenizer.chat_template = None
+    index = index_of(lines_of({"messages": [{"role": "user", "content": "x"}]}, {"prompt": "x"}))
+    assert index.lines.tolist() == [2]
+    assert [error.code for error in index.errors()] == ["chat_template"]
+
+
+def test_longest_first_counts_prompt_and_answer(index_of):
+    index = index_of(
+        lines_of(
+            {"prompt": "a", "max_tokens": 2},
+            {"prompt": "a b c d", "max_tokens": 1},
+            {"prompt": "a", "max_tokens": 50},
+            {"prompt": "a", "max_tokens": 10, "n": 3, "temperature": 1.0},
+        )
+    )
+    assert index.order("longest").tolist() == [2, 3, 1, 0]
+    assert index.order("input").tolist() == [0, 1, 2, 3]
+
+
+def test_limit_leaves_the_hash_of_the_whole_file(index_of):
+    content = lines_of(*({"prompt": str(number)} for number in range(10)))
+    index = index_of(content, limit=3)
+    assert index.lines.tolist() == [1, 2, 3]
+    assert index.input_sha256 == index_of(content).input_sha256 == hashlib.sha256(content).hexdigest()
+
+
+def test_a_file_that_changes_meanwhile_is_noticed(model, tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(lines_of({"prompt": "one", "custom_id": "a"}))
+    encoder = PromptEncoder(model.tokenizer, model.spec.vocab_size, model.max_model_len)
+    with open_source(path) as source:
+        index = index_job(source, encoder, DEFAULTS)
+        path.write_bytes(lines_of({"prompt": "one", "custom_id": "b"}))
+        with pytest.raises(ExecutionError, match="line 1 of the input file changed"):
+            index.load([0])
+
+
+def test_lines_over_the_limit_are_refused_without_being_kept(index_of, monkeypatch):
+    monkeypatch.setattr("flexrun.jobs.source.MAX_LINE_BYTES", 1000)
+    content = lines_of({"prompt": "a"}, {"prompt": "long " * 1000}, {"prompt": "b"})
+    index = index_of(content)
+    assert [error.code for error in index.errors()] == ["line_too_long"]
+    assert [prompt.prompt for prompt, _ in index.load([0, 1])] == ["a", "b"]
+    assert index.input_sha256 == hashlib.sha256(content).hexdigest()
+
+
+def test_lookalike_keys_are_warned_about(index_of):
+    index = index_of(lines_of({"prompt": "a", "max_token": 5}, {"prompt": "a", "topic": "x", "tools": [1]}))
+    warnings = index.warnings()
+    assert len(warnings) == 2
+    assert "line 1: 'max_token'" in warnings[0] and "'max_tokens'" in warnings[0]
+    assert "line 2: 'tools' is not run" in warnings[1]
+
+
+def test_gzip_and_stdin_are_spooled(index_of, model, tmp_path, monkeypatch):
+    content = lines_of({"prompt": "a"}, {"prompt": "b"})
+    packed = tmp_path / "in.jsonl.gz"
+    packed.write_bytes(gzip.compress(content))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    for path in (packed, "-"):
+        with open_source(path) as source:
+            assert source.seekable() and source.read() == content
+
+
+@pytest.mark.parametrize("content", [b"not gzip", gzip.compress(b'{"prompt": "a"}\n' * 99)[:-12]])
+def test_a_broken_gzip_is_a_config_error(content, tmp_path):
+    path = tmp_path / "in.jsonl.gz"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match="gzip"):
+        open_source(path)
+
+
+def test_missing_and_utf16_inputs_are_config_errors(tmp_path):
+    with pytest.raises(ConfigError, match="does not exist"):
+        open_source(tmp_path / "none.jsonl")
+    path = tmp_path / "in.jsonl"
+    path.write_bytes('{"prompt": "a"}\n'.encode("utf-16"))
+    with pytest.raises(ConfigError, match="UTF-16"):
+        open_source(path)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 5), max_size=40))
+def test_first_equal_is_the_first_occurrence(values):
+    digests = np.array([[value % 2, value // 2] for value in values], dtype=np.uint64).reshape(-1, 2)
+    assert first_equal(digests).tolist() == [values.index(value) for value in values]
+
+
+def test_100k_lines_in_seconds_and_flat_memory(index_of, tmp_path, model):
+    path = tmp_path / "many.jsonl"
+    with open(path, "w") as file:
+        for number in range(100_000):
+            file.write(json.dumps({"custom_id": f"request-{number}", "prompt": f"question {number} is short"}) + "\n")
+    encoder = PromptEncoder(model.tokenizer, model.spec.vocab_size, model.max_model_len)
+    with open_source(path) as source:
+        started = time.perf_counter()
+        index = index_job(source, encoder, DEFAULTS)
+        seconds = time.perf_counter() - started
+        assert len(index) == 100_000
+        assert seconds < 20  # about 2 on an idle core
+        tracemalloc.start()
+        index = index_job(source, encoder, DEFAULTS, limit=20_000)
+        held_bytes, peak_bytes = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        # 48 bytes a line are kept; the peak adds a batch of parsed lines and the arrays while they are sorted
+        assert held_bytes < 20_000 * 48 + (1 << 20)
+        assert peak_bytes < 20_000 * 48 * 4 + (4 << 20)
+        assert index.load([19_999])[0][0].custom_id == "request-19999"

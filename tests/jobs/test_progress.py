@@ -1,0 +1,89 @@
+"""What is drawn on a terminal, and what goes to a log file instead."""
+
+import io
+
+import pytest
+
+from flexrun.jobs import progress as progress_module
+from flexrun.jobs.progress import Progress
+from flexrun.jobs.summary import format_summary
+
+
+class Terminal(io.StringIO):
+    encoding = "utf-8"
+
+    def isatty(self):
+        return True
+
+
+def run(stream, count=4, **settings):
+    bar = Progress(count + 1, 100, done_requests=1, stream=stream, **settings)
+    for _ in range(count):
+        bar.update(10, 25)
+    bar.close()
+    return stream.getvalue()
+
+
+def test_a_terminal_gets_a_bar_with_rate_and_eta():
+    text = run(Terminal())
+    assert "5/5 requests" in text and "generated tok/s" in text and "ETA" in text
+    assert "\x1b[3" not in text  # no colour, so NO_COLOR holds
+
+
+def test_a_log_file_gets_plain_lines_now_and_then(monkeypatch):
+    assert run(io.StringIO()) == ""
+    monkeypatch.setattr(progress_module, "PLAIN_SECONDS", 0.0)
+    lines = run(io.StringIO()).splitlines()
+    assert len(lines) == 4 and lines[0].startswith("2/5 requests, ") and "\r" not in "".join(lines)
+
+
+@pytest.mark.parametrize("enabled, drawn", [(True, True), (False, False)])
+def test_flags_win_over_what_the_stream_is(enabled, drawn, monkeypatch):
+    monkeypatch.setattr(progress_module, "PLAIN_SECONDS", 0.0)
+    assert ("requests" in run(io.StringIO(), enabled=enabled)) is drawn
+    assert ("requests" in run(Terminal(), enabled=enabled)) is drawn
+
+
+def test_eta_follows_tokens_not_requests(monkeypatch):
+    clock = iter([0.0, 30.0])
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock))
+    bar = Progress(2, 100, enabled=False, stream=io.StringIO())
+    bar._done_tokens, bar._generated_tokens = 75, 60  # three quarters done after 30 s
+    assert bar._rates() == "2.0 generated tok/s, ETA 00:10"
+
+
+def test_summary_for_people():
+    text = format_summary(
+        {
+            "requests": {
+                "total": 1200,
+                "answered": 1000,
+                "failed": 50,
+                "answered_before": 100,
+                "failed_before": 0,
+                "left": 50,
+            },
+            "finish_reasons": {"stop": 900, "length": 100},
+            "errors": {"invalid_json": 50},
+            "prompt_tokens": 3000,
+            "generated_tokens": 2000,
+            "generated_tokens_per_second": 20.0,
+            "total_tokens_per_second": 50.0,
+            "check_seconds": 1.0,
+            "load_seconds": 2.0,
+            "run_seconds": 100.0,
+            "job_seconds": 103.5,
+            "output_file": "out.jsonl",
+            "engine": {"prefill_seconds": 40.0, "decode_seconds": 60.0, "peak_bytes": {"cpu": 1 << 30}},
+        }
+    )
+    for part in (
+        "1,200: 1,000 answered, 50 failed, 100 done before, 50 left",
+        "stop 900, length 100",
+        "invalid_json 50",
+        "2,000 generated (20.0/s), 5,000 with prompts (50.0/s)",
+        "prefill",
+        "cpu 1.0 GiB",
+        "103.5 s",
+    ):
+        assert part in text
