@@ -109,7 +109,8 @@ def _add_missing(backend: tokenizers.Tokenizer, config: dict, special: dict[str,
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     declared = config.get("added_tokens_decoder")
     declared = declared if isinstance(declared, dict) else {}
-    for _, entry in sorted(declared.items(), key=lambda item: int(item[0])):
+    by_id = {int(token_id): entry for token_id, entry in declared.items() if token_id.isdecimal()}
+    for _, entry in sorted(by_id.items()):
         if not isinstance(entry, dict) or not isinstance(entry.get("content"), str) or entry["content"] in known:
             continue
         known.add(entry["content"])

@@ -13,7 +13,8 @@ class IncrementalDecoder:
 
     Only a window is ever decoded: the tokens of the last emitted piece (context, since the way a token is written may
     depend on its left neighbour) and those not yet emitted. A piece is held back while it ends in an unfinished
-    UTF-8 character. After ``finish()``, ``text`` equals decoding all ids at once.
+    UTF-8 character. After ``finish()``, ``text`` equals decoding all ids at once, save that invalid bytes in a
+    SentencePiece vocabulary do not spoil the good ones before them.
 
     decode: ids -> text, special tokens included.
     is_hidden: ids that leave no trace in the text (special tokens, ids without a token).

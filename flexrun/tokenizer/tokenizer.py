@@ -54,12 +54,21 @@ class Tokenizer:
         return cls(parts)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of ``text``; with ``add_special_tokens``, the BOS (and EOS) the model is used to."""
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        """Token ids of ``text``; with ``add_special_tokens``, the BOS (and EOS) the model is used to.
+
+        Raises TokenizerError for what is not Unicode text (half of a surrogate pair, say).
+        """
+        try:
+            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError as error:
+            raise TokenizerError(f"not valid Unicode text: {text!r:.80}", "send the prompt as UTF-8 text") from error
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
-        """``encode`` of many texts at once, on all cores."""
-        encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        """``encode`` of many texts at once, on all cores. One bad text fails the batch; TokenizerError shows it."""
+        try:
+            encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        except TypeError:
+            return [self.encode(text, add_special_tokens) for text in texts]  # raises at the bad one
         return [encoding.ids for encoding in encoded]
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
