@@ -58,6 +58,8 @@ class Policy:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"policy {name}={value!r} must be a whole number of at least 1")
+        if not isinstance(self.kv_tokens, int) or isinstance(self.kv_tokens, bool) or self.kv_tokens < 0:
+            raise ConfigError(f"policy kv_tokens={self.kv_tokens!r} must be a whole number; 0 sizes it by the requests")
         if not 0.0 <= self.cpu_attention_share <= 1.0:
             raise ConfigError(f"policy cpu_attention_share={self.cpu_attention_share} is outside [0, 1]")
         if self.kv.disk:
@@ -73,7 +75,9 @@ class Policy:
             values = json.loads(Path(path).read_text())
         except FileNotFoundError as error:
             raise ConfigError(f"policy file {path} does not exist", "see configs/policies/ for examples") from error
-        except json.JSONDecodeError as error:
+        except OSError as error:
+            raise ConfigError(f"policy file {path} cannot be read: {error.strerror}") from error
+        except ValueError as error:  # not JSON, or not even text
             raise ConfigError(f"policy file {path} is not JSON: {error}") from error
         return strict_dataclass(cls, values, f"policy {path}")
 

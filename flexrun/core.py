@@ -60,10 +60,14 @@ _SIZE = re.compile(r"^\s*([0-9]*\.?[0-9]+)\s*([kmgt]?)(i?)b?\s*$", re.IGNORECASE
 
 
 def parse_bytes(text: str | int | float) -> int:
-    """Bytes from ``"1GiB"``, ``"1.5GB"``, ``"512M"`` or a number. ``G``/``GiB`` are 2^30, ``GB`` is 10^9."""
-    if isinstance(text, (int, float)) and not isinstance(text, bool):
+    """Bytes from ``"1GiB"``, ``"1.5GB"``, ``"512M"`` or a number. ``G``/``GiB`` are 2^30, ``GB`` is 10^9.
+
+    Raises ConfigError for anything else, also for a negative number.
+    """
+    is_number = isinstance(text, (int, float)) and not isinstance(text, bool)
+    if is_number and 0 <= text < float("inf"):
         return int(text)
-    match = _SIZE.match(str(text))
+    match = None if is_number else _SIZE.match(str(text))
     if not match:
         raise ConfigError(f"cannot read {text!r} as a size in bytes", "write for example 8GiB, 1.5GB or 512MiB")
     number, prefix, binary = match.groups()
@@ -107,6 +111,8 @@ def strict_dataclass(cls, values: Mapping, where: str):
             raise ConfigError(f"{where}: unknown key {key!r}", nearest_name(str(key), names))
         if dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
             value = strict_dataclass(hints[key], value, f"{where}.{key}")
+        elif dataclasses.is_dataclass(hints[key]) and not isinstance(value, hints[key]):
+            raise ConfigError(f"{where}.{key}: expected an object, got {type(value).__name__}")
         arguments[key] = value
     try:
         return cls(**arguments)

@@ -18,8 +18,7 @@ def available_cores() -> int:
 def available_memory_bytes() -> int:
     """RAM a new allocation can count on: free memory of the host, or what the control group still allows."""
     available = psutil.virtual_memory().available
-    limit, used = _control_group_memory_bytes()
-    return min(available, max(limit - used, 0)) if limit < _UNLIMITED_BYTES else available
+    return min([available, *_control_group_rooms_bytes(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
 
 
 def peak_resident_bytes() -> int:
@@ -29,29 +28,33 @@ def peak_resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _control_group_memory_bytes() -> tuple[int, int]:
-    """(limit, used without page cache) of this process's control group, v2 or v1; no limit: (2^62, 0)."""
+def _control_group_rooms_bytes(membership: Path, mount: Path) -> list[int]:
+    """What each limited control group around this process still allows, page cache counted as free.
+
+    membership: /proc/self/cgroup. mount: where the hierarchies (v2, or v1's one a controller) are mounted. In a
+    container the mount is the container's own group, so a path that is not there is looked for at the root.
+    """
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = membership.read_text().splitlines()
     except OSError:
-        return 1 << 62, 0
+        return []
+    rooms = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        relative = path.lstrip("/")
         if controllers == "":
-            for root in ("/sys/fs/cgroup", "/sys/fs/cgroup/unified"):
-                found = _read_limit(Path(root) / relative, "memory.max", "memory.current", "file")
-                if found:
-                    return found
+            roots, names = (mount, mount / "unified"), ("memory.max", "memory.current", "file")
         elif "memory" in controllers.split(","):
-            root = Path("/sys/fs/cgroup/memory")
-            found = _read_limit(root / relative, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache")
-            if found:
-                return found
-    return 1 << 62, 0
+            roots, names = (mount / "memory",), ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache")
+        else:
+            continue
+        group = Path(path.lstrip("/"))
+        folders = [root / folder for root in roots for folder in (group, *group.parents)]
+        rooms += [room for folder in dict.fromkeys(folders) if (room := _room_bytes(folder, *names)) is not None]
+    return rooms
 
 
-def _read_limit(folder: Path, limit_file: str, usage_file: str, cache_key: str) -> tuple[int, int] | None:
+def _room_bytes(folder: Path, limit_file: str, usage_file: str, cache_key: str) -> int | None:
+    """Bytes a group may still take; None where it has no limit or is not there."""
     try:
         limit = (folder / limit_file).read_text().strip()
         used = int((folder / usage_file).read_text())
@@ -60,4 +63,4 @@ def _read_limit(folder: Path, limit_file: str, usage_file: str, cache_key: str) 
         return None
     if limit == "max" or int(limit) >= _UNLIMITED_BYTES:
         return None
-    return int(limit), max(used - int(statistics.get(cache_key, 0)), 0)
+    return max(int(limit) - max(used - int(statistics.get(cache_key, 0)), 0), 0)

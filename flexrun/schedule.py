@@ -241,16 +241,20 @@ class Scheduler:
             )
             self._release(attention, last)
             self._run_module(StepKind.MLP, layer, "mlp", tokens * work.mlp_flops_per_token)
-        self._run_module(StepKind.LOGITS, self.num_layers, "head", shape.logits_rows * work.logits_flops_per_row)
+        # The next pass overwrites the rows that the last layer's copies read, so the pass ends after them.
+        flops = shape.logits_rows * work.logits_flops_per_row
+        self._run_module(StepKind.LOGITS, self.num_layers, "head", flops, tuple(busy_buffers))
         self._load_ahead()
         return self._steps
 
-    def _run_module(self, kind: StepKind, layer: int, module: str, flops: int) -> None:
+    def _run_module(
+        self, kind: StepKind, layer: int, module: str, flops: int, waits: tuple[Dependency, ...] = ()
+    ) -> None:
         loaded = self._use(layer, module)
         step = self._emit(
             kind,
             self.compute_lane,
-            loaded.ready,
+            (*loaded.ready, *waits),
             layer=layer,
             unit=self._unit_index(layer, module),
             offset=self._offset(loaded),

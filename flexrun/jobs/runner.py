@@ -10,7 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, TextIO
 
@@ -170,18 +170,16 @@ class _Job:
 
     def _answer(self, build_llm, index, rows, recovered, journal, manifest) -> dict[str, Any] | None:
         """Everything that writes. Returns the engine's summary, None where no line needed it."""
-        if not len(rows):
-            journal.start(manifest)
-            self._write_refusals(index, recovered, journal)
-            return None
         started = time.perf_counter()
-        with closing(build_llm()) as llm:
+        with closing(build_llm()) if len(rows) else nullcontext() as llm:
             self.seconds["load"] = time.perf_counter() - started
             journal.start(manifest)
             self._write_refusals(index, recovered, journal)
+            if llm is None:
+                return None
             started = time.perf_counter()
             try:
-                self._stream(llm, index, rows, recovered, journal)
+                self._stream(llm, index, rows, journal)
             except FlexrunError:
                 if self.config.output_file != "-":
                     self._say(f"{self.answered:,} answers of this run are safe in {self.config.output_file}")
@@ -196,13 +194,13 @@ class _Job:
                 self.errors[error.code] += 1
                 journal.append(error_record(error, self.job_id))
 
-    def _stream(self, llm: Any, index: JobIndex, rows: np.ndarray, recovered: Recovered, journal: Journal) -> None:
-        expected_tokens = int((index.prompt_tokens[rows] + index.answer_tokens[rows]).sum())
+    def _stream(self, llm: Any, index: JobIndex, rows: np.ndarray, journal: Journal) -> None:
+        total_tokens = int((index.prompt_tokens[rows] + index.answer_tokens[rows]).sum())
         done_requests = len(index) - len(rows)
         stop = StopSignals(self._announce_stop)
         with (
             closing(
-                Progress(len(index), expected_tokens, done_requests=done_requests, enabled=self.config.progress)
+                Progress(len(index), total_tokens, done_requests=done_requests, enabled=self.config.progress)
             ) as bar,
             stop,
             closing(llm.generate_iter(self._requests(index, rows, stop))) as outputs,

@@ -55,7 +55,7 @@ def _as_fields(prompt: Prompt) -> dict:
             raise RequestError(f"prompt with keys {sorted(prompt)}", "use prompt or prompt_token_ids")
         ids = prompt.get("prompt_token_ids")
         return {"prompt": prompt.get("prompt"), "token_ids": None if ids is None else list(ids)}
-    if _is_ids(prompt):
+    if _is_ids(prompt) or prompt == []:  # no ids at all: the request's own error, not the call's
         return {"token_ids": list(prompt)}
     raise RequestError(f"cannot read a prompt of type {type(prompt).__name__}", "give text or a list of token ids")
 
@@ -71,10 +71,12 @@ class Intake:
         """Token ids of the prompt. Raises RequestError (or TokenizerError) for what cannot be encoded."""
         if request.token_ids is not None:
             ids = list(request.token_ids)
-            bad = next((token for token in ids if not 0 <= token < self._files.spec.vocab_size), None)
-            if bad is not None:
+            vocab_size = self._files.spec.vocab_size
+            whole = (int, numpy.integer)
+            bad = [token for token in ids if not isinstance(token, whole) or not 0 <= token < vocab_size][:1]
+            if bad:
                 raise RequestError(
-                    f"token id {bad} is outside the vocabulary of {self._files.spec.vocab_size}",
+                    f"token id {bad[0]!r} is outside the vocabulary of {self._files.spec.vocab_size}",
                     "encode the prompt with this model's tokenizer",
                     "token_out_of_vocabulary",
                 )

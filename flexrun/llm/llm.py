@@ -90,7 +90,8 @@ class LLM:
         self._packed: PackedWeights | None = None
         self._engine: Engine | None = None
         self._events: list = []
-        self._run_seconds = 0.0
+        self._generating = False
+        self._run_seconds = 0.0  # of the engine at hand
 
     # Generating ---------------------------------------------------------------------------------------
 
@@ -135,7 +136,7 @@ class LLM:
         """(token ids, longest total) of a request; (None, 0) where it will be refused."""
         try:
             ids = self._intake.encode(request)
-            return ids, len(ids) + self._intake.max_tokens(len(ids), request.params)
+            return ids, len(ids) + self._intake.max_tokens(len(ids), request.params or SamplingParams())
         except FlexrunError:
             return None, 0
 
@@ -144,8 +145,9 @@ class LLM:
         for request in requests:
             ids, total = self._encode(request)
             if ids:
-                prompt_tokens += [len(ids)] * request.params.n
-                max_tokens += [total - len(ids)] * request.params.n
+                choices = request.params.n if request.params else 1
+                prompt_tokens += [len(ids)] * choices
+                max_tokens += [total - len(ids)] * choices
         return Workload.of(prompt_tokens, max_tokens)
 
     def generate_iter(self, requests: Iterable[Request], workload: Workload | None = None) -> Iterator[RequestOutput]:
@@ -153,7 +155,10 @@ class LLM:
 
         workload: what the requests will ask for, to size the run by; without it each is taken to be as long as
         max_model_len allows. A bad request yields an output with ``error`` set.
+        Raises ConfigError while another iterator of this LLM is neither exhausted nor closed.
         """
+        if self._generating:
+            raise ConfigError("this LLM is already generating", "exhaust or close() the other iterator first")
         if isinstance(requests, list) and workload is None:
             workload = self._workload_of(requests)
         if workload is not None and not len(workload):
@@ -162,6 +167,7 @@ class LLM:
         refused: list[RequestOutput] = []
         name_of = self.tokenizer and (lambda token: self.tokenizer.decode([token], skip_special_tokens=False))
         start_seconds = time.perf_counter()
+        self._generating = True
         outputs = self._engine.run(self._groups(iter(requests), refused), name_of)
         try:
             for output in outputs:
@@ -169,6 +175,7 @@ class LLM:
                 yield output
             yield from self._drain(refused)
         finally:
+            self._generating = False
             outputs.close()
             self._run_seconds += time.perf_counter() - start_seconds
 
@@ -205,7 +212,7 @@ class LLM:
         engine = self._engine
         if engine is not None:
             serves = engine.kv.largest_sequence_tokens >= workload.longest_tokens and engine.kv_tokens >= kv_tokens
-            if serves:
+            if serves and not engine.failed:
                 return engine.policy
             self._retire_engine()
         on_device = self._gpu_budget > 0
@@ -268,6 +275,7 @@ class LLM:
             self._events += self._engine.events or []
             self._engine.close()
             self._engine = None
+            self._run_seconds = 0.0
 
     def summary(self) -> dict:
         """Totals of the engine at hand: tokens, seconds, phases, lanes, and the peak bytes of each tier."""

@@ -4,21 +4,27 @@
  * weighted sum of V. Everything is accumulated in float32.
  */
 
-#ifndef BLOCK_TOKENS
-#define BLOCK_TOKENS 64
-#endif
-#ifndef VT
-#define VT 8
-#endif
-#ifndef KA
-#define KA 0
-#endif
-#ifndef VA
-#define VA 0
-#endif
-#ifndef PF
-#define PF 2
-#endif
+#define BLOCK_TOKENS 32
+
+struct block {
+    const void *keys, *values;           /* at the block's first row and the KV head */
+    const void *next_keys, *next_values; /* at the next block's first row */
+    int64_t tokens, position;            /* position of the first token relative to the first query */
+    int64_t next_slice, next_rows;       /* (token, head) rows of the next block to prefetch: from, end */
+};
+
+/* Software prefetch of four (token, head) rows of the next block, in the order of memory: computing visits the heads of
+ * a token-major slab one after another, an order in which DRAM and hardware prefetchers are slow. */
+INLINE void prefetch_rows(const void *base, int64_t stride, int64_t head_stride, int64_t num_kv_heads,
+                          int64_t head_dim, int64_t first, int64_t end, int dtype) {
+    if (first >= end) return;
+    int64_t bytes = element_bytes(dtype), token = first / num_kv_heads, head = first % num_kv_heads;
+    for (int64_t row = first; row < first + 4 && row < end; row++) {
+        const char *start = (const char *)base + (token * stride + head * head_stride) * bytes;
+        for (int64_t offset = 0; offset < head_dim * bytes; offset += 64) __builtin_prefetch(start + offset, 0, 3);
+        if (++head == num_kv_heads) head = 0, token++;
+    }
+}
 
 #ifdef HAVE_BF16_DOT
 /* bfloat16 products, two a lane, of q as it lies in memory. */
@@ -71,17 +77,24 @@ INLINE void scores_float(const float *query, const void *keys, int64_t stride, i
         v_sum4(&scores[row][first], sum[row][0], sum[row][1], sum[row][2], sum[row][3]);
 }
 
-/* sum_values[row] = sum_values[row] * rescale[row] + sum over tokens of weight[row][token] * values[token]. */
-INLINE void weigh_columns(float *sum_values, const float *rescale, const void *values, int64_t stride, int64_t tokens,
-                          int64_t head_dim, float (*weight)[BLOCK_TOKENS], int rows, int vectors, int dtype) {
+/* sum_values[row] = sum_values[row] * rescale[row] + sum over tokens of weight[row][token] * values[token], for
+ * `vectors` vectors of columns from `column` on. */
+INLINE void weigh_columns(const struct attention *a, const struct block *block, float *sum_values, int64_t column,
+                          const float *rescale, float (*weight)[BLOCK_TOKENS], int rows, int vectors, int dtype) {
+    int64_t head_dim = a->head_dim, stride = a->value_stride;
+    int64_t prefetch_end = column ? 0 : block->next_rows;
+    sum_values += column;
     VEC sum[ROW_TILE][4];
     for (int row = 0; row < rows; row++)
         for (int vector = 0; vector < vectors; vector++)
             sum[row][vector] = v_mul(v_load(sum_values + row * head_dim + vector * LANES), v_set1(rescale[row]));
-    for (int64_t token = 0; token < tokens; token++) {
+    for (int64_t token = 0; token < block->tokens; token++) {
+        if (token % 4 == 0)
+            prefetch_rows(block->next_values, stride, a->value_head_stride, a->num_kv_heads, head_dim,
+                          block->next_slice + token, prefetch_end, dtype);
         VEC v[4];
         for (int vector = 0; vector < vectors; vector++)
-            v[vector] = v_load_any(values, token * stride + vector * LANES, dtype);
+            v[vector] = v_load_any(block->values, token * stride + column + vector * LANES, dtype);
         for (int row = 0; row < rows; row++) {
             VEC w = v_set1(weight[row][token]);
             for (int vector = 0; vector < vectors; vector++) sum[row][vector] = v_fma(w, v[vector], sum[row][vector]);
@@ -129,47 +142,40 @@ INLINE float soften(float *scores, int64_t tokens, int64_t low, int64_t high, fl
     return rescale;
 }
 
-/* The tile of query rows of one KV head against tokens [first, last] of the block. */
-struct tile {
-    const void *query_raw[ROW_TILE]; /* as in memory */
-    const float *query;              /* the same in float32, [rows][head_dim] */
-    int64_t state;                   /* index of its first row in the partial */
-};
-
-INLINE void prefetch_rows(const void *base, int64_t token, int tokens, int64_t stride, int64_t head_stride, int64_t kv_head, int64_t head_dim, int dtype) {
-    int64_t bytes = element_bytes(dtype), row_bytes = head_dim * bytes;
-    for (int64_t ahead = token; ahead < token + tokens; ahead++) {
-        const char *start = (const char *)base + (ahead * stride + kv_head * head_stride) * bytes;
-        for (int64_t offset = 0; offset < row_bytes; offset += 64) __builtin_prefetch(start + offset, 0, PF);
-    }
-}
-
-INLINE void score_tile(const struct attention *a, const struct tile *tile, const void *keys, int64_t token,
-                       int64_t last, float (*scores)[BLOCK_TOKENS], int rows, int dtype) {
+INLINE void attend_tile(const struct attention *a, const struct block *block, const void *const *query_raw,
+                        const float *query, int64_t first_row, const struct partial *partial, int64_t state, int rows,
+                        int dtype) {
+    int64_t head_dim = a->head_dim, tokens = block->tokens, group = a->num_heads / a->num_kv_heads;
+    float weight[ROW_TILE][BLOCK_TOKENS] __attribute__((aligned(64)));
+    float rescale[ROW_TILE];
+    for (int64_t token = 0; token < tokens; token += 4) {
+        prefetch_rows(block->next_keys, a->key_stride, a->key_head_stride, a->num_kv_heads, head_dim,
+                      block->next_slice + token, block->next_rows, dtype);
 #ifdef HAVE_BF16_DOT
-    if (dtype == BFLOAT16) {
-        scores_bf16(tile->query_raw, keys, a->key_stride, token, last, a->head_dim, scores + tile->state, rows);
-        return;
-    }
+        if (dtype == BFLOAT16) {
+            scores_bf16(query_raw, block->keys, a->key_stride, token, tokens - 1, head_dim, weight, rows);
+            continue;
+        }
 #endif
-    scores_float(tile->query, keys, a->key_stride, token, last, a->head_dim, scores + tile->state, rows, dtype);
-}
-
-INLINE void weigh_tile(const struct attention *a, int64_t state, const void *values, int64_t token, int64_t tokens,
-                       const struct partial *partial, float (*weight)[BLOCK_TOKENS], const float *rescale, int rows, int dtype) {
-    int64_t head_dim = a->head_dim;
+        (void)query_raw;
+        scores_float(query, block->keys, a->key_stride, token, tokens - 1, head_dim, weight, rows, dtype);
+    }
+    for (int row = 0; row < rows; row++) {
+        int64_t position = (first_row + row) / group - block->position; /* of the query, from the block's first token */
+        int64_t high = position + 1 < tokens ? position + 1 : tokens;
+        int64_t low = a->window ? position - a->window + 1 : 0;
+        rescale[row] = soften(weight[row], tokens, low, high, a->scale, a->softcap, partial->maximum + state + row,
+                              partial->sum + state + row);
+    }
     float *sum_values = partial->sum_values + state * head_dim;
-    const char *start = (const char *)values + token * a->value_stride * element_bytes(dtype);
     for (int64_t column = 0; column < head_dim;) {
-        const void *at = start + column * element_bytes(dtype);
         int64_t left = (head_dim - column) / LANES;
-#define WEIGH(vectors)                                                                                       \
-    weigh_columns(sum_values + column, rescale, at, a->value_stride, tokens, head_dim,                      \
-                  (float(*)[BLOCK_TOKENS])(weight[state] + token), rows, vectors, dtype),                   \
-        column += (vectors)*LANES
+#define WEIGH(vectors)                                                                        \
+    weigh_columns(a, block, sum_values, column, rescale, weight, rows, vectors, dtype), column += (vectors)*LANES
         if (left >= 4) WEIGH(4);
         else if (left >= 2) WEIGH(2);
         else WEIGH(1);
+#undef WEIGH
     }
 }
 
@@ -177,12 +183,7 @@ INLINE void attend_chunk_typed(const struct attention *a, const struct chunk *ch
                                float *workspace, int dtype) {
     int64_t group = a->num_heads / a->num_kv_heads, head_dim = a->head_dim, bytes = element_bytes(dtype);
     int64_t rows = group * chunk->query_len; /* of one KV head */
-    int64_t all_rows = rows * a->num_kv_heads;
-    float(*weight)[BLOCK_TOKENS] = (float(*)[BLOCK_TOKENS])(workspace + all_rows * head_dim);
-    float *rescale = workspace + all_rows * (head_dim + BLOCK_TOKENS);
-    float ones[ROW_TILE];
-    for (int t = 0; t < ROW_TILE; t++) ones[t] = 1.0f;
-    for (int64_t row = 0; row < all_rows; row++) {
+    for (int64_t row = 0; row < rows * a->num_kv_heads; row++) {
         partial->maximum[row] = -INFINITY;
         partial->sum[row] = 0.0f;
         int64_t head = row / rows * group + row % rows % group, token = chunk->query_row + row % rows / group;
@@ -193,50 +194,40 @@ INLINE void attend_chunk_typed(const struct attention *a, const struct chunk *ch
         }
     }
     for (int64_t start = 0; start < chunk->kv_len; start += BLOCK_TOKENS) {
-        int64_t tokens = chunk->kv_len - start < BLOCK_TOKENS ? chunk->kv_len - start : BLOCK_TOKENS;
-        const char *block_keys = (const char *)a->keys + (chunk->kv_row + start) * a->key_stride * bytes;
-        const char *block_values = (const char *)a->values + (chunk->kv_row + start) * a->value_stride * bytes;
-        for (int64_t token = 0; token < tokens; token += 4)
-            for (int64_t kv_head = 0; kv_head < a->num_kv_heads; kv_head++) {
-                const void *keys = block_keys + kv_head * a->key_head_stride * bytes;
-                if (KA) prefetch_rows(block_keys, token + KA, 4, a->key_stride, a->key_head_stride, kv_head, head_dim, dtype);
-                for (int64_t row = 0; row < rows;) {
-                    struct tile tile;
-                    tile.state = kv_head * rows + row;
-                    tile.query = workspace + tile.state * head_dim;
-                    for (int64_t t = 0; t < ROW_TILE && row + t < rows; t++) {
-                        int64_t qtoken = chunk->query_row + (row + t) / group;
-                        int64_t head = kv_head * group + (row + t) % group;
-                        tile.query_raw[t] =
-                            (const char *)a->query + (qtoken * a->query_stride + head * a->query_head_stride) * bytes;
-                    }
-#define SCORE(count) score_tile(a, &tile, keys, token, tokens - 1, weight, count, dtype), row += (count)
-                    if (rows - row >= ROW_TILE) SCORE(ROW_TILE);
-                    else if (rows - row >= 2) SCORE(2);
-                    else SCORE(1);
+        struct block block;
+        block.tokens = chunk->kv_len - start < BLOCK_TOKENS ? chunk->kv_len - start : BLOCK_TOKENS;
+        block.position = chunk->kv_position + start - chunk->query_position;
+        int64_t next_row = chunk->kv_row + start + BLOCK_TOKENS, next_tokens = chunk->kv_left - start - BLOCK_TOKENS;
+        if (next_tokens > BLOCK_TOKENS) next_tokens = BLOCK_TOKENS;
+        block.next_keys = (const char *)a->keys + next_row * a->key_stride * bytes;
+        block.next_values = (const char *)a->values + next_row * a->value_stride * bytes;
+        for (int64_t kv_head = 0; kv_head < a->num_kv_heads; kv_head++) {
+            int64_t kv_row = chunk->kv_row + start;
+            block.keys = (const char *)a->keys + (kv_row * a->key_stride + kv_head * a->key_head_stride) * bytes;
+            block.values =
+                (const char *)a->values + (kv_row * a->value_stride + kv_head * a->value_head_stride) * bytes;
+            for (int64_t row = 0; row < rows;) {
+                int64_t state = kv_head * rows + row;
+                const void *query_raw[ROW_TILE] = {0};
+                for (int64_t tile = 0; tile < ROW_TILE && row + tile < rows; tile++) {
+                    int64_t token = chunk->query_row + (row + tile) / group;
+                    int64_t head = kv_head * group + (row + tile) % group;
+                    query_raw[tile] =
+                        (const char *)a->query + (token * a->query_stride + head * a->query_head_stride) * bytes;
                 }
+                block.next_slice = kv_head * BLOCK_TOKENS;
+                block.next_rows = row == 0 ? next_tokens * a->num_kv_heads : 0;
+#define TILE(count)                                                                                             \
+    attend_tile(a, &block, query_raw, workspace + state * head_dim, row, partial, state, count, dtype), row += (count)
+                if (rows - row >= ROW_TILE) TILE(ROW_TILE);
+#if ROW_TILE > 3
+                else if (rows - row == 3) TILE(3);
+#endif
+                else if (rows - row == 2) TILE(2);
+                else TILE(1);
+#undef TILE
             }
-        for (int64_t row = 0; row < all_rows; row++) {
-            int64_t position = chunk->query_position + row % rows / group - chunk->kv_position - start;
-            int64_t high = position + 1 < tokens ? position + 1 : tokens;
-            int64_t low = a->window ? position - a->window + 1 : 0;
-            rescale[row] = soften(weight[row], tokens, low, high, a->scale, a->softcap, partial->maximum + row,
-                                  partial->sum + row);
         }
-        for (int64_t token = 0; token < tokens; token += VT)
-            for (int64_t kv_head = 0; kv_head < a->num_kv_heads; kv_head++) {
-                const void *values = block_values + kv_head * a->value_head_stride * bytes;
-                int64_t count = tokens - token < VT ? tokens - token : VT;
-                if (VA) prefetch_rows(block_values, token + VA, VT, a->value_stride, a->value_head_stride, kv_head, head_dim, dtype);
-                for (int64_t row = 0; row < rows;) {
-                    int64_t state = kv_head * rows + row;
-                    const float *factor = token ? ones : rescale + state;
-#define SUM(n) weigh_tile(a, state, values, token, count, partial, weight, factor, n, dtype), row += (n)
-                    if (rows - row >= ROW_TILE) SUM(ROW_TILE);
-                    else if (rows - row >= 2) SUM(2);
-                    else SUM(1);
-                }
-            }
     }
 }
 

@@ -92,7 +92,7 @@ static struct chunk chunk_at(const struct segment *s, int64_t index) {
     int64_t query_position = s->position + s->kv_len - s->query_len;
     struct chunk chunk = {s->query_row,     s->query_len, query_position,
                           s->kv_row + first, left < CHUNK_TOKENS ? left : CHUNK_TOKENS,
-                          s->position + first};
+                          s->position + first,   left};
     return chunk;
 }
 

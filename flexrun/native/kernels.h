@@ -28,6 +28,7 @@ struct chunk {
     int64_t query_position;        /* position in the sequence of the first of them */
     int64_t kv_row, kv_len;        /* rows of the slab */
     int64_t kv_position;           /* position in the sequence of the first of them */
+    int64_t kv_left;               /* rows of the segment from kv_row on: how far to prefetch */
 };
 
 /* Unnormalised softmax of num_heads * query_len rows, ordered [kv_head][query][head of the group]. */

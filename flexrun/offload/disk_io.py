@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,8 @@ class DirectFile:
     def __init__(self, path: Path, *, direct: bool = True):
         self.path = Path(path)
         self.direct = direct and hasattr(os, "O_DIRECT")
+        self._retired: list[int] = []  # descriptors that other threads may still be reading from
+        self._reopen_lock = threading.Lock()
         flags = os.O_RDONLY | os.O_CLOEXEC
         try:
             self._descriptor = os.open(path, flags | (os.O_DIRECT if self.direct else 0))
@@ -52,11 +55,11 @@ class DirectFile:
         done = 0
         while done < nbytes:
             window = (ctypes.c_char * (nbytes - done)).from_address(address + done)
+            descriptor = self._descriptor
             try:
-                count = os.preadv(self._descriptor, [window], offset + done)
+                count = os.preadv(descriptor, [window], offset + done)
             except OSError as error:
-                if self.direct and error.errno == errno.EINVAL:
-                    self._reopen_buffered()
+                if error.errno == errno.EINVAL and self._replaced_by_buffered(descriptor):
                     continue
                 raise ExecutionError(
                     f"{self.path}: read of {nbytes} bytes at {offset} failed: {error.strerror}", "check the disk"
@@ -70,12 +73,18 @@ class DirectFile:
         if not self.direct:  # keep the page cache from becoming a tier of its own
             os.posix_fadvise(self._descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
-    def _reopen_buffered(self) -> None:
-        os.close(self._descriptor)
-        self.direct = False
-        self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+    def _replaced_by_buffered(self, descriptor: int) -> bool:
+        """Fall back to buffered reads; True where ``descriptor`` is no longer the one in use."""
+        with self._reopen_lock:
+            if self.direct:
+                self._retired.append(self._descriptor)
+                self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+                self.direct = False
+            return descriptor != self._descriptor
 
     def close(self) -> None:
+        while self._retired:
+            os.close(self._retired.pop())
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1

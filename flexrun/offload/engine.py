@@ -131,6 +131,11 @@ class Engine:
             if sequence.append(token_id, chosen, top, name_of):
                 finished.append(sequence)
 
+    @property
+    def failed(self) -> bool:
+        """Whether a pass broke off: such an engine only closes."""
+        return self._executor.failed
+
     def lane_statistics(self) -> dict:
         return self._executor.lane_statistics()
 

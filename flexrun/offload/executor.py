@@ -57,7 +57,8 @@ class Executor:
         heads = (tokens, spec.num_heads, spec.head_dim)
         kv_heads = (tokens, spec.num_kv_heads, spec.head_dim)
         on_host = [place for place in kv.micro_batches if place.home is Tier.CPU] if device is not None else []
-        if any(place.attend_lane is Lane.CPU for place in on_host):
+        attends_on_host = any(place.attend_lane is Lane.CPU for place in on_host)
+        if attends_on_host:
             self._reserved.append((host, "offloaded_query", offloaded_query_bytes(spec, policy)))
         row_bytes = weights.embedding_rows.row_bytes if weights.embedding_rows else 0
         self._embedding_rows = host.allocate("embedding_rows", tokens * row_bytes) if row_bytes else None
@@ -68,6 +69,7 @@ class Executor:
         self._query, self._attended = torch.empty(heads, dtype=dtype), torch.empty(heads, dtype=dtype)
         if on_host:  # rows that a copy lane carries to the host KV while the compute lane goes on
             self._key, self._value = torch.empty(kv_heads, dtype=dtype), torch.empty(kv_heads, dtype=dtype)
+        if attends_on_host:
             self._host_query, self._host_attended = torch.empty(heads, dtype=dtype), torch.empty(heads, dtype=dtype)
 
         self.events: list[Event] | None = [] if trace else None
@@ -107,9 +109,21 @@ class Executor:
     def run(self, plan: PassPlan, consume: Callable[[int, Tensor], None]) -> None:
         """Run one pass. ``consume(start, logits)`` gets float32 [rows, vocab] for ``plan.sampled[start:]``.
 
-        Raises ExecutionError (or the lane's own error) where a lane failed; nothing is left half-written.
+        Raises ExecutionError (or the lane's own error) where a lane failed. An error or an interrupt in the middle
+        of a pass leaves the lanes with steps of that pass, so no further pass will run: see ``failed``.
         """
         self._progress.check()
+        try:
+            self._run(plan, consume)
+        except BaseException as error:
+            self._progress.fail(error)
+            raise
+
+    @property
+    def failed(self) -> bool:
+        return self._progress.failure is not None
+
+    def _run(self, plan: PassPlan, consume: Callable[[int, Tensor], None]) -> None:
         self._begin(plan, consume)
         compute = []
         for step in self._scheduler.pass_steps(plan.shape):

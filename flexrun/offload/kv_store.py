@@ -72,7 +72,7 @@ class KVStore:
         for micro_batch in micro_batches:
             memory = device if micro_batch.home is Tier.GPU else host
             slab_bytes = micro_batch.capacity_tokens * layer_bytes
-            buffer = memory.allocate("kv", slab_bytes * spec.num_layers)
+            buffer = memory.allocate("kv", slab_bytes * spec.num_layers, touch=True)
             self._buffers.append(buffer)
             self._slabs.append(
                 [self._view(buffer, layer * slab_bytes, micro_batch) for layer in range(spec.num_layers)]
@@ -81,7 +81,7 @@ class KVStore:
         staged = [mb for mb in micro_batches if mb.home is Tier.CPU and mb.attend_lane is Lane.GPU]
         if staged:
             slot_bytes = align_up(staged[0].capacity_tokens * layer_bytes)
-            buffer = device.allocate("kv_staging", KV_SLOTS * slot_bytes)
+            buffer = device.allocate("kv_staging", KV_SLOTS * slot_bytes, touch=True)
             self._buffers.append(buffer)
             self._staging = [self._view(buffer, slot * slot_bytes, staged[0]) for slot in range(KV_SLOTS)]
 

@@ -10,6 +10,7 @@ import torch
 from flexrun.core import PAGE_BYTES, Tier, align_up, format_bytes
 from flexrun.errors import BudgetError
 
+_MADV_POPULATE_WRITE = 23  # Linux 5.14; not yet named in the mmap module
 _FLAG = {Tier.GPU: "--gpu-memory", Tier.CPU: "--cpu-memory", Tier.DISK: "--disk-dir"}
 
 
@@ -63,6 +64,12 @@ class Buffer:
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self.data = torch.frombuffer(self._map, dtype=torch.uint8)
         if touch:
+            self._populate()
+
+    def _populate(self) -> None:
+        try:
+            self._map.madvise(_MADV_POPULATE_WRITE)
+        except OSError:  # a kernel before 5.14
             self.data[::PAGE_BYTES] = 0
 
     @classmethod

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -22,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from flexrun.core import DTYPES, PAGE_BYTES, align_up, format_bytes
-from flexrun.errors import BudgetError, CheckpointError
+from flexrun.errors import BudgetError, CheckpointError, UnsupportedError
 from flexrun.models.spec import ModelSpec, PackedTensor
 from flexrun.weights.checkpoint import CheckpointReader, check_tensors
 
@@ -97,7 +98,15 @@ def open_packed(
                 for source, shape in zip(tensor.sources, tensor.source_shapes)
             )
             check_tensors(reader, needed)
-            for stale in [*cache_dir.glob(f".{stem}-*.partial"), *cache_dir.glob(f"{stem}-????????????????")]:
+            unread = sorted(spec.unread_sources(names))
+            if unread:
+                raise UnsupportedError(
+                    f"{reader.path}: the checkpoint holds tensors this architecture does not use, such as {unread[0]} "
+                    f"({len(unread)} in all)",
+                    "config.json and weights do not belong together, or it is a variant that flexrun does not run",
+                )
+            like = glob.escape(stem)
+            for stale in [*cache_dir.glob(f".{like}-*.partial"), *cache_dir.glob(f"{like}-????????????????")]:
                 shutil.rmtree(stale, ignore_errors=True)
             _write(reader, spec, folder, key, progress)
             packed = _load(folder, key)

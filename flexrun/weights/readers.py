@@ -18,7 +18,7 @@ def open_checkpoint(path: str | Path) -> CheckpointReader:
     """Open a directory of safetensors files, a .gguf file, or a directory that holds one .gguf file.
 
     Headers are checked here, before any work. Raises CheckpointError naming the file (and tensor) at fault, and
-    UnsupportedError for a GGUF architecture or a quantised checkpoint that flexrun does not run.
+    UnsupportedError for a GGUF file with an architecture, setting or tensor that flexrun does not run.
     """
     path = Path(path)
     if not path.exists():

@@ -7,8 +7,9 @@ import torch
 import transformers
 
 from flexrun.errors import CheckpointError, UnsupportedError
+from flexrun.models.families import spec_from_config
 from flexrun.weights.gguf_config import llama3_frequency_divisors
-from flexrun.weights.readers import open_checkpoint
+from flexrun.weights.readers import check_tensors, open_checkpoint
 
 FAMILIES = {
     "llama": {"model_type": "llama", "head_dim": 10},
@@ -84,6 +85,19 @@ def test_a_gguf_file_gives_back_the_model_it_was_made_from(settings, make_model,
         expected, found = original(ids).logits, rebuilt(ids).logits
     assert expected.std() > 0.05  # a model that computes nothing would prove nothing
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", FAMILIES.values(), ids=FAMILIES)
+def test_the_decoder_needs_exactly_what_the_file_holds(settings, make_model, gguf_file):
+    with open_checkpoint(gguf_file(make_model(**settings))) as reader:
+        spec = spec_from_config(reader.config)
+        needed = {
+            spec.find_source(source, reader.names()) or source: shape
+            for tensor in spec.all_tensors()
+            for source, shape in zip(tensor.sources, tensor.source_shapes)
+        }
+        check_tensors(reader, needed.items())
+        assert set(needed) == reader.names()
 
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
