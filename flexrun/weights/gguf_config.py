@@ -129,10 +129,15 @@ def _sizes_from_tensors(source: _Source) -> None:
 
 
 def _rope_scaling(source: _Source) -> dict | None:
-    kind = source.get("rope.scaling.type", "none")
+    config, kind = source.config, source.get("rope.scaling.type", "none")
     factor = source.get("rope.scaling.factor", 0.0)
     if source.get("rope.scale_linear"):  # the older name
         kind, factor = "linear", source.get("rope.scale_linear")
+    stretched = source.settings.keys() & {"rope_factors_long.weight", "rope_factors_short.weight"}
+    if (stretched or kind == "longrope") and source.arch != "phi3":
+        raise source.refuse(f"rope scaling 'longrope' in a {source.arch} model does not run here")
+    if source.arch not in ("phi3", "gptneox") and source.get("rope.dimension_count", 0) not in (0, config["head_dim"]):
+        raise source.refuse(f"rotating only part of a head in a {source.arch} model does not run here")
     if "rope_freqs.weight" in source.settings:
         if kind != "none":
             raise source.refuse(f"rope_freqs.weight together with rope scaling {kind!r} does not run here")
@@ -254,6 +259,8 @@ def _finish_phi3(source: _Source) -> None:
     original = source.get("rope.scaling.original_context_length", config["max_position_embeddings"])
     config["original_max_position_embeddings"] = original
     if short is None and long is None:
+        if source.get("rope.scaling.type") == "longrope":
+            raise CheckpointError(f"{source.header.path}: tensor 'rope_factors_long.weight' is missing", DAMAGED)
         return
     if short is None or long is None or len(short) != len(long):
         raise CheckpointError(f"{source.header.path}: rope_factors_long and _short do not belong together", DAMAGED)

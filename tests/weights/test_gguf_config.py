@@ -169,6 +169,8 @@ def test_linear_scaling(llama, gguf_file):
     [
         (lambda writer: writer.add_expert_count(8), "expert_count"),
         (lambda writer: writer.add_clamp_kqv(3.0), "clamp_kqv"),
+        (lambda writer: writer.add_tensor("rope_factors_long.weight", numpy.ones(5, numpy.float32)), "longrope"),
+        (lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE), "longrope"),
         (lambda writer: writer.add_string("llama.rope.scaling.type", "spiral"), "spiral"),
         (lambda writer: writer.add_tensor("blk.0.attn_q.bias", numpy.ones(60, numpy.float32)), "attn_q"),
         (lambda writer: writer.add_tensor("blk.0.ffn_gate_exps.weight", numpy.ones((2, 4, 4), numpy.float32)), "exps"),
@@ -177,6 +179,25 @@ def test_linear_scaling(llama, gguf_file):
 def test_what_does_not_run_is_refused_by_name(extra, named, llama, gguf_file):
     with pytest.raises(UnsupportedError, match=named):
         open_checkpoint(gguf_file(llama, extra=extra))
+
+
+def test_a_partly_rotated_llama_is_refused(raw_gguf):
+    def build(writer):
+        for name, value in {
+            "block_count": 1,
+            "context_length": 64,
+            "embedding_length": 32,
+            "feed_forward_length": 32,
+            "head_count": 4,
+            "layer_norm_rms_eps": 1e-5,
+            "rope_dimension_count": 4,
+        }.items():
+            getattr(writer, f"add_{name}")(value)
+        for name in ("token_embd.weight", "blk.0.attn_output.weight"):
+            writer.add_tensor(name, numpy.ones((32, 32), numpy.float32))
+
+    with pytest.raises(UnsupportedError, match="part of a head"):
+        open_checkpoint(raw_gguf(build))
 
 
 def test_an_unknown_architecture_is_refused_by_name(raw_gguf):
