@@ -46,7 +46,16 @@ class PromptEncoder:
     def _tokenise(self, texts: dict[int, str], add_special_tokens: bool, results: list) -> None:
         if not texts:
             return
-        encoded = self.tokenizer.encode_batch(list(texts.values()), add_special_tokens=add_special_tokens)
+        try:
+            encoded = self.tokenizer.encode_batch(list(texts.values()), add_special_tokens=add_special_tokens)
+        except FlexrunError as error:
+            if len(texts) == 1:
+                (position,) = texts
+                results[position] = RequestError(error.message, error.hint, "tokenizer")
+                return
+            for position, text in texts.items():  # one bad text fails the batch: find it
+                self._tokenise({position: text}, add_special_tokens, results)
+            return
         for position, token_ids in zip(texts, encoded):
             results[position] = token_ids
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexrun.errors import ConfigError, ExecutionError
+from flexrun.errors import ConfigError, ExecutionError, TokenizerError
 from flexrun.jobs.encoder import PromptEncoder
 from flexrun.jobs.index import BATCH_LINES, first_equal, index_job
 from flexrun.jobs.source import open_source
@@ -104,6 +104,20 @@ def test_a_template_that_refuses_is_the_lines_error(index_of, model):
     index = index_of(lines_of({"messages": [{"role": "user", "content": "x"}]}, {"prompt": "x"}))
     assert index.lines.tolist() == [2]
     assert [error.code for error in index.errors()] == ["chat_template"]
+
+
+def test_a_text_the_tokenizer_cannot_take_fails_alone(index_of, model):
+    encode_batch = model.tokenizer.encode_batch
+
+    def picky(texts, add_special_tokens=True):
+        if "bad" in texts:
+            raise TokenizerError("cannot be tokenised")
+        return encode_batch(texts, add_special_tokens)
+
+    model.tokenizer.encode_batch = picky
+    index = index_of(lines_of({"prompt": "fine"}, {"prompt": "bad"}, {"prompt": "good"}))
+    assert index.lines.tolist() == [1, 3]
+    assert [(error.line, error.code) for error in index.errors()] == [(2, "tokenizer")]
 
 
 def test_longest_first_counts_prompt_and_answer(index_of):

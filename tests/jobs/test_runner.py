@@ -1,10 +1,12 @@
 """Whole jobs over a counting engine: answers, order, refill, resume, stopping."""
 
+import collections
 import io
 import json
 import os
 import signal
 import threading
+import tracemalloc
 
 import pytest
 
@@ -319,3 +321,29 @@ def test_sampled_logprobs_reach_the_record(run):
 def test_settings_that_cannot_work(settings, match):
     with pytest.raises(ConfigError, match=match):
         JobConfig(**{"input_file": "in", "output_file": "out", "model_name": "m", **settings})
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_requests(model, make_llm, tmp_path):
+    def peak_bytes(count):
+        for name in ("out.jsonl", "out.jsonl.manifest.json"):
+            (tmp_path / name).unlink(missing_ok=True)
+        llm = make_llm(slots=64)
+        llm.seen = collections.deque(maxlen=1)
+        with open(tmp_path / "in.jsonl", "w") as file:
+            for number in range(count):
+                file.write(json.dumps({"custom_id": f"id-{number}", "prompt": "a b c " * 5, "max_tokens": 1}) + "\n")
+        tracemalloc.start()
+        summary = run_job(
+            JobConfig(str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), "counting", progress=False),
+            lambda: model,
+            lambda: llm,
+            io.StringIO(),
+        )
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert summary["requests"]["answered"] == count
+        return peak
+
+    small, large = peak_bytes(4_000), peak_bytes(24_000)
+    assert large - small < 20_000 * 48 * 4  # only the index grows, and its copies while it is sorted
