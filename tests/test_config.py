@@ -1,0 +1,122 @@
+"""Policy and Placement: what they accept, what they refuse, and the JSON document."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flexrun.config import Placement, Policy
+from flexrun.errors import ConfigError, UnsupportedError
+
+
+@given(st.floats(0, 1), st.floats(0, 1))
+def test_fractions_that_sum_to_one_are_accepted(first, second):
+    low, high = sorted((first, second))
+    placement = Placement(low, high - low, 1 - high)
+    assert placement.gpu + placement.cpu + placement.disk == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("fractions", "complaint"),
+    [
+        ((0.5, 0.5, 0.5), "do not sum to 1"),
+        ((0.0, 0.0, 0.0), "do not sum to 1"),
+        ((-0.1, 1.1, 0.0), "gpu=-0.1 is outside"),
+        ((0.0, 1.5, -0.5), "cpu=1.5 is outside"),
+        ((float("nan"), 1.0, 0.0), "gpu=nan is outside"),
+    ],
+)
+def test_other_fractions_are_refused(fractions, complaint):
+    with pytest.raises(ConfigError, match=complaint):
+        Placement(*fractions)
+
+
+@pytest.mark.parametrize(
+    "name", ["sequences_in_flight", "tokens_per_pass", "attention_micro_batch", "token_micro_batch"]
+)
+@pytest.mark.parametrize("value", [0, -3, 2.0, "8", True, None])
+def test_counts_are_whole_and_positive(name, value):
+    with pytest.raises(ConfigError, match=name):
+        Policy(**{name: value})
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, True, None])
+def test_kv_tokens_are_whole(value):
+    with pytest.raises(ConfigError, match="kv_tokens"):
+        Policy(kv_tokens=value)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.01, float("nan")])
+def test_the_attention_share_is_a_fraction(share):
+    with pytest.raises(ConfigError, match="cpu_attention_share"):
+        Policy(cpu_attention_share=share)
+
+
+def test_kv_on_disk_is_refused_by_name():
+    with pytest.raises(UnsupportedError, match="KV cache on disk") as error:
+        Policy(kv=Placement(0.0, 0.5, 0.5))
+    assert "sequences_in_flight" in error.value.hint
+
+
+def test_a_policy_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Policy().tokens_per_pass = 3
+
+
+def test_the_document_round_trips(tmp_path):
+    policy = Policy(
+        sequences_in_flight=7,
+        tokens_per_pass=99,
+        attention_micro_batch=3,
+        token_micro_batch=11,
+        kv_tokens=1234,
+        weights=Placement(0.25, 0.25, 0.5),
+        kv=Placement(0.5, 0.5, 0.0),
+        cpu_attention_share=0.75,
+    )
+    path = tmp_path / "policy.json"
+    path.write_text(policy.to_json())
+    assert Policy.from_json(path) == policy
+    assert Policy.from_json(str(path)) == policy
+    path.write_text("{}")
+    assert Policy.from_json(path) == Policy()
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint", "hint"),
+    [
+        ("{", "is not JSON", None),
+        (b"\xff\xfe\x00", "is not JSON", None),
+        ("[1]", "expected an object, got list", None),
+        ('{"token_per_pass": 1}', "unknown key 'token_per_pass'", "did you mean 'tokens_per_pass'?"),
+        ('{"weights": {"gpus": 1}}', "weights: unknown key 'gpus'", "did you mean 'gpu'?"),
+        ('{"weights": {"gpu": 0.5}}', "do not sum to 1", "must add up to 1"),
+        ('{"weights": 0.5}', "weights: expected an object, got float", None),
+        ('{"kv": null}', "kv: expected an object, got NoneType", None),
+        ('{"weights": {"gpu": "half"}}', "weights: ", None),
+        ('{"sequences_in_flight": 0}', "sequences_in_flight=0", None),
+    ],
+)
+def test_a_bad_document_is_a_config_error(tmp_path, text, complaint, hint):
+    path = tmp_path / "policy.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError) as error:
+        Policy.from_json(path)
+    assert complaint in error.value.message
+    if hint is not None:
+        assert hint in error.value.hint
+
+
+def test_an_absent_document_is_a_config_error(tmp_path):
+    with pytest.raises(ConfigError, match="does not exist"):
+        Policy.from_json(tmp_path / "nothing.json")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        Policy.from_json(tmp_path)
+
+
+def test_the_document_is_plain_json():
+    assert json.loads(Policy().to_json())["weights"] == {"gpu": 0.0, "cpu": 1.0, "disk": 0.0}

@@ -1,0 +1,333 @@
+"""Every list of steps runs to its end on lanes that keep their order, and no byte is overwritten while it is needed.
+
+A small machine runs random schedules: lanes start their steps in order, in any interleaving; the disk lane has
+several steps under way at once, as its threads do; a pass is emitted when the compute of the last one is done.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, defaultdict, deque
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexrun.core import Lane, Tier
+from flexrun.errors import BudgetError
+from flexrun.schedule import MicroBatchShape, ModelWork, PassShape, Ring, Scheduler, Step, StepKind, WeightUnit
+
+WORK = ModelWork(2, 3, 5, 7, 11, 13, 17, 19, 23)
+DISK_STEPS_UNDER_WAY = 3
+HOST, DEVICE = "host ring", "device ring"
+COMPUTE_WITH_WEIGHTS = (StepKind.ATTENTION_INPUTS, StepKind.ATTENTION_OUTPUT, StepKind.MLP, StepKind.LOGITS)
+STREAMING = (StepKind.READ_WEIGHTS, StepKind.COPY_WEIGHTS)
+
+
+@dataclass
+class Load:
+    """A unit's bytes in a ring, and how many steps have yet to use them."""
+
+    start: int
+    end: int
+    users_left: int
+    written: bool = False
+
+
+class Machine:
+    """Runs steps in a random order that lanes and dependencies allow, and checks what each one touches."""
+
+    def __init__(self, scheduler: Scheduler, units: list[WeightUnit], rings: dict[str, int], chooser: random.Random):
+        self.scheduler, self.units, self.rings, self.chooser = scheduler, units, rings, chooser
+        self.compute_ring = DEVICE if scheduler.on_device else HOST
+        self.queues: dict[Lane, deque[Step]] = defaultdict(deque)
+        self.under_way: list[Step] = []
+        self.ended: dict[Lane, set[int]] = defaultdict(set)
+        self.done: Counter = Counter()  # finished prefix of each lane
+        self.emitted: Counter = Counter()
+        self.turns: dict[Step, int] = {}  # which of a unit's loads a step makes or uses: one a pass
+        self.started: Counter = Counter()
+        self.live: dict[str, dict[tuple[int, int], Load]] = {HOST: {}, DEVICE: {}}
+        self.slots: dict[int, Step] = {}
+
+    def run_pass(self, shape: PassShape) -> list[Step]:
+        pending = [step for step in self._unfinished() if step.kind not in STREAMING]
+        assert not pending, f"a pass begins, and replaces the rows that these still need: {pending}"
+        steps = self.scheduler.pass_steps(shape)
+        for step in steps:
+            assert step.order == self.emitted[step.lane], "orders count the steps of a lane"
+            for lane, order in step.depends_on:
+                assert order < self.emitted[lane], f"{step} depends on a step that is not emitted yet"
+            self.emitted[step.lane] += 1
+            self.queues[step.lane].append(step)
+        compute = self.scheduler.compute_lane
+        while self.done[compute] < self.emitted[compute]:
+            self._advance()
+        return steps
+
+    def drain(self) -> None:
+        while self._unfinished():
+            self._advance()
+
+    def _unfinished(self) -> list[Step]:
+        return [*self.under_way, *(step for queue in self.queues.values() for step in queue)]
+
+    def _advance(self) -> None:
+        heads = [queue[0] for queue in self.queues.values() if queue]
+        moves = [(self._start, step) for step in heads if self._may_start(step)]
+        moves += [(self._end, step) for step in self.under_way]
+        assert moves, f"deadlock before {heads}"
+        move, step = self.chooser.choice(moves)
+        move(step)
+
+    def _may_start(self, step: Step) -> bool:
+        limit = DISK_STEPS_UNDER_WAY if step.lane is Lane.DISK_READ else 1
+        free = sum(other.lane is step.lane for other in self.under_way) < limit
+        return free and all(self.done[lane] > order for lane, order in step.depends_on)
+
+    def _start(self, step: Step) -> None:
+        self.turns[step] = self.started[step.kind, step.unit] if step.kind in STREAMING else step.pass_index
+        self.started[step.kind, step.unit] += 1
+        self.queues[step.lane].popleft()
+        unit = self.units[step.unit]
+        moved_bytes = unit.disk_bytes + unit.host_bytes
+        if step.kind is StepKind.READ_WEIGHTS:
+            self._fill(HOST, step, unit.disk_bytes)
+        elif step.kind is StepKind.COPY_WEIGHTS:
+            if unit.disk_bytes:
+                self._check_there(HOST, step, step.source_offset, unit.disk_bytes)
+            self._fill(DEVICE, step, moved_bytes)
+        elif step.kind in COMPUTE_WITH_WEIGHTS and moved_bytes:
+            self._check_there(self.compute_ring, step, step.offset, moved_bytes)
+        elif step.kind is StepKind.LOAD_KV:
+            assert step.offset not in self.slots, "a staging slot is filled while it is in use"
+            self.slots[step.offset] = step
+            assert not [other for other in self._unfinished() if self._saves_for(other, step)]
+        elif step.kind is StepKind.ATTEND and self._load_of(step):
+            assert self._load_of(step) not in self.under_way, "KV is attended before it has arrived"
+        if step.kind is StepKind.ATTENTION_INPUTS:
+            late = [other for other in self._unfinished() if self._reads_rows_before(other, step)]
+            assert not late, f"{step} overwrites rows that {late} still needs"
+        self.under_way.append(step)
+
+    def _end(self, step: Step) -> None:
+        self.under_way.remove(step)
+        self.ended[step.lane].add(step.order)
+        while self.done[step.lane] in self.ended[step.lane]:
+            self.done[step.lane] += 1
+        key = self.turns[step], step.unit
+        if step.kind is StepKind.READ_WEIGHTS:
+            self.live[HOST][key].written = True
+        elif step.kind is StepKind.COPY_WEIGHTS:
+            self.live[DEVICE][key].written = True
+            if self.units[step.unit].disk_bytes:
+                self.live[HOST][key].users_left -= 1
+        elif step.kind in COMPUTE_WITH_WEIGHTS and key in self.live[self.compute_ring]:
+            self.live[self.compute_ring][key].users_left -= 1
+        elif step.kind is StepKind.ATTEND and self._load_of(step):
+            del self.slots[step.offset]
+
+    def _fill(self, ring: str, step: Step, nbytes: int) -> None:
+        start, end = step.offset, step.offset + nbytes
+        assert 0 <= start < end <= self.rings[ring]
+        for key, load in list(self.live[ring].items()):
+            if load.start < end and start < load.end:
+                assert not load.users_left, f"{step} overwrites {key} in the {ring}, which is still needed"
+                del self.live[ring][key]
+        by_copy = ring == HOST and self.scheduler.on_device
+        users = 1 if by_copy or self.units[step.unit].module != "attention" else 2
+        self.live[ring][self.turns[step], step.unit] = Load(start, end, users)
+
+    def _check_there(self, ring: str, step: Step, offset: int, nbytes: int) -> None:
+        load = self.live[ring].get((self.turns[step], step.unit))
+        assert load is not None, f"{step} uses a unit that was never loaded, or is overwritten already"
+        assert (load.start, load.end) == (offset, offset + nbytes), "a step looks at another place than was filled"
+        assert load.written, f"{step} starts before its weights have arrived"
+
+    def _load_of(self, attend: Step) -> Step | None:
+        load = self.slots.get(attend.offset)
+        same = load and (load.layer, load.micro_batch) == (attend.layer, attend.micro_batch)
+        return load if same and attend.lane is Lane.GPU else None
+
+    @staticmethod
+    def _saves_for(other: Step, load: Step) -> bool:
+        """Whether ``other`` writes the host rows that ``load`` is about to read."""
+        same = (other.layer, other.micro_batch) == (load.layer, load.micro_batch)
+        return other.kind is StepKind.SAVE_KV and same and other.pass_index < load.pass_index
+
+    @staticmethod
+    def _reads_rows_before(other: Step, inputs: Step) -> bool:
+        """Whether ``other`` reads the q, k, v rows of an earlier layer or pass, which ``inputs`` overwrites."""
+        reads = other.kind in (StepKind.SAVE_KV, StepKind.OFFLOAD_QUERY, StepKind.ATTEND)
+        return reads and (other.pass_index, other.layer) < (inputs.pass_index, inputs.layer)
+
+
+def make_units(layers: int, sizes: list[tuple[int, int]], on_device: bool) -> list[WeightUnit]:
+    keys = [(layer, module) for layer in range(layers) for module in ("attention", "mlp")] + [(layers, "head")]
+    return [
+        WeightUnit(index, layer, module, disk, host if on_device else 0)
+        for index, ((layer, module), (disk, host)) in enumerate(zip(keys, sizes, strict=True))
+    ]
+
+
+def stream_sizes(units: list[WeightUnit]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """((largest unit, largest layer) from disk, the same from disk and host)."""
+    sums: dict[int, list[int]] = defaultdict(lambda: [0, 0])
+    for unit in units:
+        sums[unit.layer][0] += unit.disk_bytes
+        sums[unit.layer][1] += unit.disk_bytes + unit.host_bytes
+    return (
+        (max(unit.disk_bytes for unit in units), max(disk for disk, _ in sums.values())),
+        (max(unit.disk_bytes + unit.host_bytes for unit in units), max(both for _, both in sums.values())),
+    )
+
+
+@st.composite
+def machines(draw, roomy: bool = False):
+    on_device = draw(st.booleans())
+    layers = draw(st.integers(1, 4))
+    size = st.one_of(st.just(0), st.integers(1, 9))
+    sizes = draw(st.lists(st.tuples(size, size), min_size=2 * layers + 1, max_size=2 * layers + 1))
+    units = make_units(layers, sizes, on_device)
+    rings = {}
+    for name, (unit_bytes, layer_bytes) in zip((HOST, DEVICE), stream_sizes(units)):
+        two_layers = 2 * layer_bytes + unit_bytes
+        rings[name] = two_layers if roomy else draw(st.integers(unit_bytes, max(unit_bytes, two_layers + 5)))
+    scheduler = Scheduler(
+        units,
+        WORK,
+        layers,
+        compute_lane=Lane.GPU if on_device else Lane.CPU,
+        host_ring_bytes=rings[HOST],
+        device_ring_bytes=rings[DEVICE] if on_device else 0,
+        read_embedding_rows=draw(st.booleans()),
+        kv_slots=draw(st.integers(1, 3)),
+    )
+    homes = [(Tier.GPU, Lane.GPU), (Tier.CPU, Lane.CPU), (Tier.CPU, Lane.GPU)] if on_device else [(Tier.CPU, Lane.CPU)]
+    places = draw(st.lists(st.sampled_from(homes), min_size=1, max_size=4))
+    shapes = []
+    passes = draw(st.integers(1, 5))
+    for index in range(passes):
+        present = draw(st.sets(st.integers(0, len(places) - 1), min_size=1))
+        micro_batches = tuple(
+            MicroBatchShape(number, tokens := draw(st.integers(1, 5)), tokens + 2, tokens * 3, *places[number])
+            for number in sorted(present)
+        )
+        tokens = sum(micro_batch.query_tokens for micro_batch in micro_batches)
+        more = index + 1 < passes and draw(st.booleans())
+        shapes.append(PassShape(index, tokens, 1, micro_batches, more))
+    return scheduler, units, rings, shapes, random.Random(draw(st.integers(0, 1 << 32)))
+
+
+@settings(deadline=None, derandomize=True, max_examples=250)
+@given(machines())
+def test_any_schedule_runs_to_its_end_and_never_overwrites_what_is_needed(drawn):
+    scheduler, units, rings, shapes, chooser = drawn
+    machine = Machine(scheduler, units, rings, chooser)
+    steps = [step for shape in shapes for step in machine.run_pass(shape)]
+    machine.drain()
+    reads = [step.unit for step in steps if step.kind is StepKind.READ_WEIGHTS]
+    assert reads == [unit.index for unit in units if unit.disk_bytes] * len(shapes), "each unit once a pass, in order"
+    copies = [step.unit for step in steps if step.kind is StepKind.COPY_WEIGHTS]
+    moved = [unit.index for unit in units if unit.disk_bytes + unit.host_bytes]
+    assert copies == (moved * len(shapes) if scheduler.on_device else [])
+    for step in steps:
+        if step.kind is StepKind.READ_WEIGHTS:
+            assert step.bytes == units[step.unit].disk_bytes
+    attends = Counter((step.pass_index, step.layer, step.micro_batch) for step in steps if step.kind is StepKind.ATTEND)
+    assert attends == Counter(
+        (shape.index, layer, micro_batch.index)
+        for shape in shapes
+        for layer in range(scheduler.num_layers)
+        for micro_batch in shape.micro_batches
+    )
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(machines())
+def test_nothing_is_read_ahead_of_a_pass_that_does_not_follow(drawn):
+    scheduler, units, _, shapes, _ = drawn
+    streamed = sum(unit.disk_bytes > 0 for unit in units)
+    reads = 0
+    for number, shape in enumerate(shapes):
+        reads += sum(step.kind is StepKind.READ_WEIGHTS for step in scheduler.pass_steps(shape))
+        if shape.more:
+            assert reads >= streamed * (number + 1)
+        else:
+            assert reads == streamed * (number + 1)
+
+
+@settings(deadline=None, derandomize=True, max_examples=120)
+@given(machines(roomy=True))
+def test_two_layers_are_in_flight_where_the_ring_has_room(drawn):
+    """Before a layer's first step, its weights and all of the next layer's are under way, also across passes."""
+    scheduler, units, _, shapes, _ = drawn
+    kind = StepKind.COPY_WEIGHTS if scheduler.on_device else StepKind.READ_WEIGHTS
+    moved = [unit for unit in units if unit.disk_bytes + unit.host_bytes and (scheduler.on_device or unit.disk_bytes)]
+    layers = scheduler.num_layers + 1  # the head counts as one
+    emitted = 0
+    for number, shape in enumerate(shapes):
+        for step in scheduler.pass_steps(shape):
+            emitted += step.kind is kind
+            if step.kind not in (StepKind.ATTENTION_INPUTS, StepKind.LOGITS):
+                continue
+            next_pass, next_layer = divmod(number * layers + step.layer + 1, layers)
+            if next_pass > number and not shape.more:
+                continue
+            needed = next_pass * len(moved) + sum(unit.layer <= next_layer for unit in moved)
+            assert emitted >= needed, f"at {step.kind} of layer {step.layer}, pass {number}"
+
+
+def test_weights_cross_the_pass_border():
+    units = make_units(3, [(4, 0)] * 7, False)
+    scheduler = Scheduler(units, WORK, 3, compute_lane=Lane.CPU, host_ring_bytes=20)
+    micro_batches = (MicroBatchShape(0, 1, 1, 1, Tier.CPU, Lane.CPU),)
+    steps = scheduler.pass_steps(PassShape(0, 1, 1, micro_batches, True))
+    reads = [step.unit for step in steps if step.kind is StepKind.READ_WEIGHTS]
+    assert reads[:7] == list(range(7))
+    assert reads[7:11] == [0, 1, 2, 3], "two layers of the next pass are read before this one ends"
+
+
+def test_flops_and_bytes_of_the_steps():
+    scheduler = Scheduler(make_units(1, [(0, 0)] * 3, False), WORK, 1, compute_lane=Lane.CPU, host_ring_bytes=0)
+    steps = scheduler.pass_steps(PassShape(0, 6, 2, (MicroBatchShape(0, 6, 9, 30, Tier.CPU, Lane.CPU),), False))
+    flops = {step.kind: step.flops for step in steps}
+    assert flops[StepKind.ATTENTION_INPUTS] == 6 * 2
+    assert flops[StepKind.ATTEND] == 30 * 3
+    assert flops[StepKind.ATTENTION_OUTPUT] == 6 * 5
+    assert flops[StepKind.MLP] == 6 * 7
+    assert flops[StepKind.LOGITS] == 2 * 11
+    assert next(step.bytes for step in steps if step.kind is StepKind.ATTEND) == 9 * 13
+
+
+@given(st.integers(1, 30), st.lists(st.integers(1, 30), max_size=40), st.randoms(use_true_random=False))
+def test_ring_regions_in_use_never_overlap(capacity, sizes, chooser):
+    """Regions are released in order, each at a random moment; what a new one overlaps must be waited for."""
+    ring = Ring(capacity)
+    held: deque[tuple[int, int, list]] = deque()  # not yet released
+    released: dict[int, tuple[int, int]] = {}  # consumer -> bytes it used, until somebody waits for it
+    consumer = 0
+    for size in (size for size in sizes if size <= capacity):
+        while True:
+            while held and chooser.random() < 0.4:
+                start, end, region = held.popleft()
+                Ring.release(region, (Lane.CPU, consumer))
+                released[consumer] = (start, end)
+                consumer += 1
+            taken = ring.take(size)
+            if taken is not None:
+                break
+            assert held, "an empty ring refuses what fits it"
+        offset, region, waits = taken
+        assert 0 <= offset <= capacity - size
+        for _, order in waits:
+            del released[order]
+        for start, end in [*((start, end) for start, end, _ in held), *released.values()]:
+            assert offset + size <= start or end <= offset
+        held.append((offset, offset + size, region))
+
+
+def test_a_unit_larger_than_the_ring_is_refused():
+    with pytest.raises(BudgetError, match="does not fit the streaming buffer of 8"):
+        Ring(8).take(9)
