@@ -10,16 +10,16 @@ struct block {
     const void *keys, *values;           /* at the block's first row and the KV head */
     const void *next_keys, *next_values; /* at the next block's first row */
     int64_t tokens, position;            /* position of the first token relative to the first query */
-    int64_t next_slice, next_rows;       /* (token, head) rows of the next block to prefetch: from, end */
+    int64_t next_slice;                  /* first (token, head) row of the next block to prefetch */
+    int prefetch;
 };
 
 /* Software prefetch of four (token, head) rows of the next block, in the order of memory: computing visits the heads of
  * a token-major slab one after another, an order in which DRAM and hardware prefetchers are slow. */
 INLINE void prefetch_rows(const void *base, int64_t stride, int64_t head_stride, int64_t num_kv_heads,
-                          int64_t head_dim, int64_t first, int64_t end, int dtype) {
-    if (first >= end) return;
+                          int64_t head_dim, int64_t first, int dtype) {
     int64_t bytes = element_bytes(dtype), token = first / num_kv_heads, head = first % num_kv_heads;
-    for (int64_t row = first; row < first + 4 && row < end; row++) {
+    for (int64_t row = first; row < first + 4; row++) {
         const char *start = (const char *)base + (token * stride + head * head_stride) * bytes;
         for (int64_t offset = 0; offset < head_dim * bytes; offset += 64) __builtin_prefetch(start + offset, 0, 3);
         if (++head == num_kv_heads) head = 0, token++;
@@ -82,16 +82,15 @@ INLINE void scores_float(const float *query, const void *keys, int64_t stride, i
 INLINE void weigh_columns(const struct attention *a, const struct block *block, float *sum_values, int64_t column,
                           const float *rescale, float (*weight)[BLOCK_TOKENS], int rows, int vectors, int dtype) {
     int64_t head_dim = a->head_dim, stride = a->value_stride;
-    int64_t prefetch_end = column ? 0 : block->next_rows;
     sum_values += column;
     VEC sum[ROW_TILE][4];
     for (int row = 0; row < rows; row++)
         for (int vector = 0; vector < vectors; vector++)
             sum[row][vector] = v_mul(v_load(sum_values + row * head_dim + vector * LANES), v_set1(rescale[row]));
     for (int64_t token = 0; token < block->tokens; token++) {
-        if (token % 4 == 0)
+        if (block->prefetch && !column && token % 4 == 0)
             prefetch_rows(block->next_values, stride, a->value_head_stride, a->num_kv_heads, head_dim,
-                          block->next_slice + token, prefetch_end, dtype);
+                          block->next_slice + token, dtype);
         VEC v[4];
         for (int vector = 0; vector < vectors; vector++)
             v[vector] = v_load_any(block->values, token * stride + column + vector * LANES, dtype);
@@ -149,8 +148,9 @@ INLINE void attend_tile(const struct attention *a, const struct block *block, co
     float weight[ROW_TILE][BLOCK_TOKENS] __attribute__((aligned(64)));
     float rescale[ROW_TILE];
     for (int64_t token = 0; token < tokens; token += 4) {
-        prefetch_rows(block->next_keys, a->key_stride, a->key_head_stride, a->num_kv_heads, head_dim,
-                      block->next_slice + token, block->next_rows, dtype);
+        if (block->prefetch)
+            prefetch_rows(block->next_keys, a->key_stride, a->key_head_stride, a->num_kv_heads, head_dim,
+                          block->next_slice + token, dtype);
 #ifdef HAVE_BF16_DOT
         if (dtype == BFLOAT16) {
             scores_bf16(query_raw, block->keys, a->key_stride, token, tokens - 1, head_dim, weight, rows);
@@ -197,8 +197,8 @@ INLINE void attend_chunk_typed(const struct attention *a, const struct chunk *ch
         struct block block;
         block.tokens = chunk->kv_len - start < BLOCK_TOKENS ? chunk->kv_len - start : BLOCK_TOKENS;
         block.position = chunk->kv_position + start - chunk->query_position;
-        int64_t next_row = chunk->kv_row + start + BLOCK_TOKENS, next_tokens = chunk->kv_left - start - BLOCK_TOKENS;
-        if (next_tokens > BLOCK_TOKENS) next_tokens = BLOCK_TOKENS;
+        int64_t next_row = chunk->kv_row + start + BLOCK_TOKENS, next_tokens = chunk->kv_len - start - BLOCK_TOKENS;
+        if (next_tokens <= 0) next_row = chunk->after_row, next_tokens = chunk->after_len;
         block.next_keys = (const char *)a->keys + next_row * a->key_stride * bytes;
         block.next_values = (const char *)a->values + next_row * a->value_stride * bytes;
         for (int64_t kv_head = 0; kv_head < a->num_kv_heads; kv_head++) {
@@ -216,7 +216,7 @@ INLINE void attend_chunk_typed(const struct attention *a, const struct chunk *ch
                         (const char *)a->query + (token * a->query_stride + head * a->query_head_stride) * bytes;
                 }
                 block.next_slice = kv_head * BLOCK_TOKENS;
-                block.next_rows = row == 0 ? next_tokens * a->num_kv_heads : 0;
+                block.prefetch = row == 0 && block.next_slice < next_tokens * a->num_kv_heads;
 #define TILE(count)                                                                                             \
     attend_tile(a, &block, query_raw, workspace + state * head_dim, row, partial, state, count, dtype), row += (count)
                 if (rows - row >= ROW_TILE) TILE(ROW_TILE);

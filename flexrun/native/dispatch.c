@@ -92,7 +92,8 @@ static struct chunk chunk_at(const struct segment *s, int64_t index) {
     int64_t query_position = s->position + s->kv_len - s->query_len;
     struct chunk chunk = {s->query_row,     s->query_len, query_position,
                           s->kv_row + first, left < CHUNK_TOKENS ? left : CHUNK_TOKENS,
-                          s->position + first,   left};
+                          s->position + first,
+                          s->kv_row + first + CHUNK_TOKENS, left - CHUNK_TOKENS};
     return chunk;
 }
 
@@ -122,6 +123,12 @@ struct item {
     float *partial;         /* of the chunk */
 };
 
+static struct chunk item_chunk(const struct attention *a, const int64_t *segments, int64_t count,
+                               const struct item *item) {
+    struct segment s = segment_at(a, segments, count, item->segment);
+    return chunk_at(&s, item->chunk < 0 ? 0 : item->chunk);
+}
+
 /* segments: int64[4][count] (query_start, query_len, kv_start, kv_len). Returns 0, or -1 where memory is short. */
 EXPORT int flexrun_attend(const struct attention *a, const int64_t *segments, int64_t count, int threads) {
     int64_t total_tokens = 0, longest_query = 0, head_dim = a->head_dim;
@@ -133,15 +140,16 @@ EXPORT int flexrun_attend(const struct attention *a, const int64_t *segments, in
     if (total_tokens * a->num_kv_heads * head_dim < SERIAL_ELEMENTS) threads = 1;
     /* splitting what is below a sixteenth of a thread's share would gain nothing */
     int64_t whole_tokens = threads == 1 ? INT64_MAX : total_tokens / threads / 16;
-    int64_t item_count = 0, split_rows = 0;
+    int64_t item_count = 0, split_rows = 0, whole = 0, chunked = 0;
     for (int64_t index = 0; index < count; index++) {
         struct segment s = segment_at(a, segments, count, index);
         int64_t chunks = s.kv_len > whole_tokens ? chunk_count(&s) : 1;
         item_count += chunks;
         if (chunks > 1) split_rows += chunks * s.query_len * a->num_heads;
+        else chunked++;
     }
     int64_t thread_rows = longest_query * a->num_heads;
-    int64_t thread_floats = thread_rows * (3 * head_dim + 4 + 65);
+    int64_t thread_floats = thread_rows * (3 * head_dim + 4);
     struct item *items = malloc((size_t)item_count * sizeof *items);
     float *memory = malloc((size_t)(split_rows * (head_dim + 2) + threads * thread_floats) * sizeof *memory);
     if (!items || !memory) {
@@ -150,14 +158,13 @@ EXPORT int flexrun_attend(const struct attention *a, const int64_t *segments, in
         return -1;
     }
     /* whole segments first, so that the small chunks even out the end */
-    int64_t whole = 0, chunked = item_count;
     float *next = memory + threads * thread_floats;
     for (int64_t index = 0; index < count; index++) {
         struct segment s = segment_at(a, segments, count, index);
         int64_t chunks = s.kv_len > whole_tokens ? chunk_count(&s) : 1;
         if (chunks == 1) items[whole++] = (struct item){index, -1, NULL};
         for (int64_t chunk = 0; chunks > 1 && chunk < chunks; chunk++) {
-            items[--chunked] = (struct item){index, chunk, next};
+            items[chunked++] = (struct item){index, chunk, next};
             next += s.query_len * a->num_heads * (head_dim + 2);
         }
     }
@@ -174,25 +181,28 @@ EXPORT int flexrun_attend(const struct attention *a, const int64_t *segments, in
         for (int64_t number = 0; number < item_count; number++) {
             struct item item = items[number];
             struct segment s = segment_at(a, segments, count, item.segment);
+            struct chunk after = {0};
+            if (number + threads < item_count) after = item_chunk(a, segments, count, &items[number + threads]);
             int64_t rows = s.query_len * a->num_heads;
             if (item.chunk >= 0) {
                 struct chunk chunk = chunk_at(&s, item.chunk);
+                chunk.after_row = after.kv_row, chunk.after_len = after.kv_len;
                 struct partial partial = partial_at(item.partial, rows, head_dim);
                 kernels->attend_chunk(a, &chunk, &partial, workspace);
                 continue;
             }
             struct partial result = partial_at(own, rows, head_dim);
             struct partial part = partial_at(own + rows * (head_dim + 2), rows, head_dim);
-            struct chunk chunk = chunk_at(&s, 0);
-            kernels->attend_chunk(a, &chunk, &result, workspace);
-            for (int64_t index = 1; index < chunk_count(&s); index++) {
+            struct chunk chunk;
+            for (int64_t index = 0; index < chunk_count(&s); index++) {
                 chunk = chunk_at(&s, index);
-                kernels->attend_chunk(a, &chunk, &part, workspace);
-                merge(&result, &part, rows, head_dim);
+                if (chunk.after_len <= 0) chunk.after_row = after.kv_row, chunk.after_len = after.kv_len;
+                kernels->attend_chunk(a, &chunk, index ? &part : &result, workspace);
+                if (index) merge(&result, &part, rows, head_dim);
             }
             kernels->finish_rows(a, &chunk, &result);
         }
-        /* chunks of one segment lie behind one another, the last one first: see how items was filled */
+        /* the chunks of a segment are consecutive items */
 #pragma omp for schedule(dynamic, 1)
         for (int64_t number = whole; number < item_count; number++) {
             struct item item = items[number];
@@ -201,7 +211,7 @@ EXPORT int flexrun_attend(const struct attention *a, const int64_t *segments, in
             int64_t rows = s.query_len * a->num_heads;
             struct partial result = partial_at(item.partial, rows, head_dim);
             for (int64_t index = 1; index < chunk_count(&s); index++) {
-                struct partial part = partial_at(items[number - index].partial, rows, head_dim);
+                struct partial part = partial_at(items[number + index].partial, rows, head_dim);
                 merge(&result, &part, rows, head_dim);
             }
             struct chunk chunk = chunk_at(&s, 0);

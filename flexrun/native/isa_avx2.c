@@ -8,11 +8,8 @@
 #include <stdint.h>
 
 #include "simd_avx2.h"
-
 #include "math.inc.h"
-
 #include "elementwise.inc.h"
-
 #include "attention.inc.h"
 
 const struct kernels kernels_avx2 = {"avx2", attend_chunk, finish_rows, rms_norm_row, gated_row, rope_head};

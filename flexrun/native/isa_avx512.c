@@ -8,11 +8,8 @@
 #include <stdint.h>
 
 #include "simd_avx512.h"
-
 #include "math.inc.h"
-
 #include "elementwise.inc.h"
-
 #include "attention.inc.h"
 
 const struct kernels kernels_avx512 = {"avx512", attend_chunk, finish_rows, rms_norm_row, gated_row, rope_head};

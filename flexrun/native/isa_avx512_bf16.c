@@ -9,11 +9,8 @@
 
 #define HAVE_BF16_DOT
 #include "simd_avx512.h"
-
 #include "math.inc.h"
-
 #include "elementwise.inc.h"
-
 #include "attention.inc.h"
 
 const struct kernels kernels_avx512_bf16 = {"avx512_bf16", attend_chunk, finish_rows, rms_norm_row, gated_row, rope_head};

@@ -2,11 +2,8 @@
 #include <stdint.h>
 
 #include "simd_portable.h"
-
 #include "math.inc.h"
-
 #include "elementwise.inc.h"
-
 #include "attention.inc.h"
 
 const struct kernels kernels_portable = {"portable", attend_chunk, finish_rows, rms_norm_row, gated_row, rope_head};

@@ -28,7 +28,7 @@ struct chunk {
     int64_t query_position;        /* position in the sequence of the first of them */
     int64_t kv_row, kv_len;        /* rows of the slab */
     int64_t kv_position;           /* position in the sequence of the first of them */
-    int64_t kv_left;               /* rows of the segment from kv_row on: how far to prefetch */
+    int64_t after_row, after_len;  /* rows to prefetch at the end: where the thread probably continues */
 };
 
 /* Unnormalised softmax of num_heads * query_len rows, ordered [kv_head][query][head of the group]. */

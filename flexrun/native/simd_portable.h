@@ -63,8 +63,11 @@ static inline uint16_t float_to_half(float value) {
     return sign | (uint16_t)((bits - 0x38000000) >> 13);
 }
 static inline VEC v_load_f16(const uint16_t *p) {
-    return (VEC){half_to_float(p[0]), half_to_float(p[1]), half_to_float(p[2]), half_to_float(p[3])};
+    HALVES h;
+    memcpy(&h, p, sizeof h);
+    return (VEC){half_to_float(h[0]), half_to_float(h[1]), half_to_float(h[2]), half_to_float(h[3])};
 }
 static inline void v_store_f16(uint16_t *p, VEC v) {
-    for (int lane = 0; lane < LANES; lane++) p[lane] = float_to_half(v[lane]);
+    HALVES h = {float_to_half(v[0]), float_to_half(v[1]), float_to_half(v[2]), float_to_half(v[3])};
+    memcpy(p, &h, sizeof h);
 }
