@@ -40,6 +40,7 @@ class Machine:
 
     def __init__(self, scheduler: Scheduler, units: list[WeightUnit], rings: dict[str, int], chooser: random.Random):
         self.scheduler, self.units, self.rings, self.chooser = scheduler, units, rings, chooser
+        self.pace = {lane: chooser.choice((1.0, 1.0, 0.001)) for lane in Lane}  # a slow lane brings races to light
         self.compute_ring = DEVICE if scheduler.on_device else HOST
         self.queues: dict[Lane, deque[Step]] = defaultdict(deque)
         self.under_way: list[Step] = []
@@ -78,7 +79,7 @@ class Machine:
         moves = [(self._start, step) for step in heads if self._may_start(step)]
         moves += [(self._end, step) for step in self.under_way]
         assert moves, f"deadlock before {heads}"
-        move, step = self.chooser.choice(moves)
+        ((move, step),) = self.chooser.choices(moves, [self.pace[step.lane] for _, step in moves])
         move(step)
 
     def _may_start(self, step: Step) -> bool:

@@ -16,6 +16,9 @@ from flexrun.weights.checkpoint import CheckpointReader
 from flexrun.weights.readers import open_checkpoint
 
 
+GGUF_DTYPE = "bfloat16"  # what quantised tensors are computed in; a GGUF file names no dtype of its own
+
+
 def default_cache_dir() -> Path:
     """$FLEXRUN_CACHE, or flexrun under the user's cache folder."""
     chosen = os.environ.get("FLEXRUN_CACHE")
@@ -56,6 +59,8 @@ def open_model(
     """
     path = resolve_model(str(model), Path(cache_dir) if cache_dir else default_cache_dir())
     reader = open_checkpoint(path)
+    if dtype == "auto" and not {"dtype", "torch_dtype"} & set(reader.config):
+        dtype = GGUF_DTYPE
     spec = spec_from_config(reader.config, dtype)
     try:
         words = Tokenizer.from_path(tokenizer or path, chat_template=chat_template)
