@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexrun import native
+
 ACTIVATIONS = {
     "silu": lambda x: F.silu(x),
     "gelu": lambda x: F.gelu(x),
@@ -56,6 +58,9 @@ def pack_matrix(weight: Tensor) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0, out: Tensor | None = None) -> Tensor:
     """``x / sqrt(mean(x^2) + eps) * (weight + offset)`` over the last dimension; ``out`` may be ``x``."""
+    result = torch.empty_like(x) if out is None else out
+    if native.rms_norm(x, weight, eps, offset, result):
+        return result
     wide = x.float()
     scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     result = wide * scale if wide is x else wide.mul_(scale)
@@ -87,6 +92,9 @@ def add_rms_norm(
     out: Tensor | None = None,
 ) -> Tensor:
     """``hidden += scale * branch`` in place, then the RMS norm of the sum as the result."""
+    result = torch.empty_like(hidden) if out is None else out
+    if native.rms_norm(hidden, weight, eps, offset, result, branch, scale):
+        return result
     return rms_norm(add(hidden, branch, scale), weight, eps, offset, out)
 
 
@@ -105,6 +113,9 @@ def add_layer_norm(
 
 def gated_activation(gate_up: Tensor, kind: str, out: Tensor | None = None) -> Tensor:
     """``act(gate) * up`` of gate_up [T, 2I], gate first -> [T, I]. May overwrite ``gate_up``."""
+    result = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2) if out is None else out
+    if native.gated_activation(gate_up, kind, result):
+        return result
     gate, up = gate_up.chunk(2, dim=-1)
     activated = ACTIVATIONS[kind](gate) if out is None else _ACTIVATIONS_INTO[kind](gate, out)
     return activated.mul_(up)
@@ -120,6 +131,8 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     cos, sin: float32 [T, half]; the first ``2 * half`` channels rotate and the rest pass. x may be strided.
     """
+    if native.apply_rope(x, cos, sin):
+        return x
     half = cos.shape[-1]
     first, second = x[..., :half], x[..., half : 2 * half]
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
