@@ -1,0 +1,46 @@
+"""Tiny checkpoints on disk and packed, made once a session, for every room that runs a whole model."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+from tiny_families import save_checkpoint
+
+from flexrun import placement
+from flexrun.models.families import spec_from_config
+from flexrun.weights.packed import open_packed
+from flexrun.weights.readers import open_checkpoint
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """checkpoint(family name) -> folder with config.json and model.safetensors."""
+    return cache(lambda name: save_checkpoint(name, tmp_path_factory.mktemp("checkpoint") / name))
+
+
+@pytest.fixture(scope="session")
+def packed_cache(tmp_path_factory):
+    """Folder of packed caches that the tests of a session share."""
+    return tmp_path_factory.mktemp("packed")
+
+
+@pytest.fixture(scope="session")
+def packed(checkpoint, packed_cache):
+    """packed(family name) -> (ModelSpec in float32, PackedWeights)."""
+
+    @cache
+    def pack(name: str):
+        with open_checkpoint(checkpoint(name)) as reader:
+            spec = spec_from_config(reader.config, "float32")
+            return spec, open_packed(reader, spec, packed_cache, name=name, progress=False)
+
+    return pack
+
+
+@pytest.fixture(scope="session")
+def matrices_move():
+    """Lets the matrices of a tiny model leave the compute tier, as those of a real one do; norms still stay."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(placement, "SMALL_TENSOR_BYTES", 1024)
+        yield
