@@ -38,9 +38,7 @@ def packed(checkpoint, packed_cache):
     return pack
 
 
-@pytest.fixture(scope="session")
-def matrices_move():
+@pytest.fixture
+def matrices_move(monkeypatch):
     """Lets the matrices of a tiny model leave the compute tier, as those of a real one do; norms still stay."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(placement, "SMALL_TENSOR_BYTES", 1024)
-        yield
+    monkeypatch.setattr(placement, "SMALL_TENSOR_BYTES", 1024)

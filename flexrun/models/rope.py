@@ -5,10 +5,10 @@ Llama 3.1's frequency bands, LongRoPE (arXiv 2402.13753); constants and rounding
 
 Two kinds depend on a length, which must not depend on what else is in a batch:
 
-* ``longrope``: the long factors when the run may reach past the original length, else the short ones: one choice
-  for the whole run, made from ``max_positions``. transformers starts with the short ones and, at the token that
-  crosses the original length, computes the sequence anew with the long ones. So it agrees in a run whose sequences
-  all stay within the original length, and for sequences whose prompts are longer than it.
+* ``longrope``: the long factors for a sequence that may reach past the original length (its prompt and all it may
+  generate), else the short ones: one choice for its whole life. transformers starts with the short ones and, at the
+  token that crosses the original length, computes the sequence anew with the long ones. So it agrees for sequences
+  that stay within the original length, and for those whose prompts are longer than it.
 * ``dynamic``: position p uses the frequencies of length ``max(p + 1, max_position_embeddings)``, which is what
   transformers does while it decodes. It agrees for every sequence whose prompt fits max_position_embeddings.
 """
@@ -38,16 +38,29 @@ class Rotary:
 
 @dataclass(frozen=True)
 class RopeTables:
-    """cos and sin by position, one pair a rope kind, each float32 [max_positions, half]."""
+    """cos and sin by position, one pair a rope kind, each float32 [max_positions, half].
+
+    long_after: for each kind 0, or the length past which a sequence uses a second set of rows (longrope). That set
+    stands behind the first, so the table is [2 * max_positions, half].
+    """
 
     cos: tuple[Tensor, ...] = ()
     sin: tuple[Tensor, ...] = ()
+    long_after: tuple[int, ...] = ()
 
-    def gather(self, positions: Tensor) -> Rotary:
-        """The rows of ``positions`` [T] int64, all kinds. Once a pass, not once a layer."""
+    def gather(self, positions: Tensor, lengths: Tensor | None = None) -> Rotary:
+        """The rows of ``positions`` [T] int64, all kinds. Once a pass, not once a layer.
+
+        lengths: int64 [T], the most tokens that each row's sequence may reach; None: all as long as the tables.
+        """
+        rows = []
+        for table, long_after in zip(self.cos, self.long_after):
+            behind = len(table) // 2
+            is_long = 1 if lengths is None else lengths > long_after
+            rows.append(positions + is_long * behind if long_after else positions)
         return Rotary(
-            tuple(table.index_select(0, positions) for table in self.cos),
-            tuple(table.index_select(0, positions) for table in self.sin),
+            tuple(table.index_select(0, row) for table, row in zip(self.cos, rows)),
+            tuple(table.index_select(0, row) for table, row in zip(self.sin, rows)),
         )
 
     @property
@@ -56,15 +69,17 @@ class RopeTables:
 
 
 def rope_tables(spec: ModelSpec, max_positions: int, device: torch.device | str = "cpu") -> RopeTables:
-    """Tables for positions 0 .. max_positions - 1; ``max_positions`` is the longest sequence of the whole run.
-
-    The same run must always pass the same ``max_positions`` (longrope chooses its factors by it).
-    """
+    """Tables for positions 0 .. max_positions - 1; ``max_positions`` is the longest sequence of the whole run."""
     pairs = [_table(rope, max_positions) for rope in spec.ropes]
     return RopeTables(
         tuple(cos.to(device) for cos, _ in pairs),
         tuple(sin.to(device) for _, sin in pairs),
+        tuple(rope.original_max_positions if _has_long_rows(rope, max_positions) else 0 for rope in spec.ropes),
     )
+
+
+def _has_long_rows(rope: RopeSpec, max_positions: int) -> bool:
+    return rope.kind == "longrope" and max_positions > rope.original_max_positions
 
 
 def _table(rope: RopeSpec, max_positions: int) -> tuple[Tensor, Tensor]:
@@ -72,7 +87,9 @@ def _table(rope: RopeSpec, max_positions: int) -> tuple[Tensor, Tensor]:
     if rope.kind == "dynamic":
         frequencies, scale = _dynamic(rope, max_positions), 1.0
     elif rope.kind == "longrope":
-        frequencies, scale = _longrope(rope, max_positions)
+        sets = (rope.short_factor, rope.long_factor) if _has_long_rows(rope, max_positions) else (rope.short_factor,)
+        frequencies = torch.cat([_longrope_frequencies(rope, each).expand(max_positions, -1) for each in sets])
+        positions, scale = positions.repeat(len(sets), 1), _longrope_scale(rope)
     else:
         frequencies, scale = _FREQUENCIES[rope.kind](rope)
     angles = positions * frequencies
@@ -140,15 +157,17 @@ def _yarn_dimension(rope: RopeSpec, rotations: float) -> float:
     return rope.rotary_dim * math.log(turns) / (2 * math.log(rope.theta))
 
 
-def _longrope(rope: RopeSpec, max_positions: int) -> tuple[Tensor, float]:
+def _longrope_frequencies(rope: RopeSpec, factors: tuple[float, ...]) -> Tensor:
+    return 1.0 / (torch.tensor(factors, dtype=torch.float32) * rope.theta ** _exponents(rope))
+
+
+def _longrope_scale(rope: RopeSpec) -> float:
     factor = rope.factor if rope.factor is not None else rope.max_positions / rope.original_max_positions
     attention_factor = rope.attention_factor
     if attention_factor is None:
         log_ratio = math.log(factor) / math.log(rope.original_max_positions) if factor > 1 else 0.0
         attention_factor = math.sqrt(1 + log_ratio)
-    chosen = rope.long_factor if max_positions > rope.original_max_positions else rope.short_factor
-    stretch = torch.tensor(chosen, dtype=torch.float32)
-    return 1.0 / (stretch * rope.theta ** _exponents(rope)), attention_factor
+    return attention_factor
 
 
 _FREQUENCIES = {"default": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn}

@@ -37,6 +37,7 @@ class PassPlan:
     shape: PassShape
     token_ids: numpy.ndarray  # int64 [T]
     positions: numpy.ndarray  # int64 [T]
+    lengths: numpy.ndarray  # int64 [T]: the most tokens that the row's sequence may reach
     micro_batches: tuple[MicroBatchRows, ...]
     sampled_rows: numpy.ndarray  # int64 [N]
     sampled: tuple[Sequence, ...]  # N sequences
@@ -117,7 +118,7 @@ class Batcher:
         parts.sort(key=lambda part: part[0].region.micro_batch)  # stable: decoding ones stay first
         total = sum(count for _, count in parts)
         token_ids = numpy.empty(total, dtype=numpy.int64)
-        positions = numpy.empty(total, dtype=numpy.int64)
+        positions, lengths = numpy.empty(total, dtype=numpy.int64), numpy.empty(total, dtype=numpy.int64)
         kv_rows = numpy.empty(total, dtype=numpy.int64)
         table = numpy.empty((len(parts), 4), dtype=numpy.int64)  # query_start, query_len, kv_start, kv_len
         sampled_rows, sampled = [], []
@@ -125,6 +126,7 @@ class Batcher:
         for number, (sequence, count) in enumerate(parts):
             cached, start = sequence.cached_tokens, sequence.region.start
             token_ids[row : row + count] = sequence.tokens(count)
+            lengths[row : row + count] = sequence.kv_tokens + 1
             if count == 1:
                 positions[row] = cached
                 kv_rows[row] = start + cached
@@ -160,6 +162,7 @@ class Batcher:
             shape,
             token_ids,
             positions,
+            lengths,
             tuple(micro_batches),
             numpy.array(sampled_rows, dtype=numpy.int64),
             tuple(sampled),

@@ -98,6 +98,18 @@ def test_longrope_chooses_once_by_the_longest_sequence_of_the_run(max_positions,
     check(tables, positions, oracle(module, positions))
 
 
+def test_longrope_chooses_for_each_sequence_by_its_own_length():
+    short, long = [1.0 + step / 50 for step in range(64)], [2.0 + step for step in range(64)]
+    sizes = {**SIZES, "max_position_embeddings": 32768, "original_max_position_embeddings": 4096}
+    keys = {"rope_scaling": {"type": "longrope", "short_factor": short, "long_factor": long}}
+    tables = rope_tables(spec_from_config({**sizes, **keys, "architectures": ["Phi3ForCausalLM"]}), 5000)
+    module = Phi3RotaryEmbedding(transformers.Phi3Config(**sizes, **keys))
+    mixed = tables.gather(torch.tensor([7, 7, 4000, 4999]), torch.tensor([4096, 4097, 4096, 5000]))
+    for row, (position, reaches) in enumerate([(7, 4095), (7, 4096), (4000, 4095), (4999, 4999)]):
+        cos, _ = oracle(module, [position, reaches])  # the oracle chooses by the last position it is given
+        torch.testing.assert_close(mixed.cos[0][row], cos[0], atol=2e-6, rtol=0)
+
+
 def test_rows_are_views():
     spec = spec_from_config({**SIZES, "architectures": ["LlamaForCausalLM"]})
     rotary = rope_tables(spec, 16).gather(torch.tensor([3, 9, 4, 15]))
