@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from flexrun.config import Policy
 from flexrun.core import DTYPES, PAGE_BYTES, Lane, Tier, align_up
 from flexrun.errors import BudgetError
+from flexrun.models.rope import rope_table_bytes
 from flexrun.models.spec import ModelSpec, PackedTensor
 from flexrun.schedule import WeightUnit
 
@@ -160,6 +161,11 @@ def kv_micro_batches(policy: Policy, kv_tokens: int, *, on_device: bool) -> tupl
     )
 
 
+def rotary_positions(micro_batches: tuple[KVMicroBatch, ...]) -> int:
+    """Positions a run needs rotary tables for: the longest sequence that the cache can hold, and its last token."""
+    return max(micro_batch.capacity_tokens for micro_batch in micro_batches) + 1
+
+
 @dataclass(frozen=True)
 class MemoryAccount:
     """Bytes a run holds on each tier, by kind; ``total(tier)`` is what the tier's budget must cover."""
@@ -234,6 +240,7 @@ def memory_account(
         Tier.DISK: {"weights": sum(align_up(placed.nbytes) for placed in placement.tensors)},
     }
     kinds[Tier.GPU if on_device else Tier.CPU]["workspace"] = workspace_bytes(spec, policy)
+    kinds[Tier.CPU]["rotary"] = align_up(rope_table_bytes(spec, rotary_positions(micro_batches)))
     if placement.embedding_on_disk:
         row_bytes = spec.embedding_tensors()[0].shape[1] * DTYPES[spec.dtype].itemsize
         kinds[Tier.CPU]["embedding_rows"] = align_up(policy.tokens_per_pass * row_bytes)

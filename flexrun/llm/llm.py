@@ -247,7 +247,6 @@ class LLM:
             placement,
             account,
             kv_tokens,
-            self.max_model_len,
             cpu_budget_bytes=cpu_budget,
             gpu_budget_bytes=self._gpu_budget,
             trace=self._trace_path is not None,

@@ -15,7 +15,6 @@ from flexrun.weights.catalog import resolve_model
 from flexrun.weights.checkpoint import CheckpointReader
 from flexrun.weights.readers import open_checkpoint
 
-
 GGUF_DTYPE = "bfloat16"  # what quantised tensors are computed in; a GGUF file names no dtype of its own
 
 

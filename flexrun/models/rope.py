@@ -63,10 +63,6 @@ class RopeTables:
             tuple(table.index_select(0, row) for table, row in zip(self.sin, rows)),
         )
 
-    @property
-    def bytes(self) -> int:
-        return sum(table.nbytes for table in (*self.cos, *self.sin))
-
 
 def rope_tables(spec: ModelSpec, max_positions: int, device: torch.device | str = "cpu") -> RopeTables:
     """Tables for positions 0 .. max_positions - 1; ``max_positions`` is the longest sequence of the whole run."""
@@ -76,6 +72,12 @@ def rope_tables(spec: ModelSpec, max_positions: int, device: torch.device | str 
         tuple(sin.to(device) for _, sin in pairs),
         tuple(rope.original_max_positions if _has_long_rows(rope, max_positions) else 0 for rope in spec.ropes),
     )
+
+
+def rope_table_bytes(spec: ModelSpec, max_positions: int) -> int:
+    """Bytes of ``rope_tables(spec, max_positions)``."""
+    rows = (max_positions * (2 if _has_long_rows(rope, max_positions) else 1) for rope in spec.ropes)
+    return sum(2 * 4 * count * -(-rope.rotary_dim // 2) for count, rope in zip(rows, spec.ropes))
 
 
 def _has_long_rows(rope: RopeSpec, max_positions: int) -> bool:

@@ -10,9 +10,9 @@ from functools import partial
 import torch
 
 from flexrun.config import Policy
-from flexrun.core import DTYPES, Event, Lane, Tier
+from flexrun.core import DTYPES, Event, Lane, Tier, align_up
 from flexrun.models.ops import can_pack, pack_matrix
-from flexrun.models.rope import rope_tables
+from flexrun.models.rope import rope_table_bytes, rope_tables
 from flexrun.models.spec import ModelSpec
 from flexrun.offload.batcher import Batcher, PassPlan
 from flexrun.offload.executor import Executor
@@ -21,7 +21,7 @@ from flexrun.offload.sequence import Group, Sequence
 from flexrun.offload.tiers import MemoryTier
 from flexrun.offload.weight_store import WeightStore
 from flexrun.outputs import RequestOutput
-from flexrun.placement import MemoryAccount, WeightPlacement, kv_micro_batches
+from flexrun.placement import MemoryAccount, WeightPlacement, kv_micro_batches, rotary_positions
 from flexrun.sampling import sample
 from flexrun.schedule import ModelWork, Scheduler
 from flexrun.weights.packed import PackedWeights
@@ -57,7 +57,6 @@ class Engine:
         placement: WeightPlacement,
         account: MemoryAccount,
         kv_tokens: int,
-        max_model_len: int,
         *,
         cpu_budget_bytes: int | None,
         gpu_budget_bytes: int = 0,
@@ -83,7 +82,9 @@ class Engine:
             device_ring_bytes=account.device_ring_bytes,
             read_embedding_rows=placement.embedding_on_disk,
         )
-        rope = rope_tables(spec, max_model_len)
+        positions = rotary_positions(self.kv.micro_batches)
+        host.reserve("rotary", align_up(rope_table_bytes(spec, positions)))
+        rope = rope_tables(spec, positions)
         self._executor = Executor(spec, policy, self._scheduler, self.weights, self.kv, rope, host, device, trace=trace)
         self._batcher = Batcher(policy, self.kv)
         self.totals = Totals()
