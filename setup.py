@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 version = re.search(r'^__version__ = "([^"]+)"', (HERE / "flexrun/__init__.py").read_text(), re.MULTILINE).group(1)
 readme = HERE / "README.md"
 
-compile_arguments = ["-std=gnu11", "-O3", "-fno-math-errno", "-fvisibility=hidden", "-Wall"]
+compile_arguments = ["-std=gnu11", "-O3", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-g0"]
 link_arguments = ["-lm"]
 if sys.platform == "linux":
     compile_arguments.append("-fopenmp")

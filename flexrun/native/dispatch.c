@@ -111,7 +111,8 @@ static void merge(const struct partial *into, const struct partial *from, int64_
         float keep = expf(old - highest), add = expf(new - highest);
         float *target = into->sum_values + row * head_dim;
         const float *source = from->sum_values + row * head_dim;
-        for (int64_t column = 0; column < head_dim; column++) target[column] = target[column] * keep + source[column] * add;
+        for (int64_t column = 0; column < head_dim; column++)
+            target[column] = target[column] * keep + source[column] * add;
         into->maximum[row] = highest;
         into->sum[row] = into->sum[row] * keep + from->sum[row] * add;
     }

@@ -1,6 +1,7 @@
 /* Row kernels between the matmuls: norms, gated activations, rotary positions. Any width. */
 
-INLINE void rms_norm_row_typed(const struct norm *norm, void *hidden, const void *branch, const void *weight, void *out, int dtype) {
+INLINE void rms_norm_row_typed(const struct norm *norm, void *hidden, const void *branch, const void *weight, void *out,
+                               int dtype) {
     int64_t width = norm->width;
     VEC squares = v_set1(0.0f), scale = v_set1(norm->branch_scale);
     for (int64_t column = 0; column < width; column += LANES) {

@@ -7,7 +7,7 @@
 enum dtype { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum activation { SILU = 0, GELU_TANH = 1 };
 
-/* KV rows of one partial result. Fixed, so that a sequence's result does not depend on threads or on other sequences. */
+/* KV rows of one partial result: fixed, so that a sequence's result depends on neither threads nor other sequences. */
 #define CHUNK_TOKENS 256
 
 /* One attention call. Strides are in elements; the last dimension of every tensor is contiguous. */

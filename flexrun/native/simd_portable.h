@@ -23,7 +23,9 @@ static inline VEC v_select_less(VEC a, VEC b, VEC x, VEC y) {
 }
 static inline VEC v_max(VEC a, VEC b) { return v_select_less(a, b, b, a); }
 static inline VEC v_min(VEC a, VEC b) { return v_select_less(b, a, b, a); }
-static inline VEC v_round(VEC a) { return (VEC){nearbyintf(a[0]), nearbyintf(a[1]), nearbyintf(a[2]), nearbyintf(a[3])}; }
+static inline VEC v_round(VEC a) {
+    return (VEC){nearbyintf(a[0]), nearbyintf(a[1]), nearbyintf(a[2]), nearbyintf(a[3])};
+}
 static inline VEC v_exponent(VEC n) { return (VEC)((__builtin_convertvector(n, IVEC) + 127) << 23); }
 static inline float v_sum(VEC a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 static inline float v_highest(VEC a) { return fmaxf(fmaxf(a[0], a[1]), fmaxf(a[2], a[3])); }
