@@ -24,14 +24,13 @@ SAMPLING_FLAGS = (
     "presence_penalty",
     "frequency_penalty",
 )
+MODEL_FLAGS = ("tokenizer", "dtype", "max_model_len", "cache_dir")
 ENGINE_FLAGS = (
-    "tokenizer",
-    "dtype",
+    "policy",
     "gpu_memory",
     "cpu_memory",
     "disk_dir",
     "cache_dir",
-    "max_model_len",
     "max_num_seqs",
     "seed",
     "trace",
@@ -102,6 +101,7 @@ def call(args: argparse.Namespace) -> int:
 
     if args.output_file == "-" and args.output_json == "-":
         raise ConfigError("-o - and --output-json - both want stdout", "send one of them to a file")
+    template = None if args.chat_template is None else _read(args.chat_template)
     given = {name: getattr(args, name) for name in SAMPLING_FLAGS}
     config = JobConfig(
         input_file=args.input_file,
@@ -109,7 +109,6 @@ def call(args: argparse.Namespace) -> int:
         model_name=args.model,
         sampling=SamplingParams(**given, stop=args.stop or (), stop_token_ids=args.stop_token_ids or ()),
         error_file=args.error_file,
-        chat_template=None if args.chat_template is None else _read(args.chat_template),
         order=args.order,
         limit=args.limit,
         strict=args.strict,
@@ -119,11 +118,21 @@ def call(args: argparse.Namespace) -> int:
         preserve_order=args.preserve_order,
         return_token_ids=args.return_token_ids,
         progress=args.progress,
-        identity={"dtype": args.dtype, "tokenizer": args.tokenizer, "seed": args.seed},
+        identity={
+            "dtype": args.dtype,
+            "tokenizer": args.tokenizer,
+            "chat_template": template,
+            "seed": args.seed,
+        },
     )
+    model = {name: getattr(args, name) for name in MODEL_FLAGS}
     engine = {name: getattr(args, name) for name in ENGINE_FLAGS}
-    policy = None if args.policy == "auto" else args.policy
-    summary = run_job(config, lambda: open_model(args.model), lambda: LLM(args.model, policy=policy, **engine))
+    progress = sys.stderr.isatty() if args.progress is None else args.progress
+    summary = run_job(
+        config,
+        lambda: open_model(args.model, chat_template=template, **model),
+        lambda files: LLM(files, progress=progress, **engine),
+    )
     print(f"\n{format_summary(summary)}", file=sys.stderr)
     if args.output_json is not None:
         _write(args.output_json, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")

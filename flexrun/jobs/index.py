@@ -1,6 +1,6 @@
 """Knows every line of a job by a few bytes each: validates the whole file in one pass, then finds any line again.
 
-A good line costs 48 bytes of memory however long its prompt is; the prompt itself is read again when its turn comes.
+A good line costs 56 bytes of memory however long its prompt is; the prompt itself is read again when its turn comes.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from flexrun.jobs.jsonl import (
 )
 from flexrun.jobs.source import MAX_LINE_BYTES, digest_rest, read_line_at, read_lines
 from flexrun.sampling import SamplingParams
+from flexrun.workload import Workload
 
 ORDERS = ("longest", "input")
 BATCH_LINES = 512
@@ -57,14 +58,16 @@ class LineError:
 class JobIndex:
     """The good lines of one file as rows of compact arrays. Made by ``index_job``.
 
-    lines: int64 [rows] 1-based line numbers. prompt_tokens, answer_tokens: int64 [rows], the latter the most tokens
-    the line may generate over its n choices. input_sha256: of the whole (unpacked) file. error_count: lines refused.
+    lines: int64 [rows], 1-based line numbers. prompt_tokens, choices, answer_tokens: int64 [rows], the last the most
+    tokens that one of the line's choices may generate. input_sha256: of the whole (unpacked) file.
+    error_count: lines refused.
     """
 
     def __init__(self, source: BinaryIO, encoder: PromptEncoder, defaults: SamplingParams):
         self._source, self._encoder, self._defaults = source, encoder, defaults
         self._offsets, self._lines = array("q"), array("q")
-        self._prompt_tokens, self._answer_tokens = array("q"), array("q")  # prompt_tokens is 0 for a refused line
+        self._prompt_tokens = array("q")  # 0 for a refused line
+        self._answer_tokens, self._choices = array("q"), array("q")
         self._digests = bytearray()
         self._errors = tempfile.SpooledTemporaryFile(_ERROR_SPOOL_BYTES, mode="w+", encoding="utf-8")  # noqa: SIM115
         self._unread_keys: dict[str, int] = {}  # first line of each
@@ -79,7 +82,16 @@ class JobIndex:
         rows = np.arange(len(self))
         if name == "input":
             return rows
-        return np.argsort(-(self.prompt_tokens + self.answer_tokens), kind="stable")
+        return np.argsort(-self.expected_tokens(rows), kind="stable")
+
+    def expected_tokens(self, rows: np.ndarray) -> np.ndarray:
+        """int64, the most tokens (prompt and all choices) of each of ``rows``."""
+        return self.prompt_tokens[rows] + self.choices[rows] * self.answer_tokens[rows]
+
+    def workload(self, rows: np.ndarray) -> Workload:
+        """What the engine sizes itself by to run ``rows``."""
+        choices = self.choices[rows]
+        return Workload(np.repeat(self.prompt_tokens[rows], choices), np.repeat(self.answer_tokens[rows], choices))
 
     def load(self, rows: Sequence[int]) -> list[tuple[PromptLine, list[int]]]:
         """Each row's line and its prompt's token ids, read again from the file.
@@ -127,11 +139,14 @@ class JobIndex:
             "leave the input file alone until the job is done; run it again from the start",
         )
 
-    def _add(self, offset: int, line: int, custom_id: str, prompt_tokens: int = 0, answer_tokens: int = 0) -> None:
+    def _add(
+        self, offset: int, line: int, custom_id: str, prompt_tokens: int = 0, answer_tokens: int = 0, choices: int = 0
+    ) -> None:
         self._offsets.append(offset)
         self._lines.append(line)
         self._prompt_tokens.append(prompt_tokens)
         self._answer_tokens.append(answer_tokens)
+        self._choices.append(choices)
         self._digests += _digest(custom_id)
 
     def _refuse(self, error: LineError) -> None:
@@ -147,9 +162,9 @@ class JobIndex:
         """After the pass: refuse the later of lines with equal ids, and keep only the good lines, as numpy arrays."""
         self.input_sha256 = input_sha256
         in_file_order = np.argsort(np.frombuffer(self._lines, dtype=np.int64))
-        lines, offsets, prompt_tokens, answer_tokens = (
-            np.frombuffer(column, dtype=np.int64)[in_file_order]
-            for column in (self._lines, self._offsets, self._prompt_tokens, self._answer_tokens)
+        columns = (self._lines, self._offsets, self._prompt_tokens, self._answer_tokens, self._choices)
+        lines, offsets, prompt_tokens, answer_tokens, choices = (
+            np.frombuffer(column, dtype=np.int64)[in_file_order] for column in columns
         )
         digests = np.frombuffer(self._digests, dtype=np.uint64).reshape(-1, 2)[in_file_order]
         first = first_equal(digests)
@@ -161,8 +176,8 @@ class JobIndex:
             self._refuse(LineError(line, custom_id, "duplicate_custom_id", message))
         good = (prompt_tokens > 0) & ~duplicate
         self.lines, self.offsets, self.digests = lines[good], offsets[good], digests[good]
-        self.prompt_tokens, self.answer_tokens = prompt_tokens[good], answer_tokens[good]
-        del self._offsets, self._lines, self._prompt_tokens, self._answer_tokens, self._digests
+        self.prompt_tokens, self.answer_tokens, self.choices = prompt_tokens[good], answer_tokens[good], choices[good]
+        del self._offsets, self._lines, self._prompt_tokens, self._answer_tokens, self._choices, self._digests
 
 
 def index_job(
@@ -216,8 +231,8 @@ def _add_batch(index: JobIndex, batch: list[tuple[int, PromptLine]]) -> None:
             index._refuse(LineError.of(prompt.line, prompt.custom_id, token_ids))
             continue
         room = encoder.max_model_len - len(token_ids)
-        answer_tokens = min(prompt.params.max_tokens or room, room) * prompt.params.n
-        index._add(offset, prompt.line, prompt.custom_id, len(token_ids), answer_tokens)
+        answer_tokens = min(prompt.params.max_tokens or room, room)
+        index._add(offset, prompt.line, prompt.custom_id, len(token_ids), answer_tokens, prompt.params.n)
 
 
 def first_equal(digests: np.ndarray) -> np.ndarray:

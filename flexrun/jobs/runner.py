@@ -38,7 +38,7 @@ class JobConfig:
     """What to run and where to write; the engine's own settings are in the two factories of ``run_job``.
 
     input_file, output_file: ``-`` is stdin, stdout. model_name: goes into the records and the manifest.
-    sampling: defaults; a line's own values win. chat_template: Jinja2 source in place of the model's own.
+    sampling: defaults; a line's own values win.
     identity: further settings that change answers (dtype, seed, ...); a resume must repeat them.
     progress: None is automatic. The rest are the flags of ``flexrun run`` of the same names.
     """
@@ -48,7 +48,6 @@ class JobConfig:
     model_name: str
     sampling: SamplingParams = field(default_factory=lambda: SamplingParams(temperature=0.0, max_tokens=128))
     error_file: str | None = None
-    chat_template: str | None = None
     order: str = "longest"
     limit: int | None = None
     strict: bool = False
@@ -74,13 +73,13 @@ class JobConfig:
 
 
 def run_job(
-    config: JobConfig, open_model: Callable[[], Any], build_llm: Callable[[], Any], log: TextIO | None = None
+    config: JobConfig, open_model: Callable[[], Any], build_llm: Callable[[Any], Any], log: TextIO | None = None
 ) -> dict[str, Any]:
     """Run one job and return its summary.
 
-    open_model: returns an object with tokenizer, spec.vocab_size and max_model_len, without loading weights.
-    build_llm: returns the engine (generate_iter, summary, close); called only once every line has been checked and
-    some are left to do.
+    open_model: returns the ModelFiles (of which tokenizer, spec.vocab_size and max_model_len are read), no weights.
+    build_llm: returns the LLM of these files (of which prepare, generate_iter, summary and close are called); called
+    only once every line has been checked and some are left to do.
 
     The summary: requests {total, answered, failed, answered_before, failed_before, left}, finish_reasons and errors
     as counts, prompt_tokens, generated_tokens, generated_tokens_per_second, total_tokens_per_second, the seconds of
@@ -107,22 +106,23 @@ class _Job:
         self.seconds = {"check": 0.0, "load": 0.0, "run": 0.0}
         self.all_sent = self.interrupted = False
 
-    def run(self, open_model: Callable[[], Any], build_llm: Callable[[], Any]) -> dict[str, Any]:
+    def run(self, open_model: Callable[[], Any], build_llm: Callable[[Any], Any]) -> dict[str, Any]:
         config = self.config
         started = time.perf_counter()
         journal = Journal(config.output_file, config.error_file, resume=config.resume, overwrite=config.overwrite)
-        with closing(journal):
-            model = open_model()
-            if config.chat_template is not None and model.tokenizer is not None:
-                model.tokenizer.chat_template = config.chat_template
-            with closing(open_source(config.input_file)) as source, closing(self._check(source, model)) as index:
-                manifest = self._manifest(index, model)
-                recovered = journal.recover(manifest, config.retry_errors)
-                rows = index.order(config.order)
-                rows = rows[~np.isin(index.lines[rows], recovered.lines)]
-                engine = self._answer(build_llm, index, rows, recovered, journal, manifest)
-                journal.finish(config.preserve_order and not self.interrupted)
-                return self._summary(index, rows, recovered, engine, time.perf_counter() - started)
+        with (
+            closing(journal),
+            closing(open_model()) as model,
+            closing(open_source(config.input_file)) as source,
+            closing(self._check(source, model)) as index,
+        ):
+            manifest = self._manifest(index, model)
+            recovered = journal.recover(manifest, config.retry_errors)
+            rows = index.order(config.order)
+            rows = rows[~np.isin(index.lines[rows], recovered.lines)]
+            engine = self._answer(lambda: build_llm(model), index, rows, recovered, journal, manifest)
+            journal.finish(config.preserve_order and not self.interrupted)
+            return self._summary(index, rows, recovered, engine, time.perf_counter() - started)
 
     def _check(self, source: BinaryIO, model: Any) -> JobIndex:
         """Validate the whole file and tell the user what was found."""
@@ -153,14 +153,12 @@ class _Job:
     def _manifest(self, index: JobIndex, model: Any) -> dict[str, Any]:
         """What decides the answers: a resume must agree on all of it."""
         config = self.config
-        template = config.chat_template
         manifest = {
             "format": 1,
             "flexrun_version": __version__,
             "model": config.model_name,
             "max_model_len": model.max_model_len,
             "input_sha256": index.input_sha256,
-            "chat_template_sha256": None if template is None else hashlib.sha256(template.encode()).hexdigest(),
             "return_token_ids": config.return_token_ids,
             "sampling": dataclasses.asdict(config.sampling),
             **config.identity,
@@ -172,6 +170,8 @@ class _Job:
         """Everything that writes. Returns the engine's summary, None where no line needed it."""
         started = time.perf_counter()
         with closing(build_llm()) if len(rows) else nullcontext() as llm:
+            if llm is not None:
+                llm.prepare(index.workload(rows))  # refuses what does not fit while nothing is written yet
             self.seconds["load"] = time.perf_counter() - started
             journal.start(manifest)
             self._write_refusals(index, recovered, journal)
@@ -195,7 +195,7 @@ class _Job:
                 journal.append(error_record(error, self.job_id))
 
     def _stream(self, llm: Any, index: JobIndex, rows: np.ndarray, journal: Journal) -> None:
-        total_tokens = int((index.prompt_tokens[rows] + index.answer_tokens[rows]).sum())
+        total_tokens = int(index.expected_tokens(rows).sum())
         done_requests = len(index) - len(rows)
         stop = StopSignals(self._announce_stop)
         with (
@@ -203,7 +203,7 @@ class _Job:
                 Progress(len(index), total_tokens, done_requests=done_requests, enabled=self.config.progress)
             ) as bar,
             stop,
-            closing(llm.generate_iter(self._requests(index, rows, stop))) as outputs,
+            closing(llm.generate_iter(self._requests(index, rows, stop), index.workload(rows))) as outputs,
         ):
             try:
                 for output in outputs:
@@ -220,11 +220,11 @@ class _Job:
     def _requests(self, index: JobIndex, rows: np.ndarray, stop: StopSignals) -> Iterator[Request]:
         for start in range(0, len(rows), LOAD_ROWS):
             chunk = rows[start : start + LOAD_ROWS]
-            for row, (prompt, token_ids) in zip(chunk, index.load(chunk)):
+            for (prompt, token_ids), expected_tokens in zip(index.load(chunk), index.expected_tokens(chunk)):
                 if stop.requested:
                     # The engine asks for more once it has handed out what is finished: the moment to stop.
                     raise _Stopped
-                self.in_flight[prompt.custom_id] = prompt, int(index.prompt_tokens[row] + index.answer_tokens[row])
+                self.in_flight[prompt.custom_id] = prompt, int(expected_tokens)
                 yield Request(prompt.custom_id, token_ids, prompt.prompt, prompt.messages, prompt.params)
         self.all_sent = True
 

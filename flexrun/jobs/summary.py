@@ -42,11 +42,12 @@ def _counts(counts: Mapping[str, int]) -> str:
 
 
 def _engine_lines(engine: Mapping[str, Any]) -> list[tuple[str, str]]:
-    lines = []
-    for phase in ("prefill", "decode"):
-        if f"{phase}_seconds" in engine:
-            lines.append((phase, f"{engine[f'{phase}_seconds']:,.1f} s"))
-    if engine.get("peak_bytes"):
-        tiers = (f"{tier} {format_bytes(count)}" for tier, count in engine["peak_bytes"].items())
-        lines.append(("peak memory", ", ".join(tiers)))
-    return lines
+    """The lines of ``LLM.summary()``."""
+    if not engine:
+        return []
+    peaks = [f"{tier} {format_bytes(account['peak_bytes'])}" for tier, account in engine["tiers"].items()]
+    return [
+        ("prefill", f"{engine['prompt_tokens']:,} tokens in {engine['prefill_seconds']:,.1f} s"),
+        ("decode", f"{engine['generated_tokens']:,} tokens in {engine['decode_seconds']:,.1f} s"),
+        ("peak memory", f"{', '.join(peaks)}; whole process {format_bytes(engine['process_peak_bytes'])}"),
+    ]

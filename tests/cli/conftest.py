@@ -22,10 +22,13 @@ class EchoLLM:
     built = None  # the arguments of the last one
     on_request = None
 
-    def __init__(self, model, **settings):
-        EchoLLM.built = {"model": model, **settings}
+    def __init__(self, files, **settings):
+        EchoLLM.built = {**files.opened, **settings}
 
-    def generate_iter(self, requests):
+    def prepare(self, workload):
+        self.sequences = len(workload)
+
+    def generate_iter(self, requests, workload):
         for request in requests:
             if EchoLLM.on_request is not None:
                 EchoLLM.on_request(request)
@@ -34,7 +37,14 @@ class EchoLLM:
             yield RequestOutput(request.request_id, request.prompt, request.token_ids, [completion])
 
     def summary(self):
-        return {"prefill_seconds": 0.5, "decode_seconds": 1.5, "peak_bytes": {"cpu": 1 << 20}}
+        return {
+            "prompt_tokens": 4,
+            "generated_tokens": 2,
+            "prefill_seconds": 0.5,
+            "decode_seconds": 1.5,
+            "tiers": {"cpu": {"peak_bytes": 1 << 20}},
+            "process_peak_bytes": 1 << 21,
+        }
 
     def close(self):
         pass
@@ -45,7 +55,11 @@ def engine(monkeypatch):
     module = ModuleType("flexrun.llm")
     module.LLM = EchoLLM
     module.open_model = lambda model, **settings: SimpleNamespace(
-        tokenizer=Tokenizer(), spec=SimpleNamespace(vocab_size=100), max_model_len=50
+        tokenizer=Tokenizer(),
+        spec=SimpleNamespace(vocab_size=100),
+        max_model_len=50,
+        close=lambda: None,
+        opened={"model": model, **settings},
     )
     monkeypatch.setitem(sys.modules, "flexrun.llm", module)
     monkeypatch.setattr(EchoLLM, "built", None)

@@ -37,7 +37,7 @@ def test_stdout_carries_records_alone(flexrun):
 def test_output_json_is_one_object(flexrun, files):
     _, out, _ = flexrun("--output-json", "-")
     summary = json.loads(out)
-    assert summary["requests"]["answered"] == 2 and summary["engine"]["peak_bytes"] == {"cpu": 1 << 20}
+    assert summary["requests"]["answered"] == 2 and summary["engine"]["process_peak_bytes"] == 1 << 21
     target = files.folder / "summary.json"
     flexrun("--overwrite", "--output-json", str(target))
     assert json.loads(target.read_text())["generated_tokens"] == 2
@@ -54,6 +54,7 @@ def test_flags_reach_the_engine(flexrun, engine):
         "model": "echo",
         "policy": "p.json",
         "tokenizer": "tok",
+        "chat_template": None,
         "dtype": "float32",
         "gpu_memory": "1GiB",
         "cpu_memory": "2GiB",
@@ -65,6 +66,7 @@ def test_flags_reach_the_engine(flexrun, engine):
         "trace": "t.json",
         "device": "cpu",
         "threads": 2,
+        "progress": False,
     }
 
 
@@ -87,7 +89,7 @@ def test_the_default_is_greedy_and_short(flexrun, engine):
     seen = []
     engine.on_request = staticmethod(seen.append)
     flexrun()
-    assert (seen[0].params.temperature, seen[0].params.max_tokens, engine.built["policy"]) == (0.0, 128, None)
+    assert (seen[0].params.temperature, seen[0].params.max_tokens, engine.built["policy"]) == (0.0, 128, "auto")
 
 
 def test_some_failures_exit_with_one(flexrun, files):
@@ -161,14 +163,14 @@ def test_interrupt_before_any_answer(flexrun, engine):
     assert code == 130 and "2 left" in err
 
 
-def test_chat_template_is_read_from_the_file(flexrun, files, monkeypatch):
+def test_chat_template_is_read_from_the_file_and_part_of_the_job(flexrun, files, engine):
     template = files.folder / "chat.jinja"
     template.write_text("{{ messages }}")
-    seen = []
-    monkeypatch.setattr("flexrun.jobs.runner.run_job", lambda config, *rest: seen.append(config) or {}["stop"])
-    with pytest.raises(KeyError):
-        flexrun("--chat-template", str(template))
-    assert seen[0].chat_template == "{{ messages }}"
+    flexrun("--chat-template", str(template))
+    assert engine.built["chat_template"] == "{{ messages }}"
+    template.write_text("{{ other }}")
+    code, _, err = flexrun("--chat-template", str(template), "--resume")
+    assert code == 2 and "chat_template" in err
 
 
 @pytest.mark.parametrize("no_color, coloured", [("", True), ("1", False)])

@@ -39,7 +39,11 @@ class CountingLLM:
         self.seen, self.most_in_flight, self.closed = [], 0, False
         self.generated = 0
 
-    def generate_iter(self, requests):
+    def prepare(self, workload):
+        self.prepared_for = workload
+
+    def generate_iter(self, requests, workload):
+        assert (workload.prompt_tokens == self.prepared_for.prompt_tokens).all()
         requests = iter(requests)
         running = {}
         while True:
@@ -82,7 +86,7 @@ class CountingLLM:
         return RequestOutput(request.request_id, request.prompt, request.token_ids, choices)
 
     def summary(self):
-        return {"generated_tokens": self.generated, "peak_bytes": {"cpu": 2048}}
+        return {"generated_tokens": self.generated}
 
     def close(self):
         self.closed = True
@@ -91,7 +95,10 @@ class CountingLLM:
 @pytest.fixture
 def model():
     return SimpleNamespace(
-        tokenizer=WordTokenizer(), spec=SimpleNamespace(vocab_size=VOCAB_SIZE), max_model_len=MAX_MODEL_LEN
+        tokenizer=WordTokenizer(),
+        spec=SimpleNamespace(vocab_size=VOCAB_SIZE),
+        max_model_len=MAX_MODEL_LEN,
+        close=lambda: None,
     )
 
 
@@ -116,7 +123,7 @@ def run(tmp_path, model):
             "progress": False,
             **settings,
         }
-        summary = run_job(JobConfig(**settings), lambda: model, lambda: llm or CountingLLM())
+        summary = run_job(JobConfig(**settings), lambda: model, lambda files: llm or CountingLLM())
         output = tmp_path / "out.jsonl"
         return summary, read_jsonl(output) if output.exists() else []
 

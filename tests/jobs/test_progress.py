@@ -74,7 +74,14 @@ def test_summary_for_people():
             "run_seconds": 100.0,
             "job_seconds": 103.5,
             "output_file": "out.jsonl",
-            "engine": {"prefill_seconds": 40.0, "decode_seconds": 60.0, "peak_bytes": {"cpu": 1 << 30}},
+            "engine": {
+                "prompt_tokens": 3000,
+                "generated_tokens": 2000,
+                "prefill_seconds": 40.0,
+                "decode_seconds": 60.0,
+                "tiers": {"cpu": {"peak_bytes": 1 << 30}},
+                "process_peak_bytes": 3 << 30,
+            },
         }
     )
     for part in (
@@ -82,8 +89,9 @@ def test_summary_for_people():
         "stop 900, length 100",
         "invalid_json 50",
         "2,000 generated (20.0/s), 5,000 with prompts (50.0/s)",
-        "prefill",
-        "cpu 1.0 GiB",
+        "3,000 tokens in 40.0 s",
+        "2,000 tokens in 60.0 s",
+        "cpu 1.0 GiB; whole process 3.0 GiB",
         "103.5 s",
     ):
         assert part in text

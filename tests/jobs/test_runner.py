@@ -58,7 +58,7 @@ def test_every_line_is_answered_once_whatever_its_shape(run):
         "left": 0,
     }
     assert summary["errors"] == {"invalid_json": 1}
-    assert summary["engine"]["peak_bytes"] == {"cpu": 2048}
+    assert summary["engine"] == {"generated_tokens": summary["generated_tokens"]}
 
 
 def test_counts_of_the_summary_are_those_of_the_records(run):
@@ -76,6 +76,13 @@ def test_requests_are_drawn_lazily_longest_first(run, make_llm):
     lengths = [len(request.token_ids) for request in llm.seen]
     assert lengths == sorted(lengths, reverse=True) and len(lengths) == 100
     assert llm.most_in_flight == 3 and llm.closed
+
+
+def test_the_engine_is_told_what_is_left(run, make_llm):
+    llm = make_llm()
+    run([{"prompt": "a b", "max_tokens": 7, "n": 2, "temperature": 1.0}, {"prompt": "c", "max_tokens": 500}], llm)
+    assert sorted(llm.prepared_for.prompt_tokens.tolist()) == [2, 3, 3]  # a row a choice
+    assert sorted(llm.prepared_for.max_tokens.tolist()) == [7, 7, 62]  # never past the context of 64
 
 
 def test_input_order_runs_in_file_order(run, make_llm):
@@ -135,7 +142,7 @@ def test_strict_stops_before_the_engine_is_built(tmp_path, model):
     log = io.StringIO()
     config = JobConfig(str(source), str(tmp_path / "out.jsonl"), "m", strict=True, progress=False)
     with pytest.raises(ConfigError, match=r"1 lines .* --strict"):
-        run_job(config, lambda: model, lambda: pytest.fail("weights were loaded"), log)
+        run_job(config, lambda: model, lambda files: pytest.fail("weights were loaded"), log)
     assert "line 2 refused (invalid_json)" in log.getvalue()
     assert os.listdir(tmp_path) == ["in.jsonl"]
 
@@ -144,13 +151,13 @@ def test_nothing_to_run_builds_no_engine_but_writes_the_refusals(tmp_path, model
     source = tmp_path / "in.jsonl"
     source.write_text("bad\n\n[]\n")
     config = JobConfig(str(source), str(tmp_path / "out.jsonl"), "m", progress=False)
-    summary = run_job(config, lambda: model, lambda: pytest.fail("weights were loaded"), io.StringIO())
+    summary = run_job(config, lambda: model, lambda files: pytest.fail("weights were loaded"), io.StringIO())
     assert summary["requests"]["failed"] == 2 and summary["engine"] is None
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
 
 
 def test_an_engine_that_cannot_be_built_leaves_no_output(tmp_path, model):
-    def no_memory():
+    def no_memory(files):
         raise BudgetError("too small", "raise --cpu-memory")
 
     source = tmp_path / "in.jsonl"
@@ -207,7 +214,7 @@ def test_a_crashed_job_resumes_to_exactly_the_same_answers(run, make_llm, tmp_pa
 def test_resuming_a_finished_job_builds_no_engine(run, tmp_path, model):
     _, records = run(prompts(5))
     config = JobConfig(str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), "counting", resume=True)
-    summary = run_job(config, lambda: model, lambda: pytest.fail("weights were loaded"), io.StringIO())
+    summary = run_job(config, lambda: model, lambda files: pytest.fail("weights were loaded"), io.StringIO())
     assert summary["requests"]["answered_before"] == 5 and summary["requests"]["left"] == 0
     assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()] == records
 
@@ -235,7 +242,6 @@ def test_a_limited_job_can_be_resumed_without_the_limit(run, make_llm):
     [
         ({"model_name": "other"}, "model"),
         ({"sampling": SamplingParams(temperature=0.0, max_tokens=3)}, "max_tokens"),
-        ({"chat_template": "{{ x }}"}, "chat_template"),
         ({"identity": {"dtype": "float32"}}, "dtype"),
     ],
 )
@@ -285,7 +291,7 @@ def test_a_second_ctrl_c_does_not_wait_for_an_answer(run, make_llm):
 def test_an_engine_that_forgets_a_request_is_found_out(run, make_llm):
     llm = make_llm()
     answers = llm.generate_iter
-    llm.generate_iter = lambda requests: (output for output in answers(requests) if output.request_id != "id-3")
+    llm.generate_iter = lambda *arguments: (out for out in answers(*arguments) if out.request_id != "id-3")
     with pytest.raises(ExecutionError, match="without an answer to 1 requests"):
         run(prompts(6), llm)
 
@@ -296,11 +302,6 @@ def test_jobs_run_outside_the_main_thread(run):
     thread.start()
     thread.join(20)
     assert len(results[0][1]) == 4
-
-
-def test_chat_template_replaces_the_models_own(run, model):
-    run([{"messages": [{"role": "user", "content": "x"}]}], chat_template="mine")
-    assert model.tokenizer.chat_template == "mine"
 
 
 def test_sampled_logprobs_reach_the_record(run):
@@ -337,7 +338,7 @@ def test_memory_does_not_grow_with_the_requests(model, make_llm, tmp_path):
         summary = run_job(
             JobConfig(str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), "counting", progress=False),
             lambda: model,
-            lambda: llm,
+            lambda files: llm,
             io.StringIO(),
         )
         peak = tracemalloc.get_traced_memory()[1]
@@ -346,4 +347,4 @@ def test_memory_does_not_grow_with_the_requests(model, make_llm, tmp_path):
         return peak
 
     small, large = peak_bytes(4_000), peak_bytes(24_000)
-    assert large - small < 20_000 * 48 * 4  # only the index grows, and its copies while it is sorted
+    assert large - small < 20_000 * 56 * 4  # only the index grows, and its copies while it is sorted
