@@ -19,13 +19,15 @@ def attend(query, keys, values, segments: Segments, *, scale: float, window: int
     Raises ValueError where shapes or dtypes disagree or a segment lies outside the tensors.
     """
     _check(query, keys, values, segments, out)
-    if native.available:
-        short, segments = segments.split(NATIVE_QUERY_TOKENS)
-        if len(short) and not native.attend(
-            query, keys, values, out, short.pointer, len(short), scale, window, softcap
+    if not native.available:
+        _attend_each(query, keys, values, segments, scale, window, softcap, out)
+        return out
+    short, long = segments.split(NATIVE_QUERY_TOKENS)
+    for part in (short, long):
+        if len(part) and not native.attend(
+            query, keys, values, out, part.pointer, len(part), scale, window, softcap, part is long
         ):
-            _attend_each(query, keys, values, short, scale, window, softcap, out)
-    _attend_each(query, keys, values, segments, scale, window, softcap, out)
+            _attend_each(query, keys, values, part, scale, window, softcap, out)
     return out
 
 

@@ -37,8 +37,10 @@ def _load():
             function = getattr(library, name)
             function.argtypes = [ctypes.c_char_p, ctypes.c_int]
             function.restype = None
-        library.flexrun_attend.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
-        library.flexrun_attend.restype = ctypes.c_int
+        for name in ("flexrun_attend", "flexrun_prefill"):
+            function = getattr(library, name)
+            function.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+            function.restype = ctypes.c_int
         return library
     return None
 
@@ -47,11 +49,12 @@ _library = _load()
 available = _library is not None
 if available:
     instruction_set = _library.flexrun_select(None).decode()
-    _rms_norm, _gated, _rope, _attend = (
+    _rms_norm, _gated, _rope, _attend, _prefill = (
         _library.flexrun_rms_norm,
         _library.flexrun_gated,
         _library.flexrun_rope,
         _library.flexrun_attend,
+        _library.flexrun_prefill,
     )
 else:
     instruction_set = "none"
@@ -157,10 +160,12 @@ def apply_rope(x, cosine, sine) -> bool:
     return True
 
 
-def attend(query, keys, values, out, segments_pointer: int, count: int, scale, window, softcap) -> bool:
-    """Causal attention of ``count`` short segments; shapes as in flexrun.attention.attend, which checks them.
+def attend(query, keys, values, out, segments_pointer: int, count: int, scale, window, softcap, long=False) -> bool:
+    """Causal attention of ``count`` segments; shapes as in flexrun.attention.attend, which checks them.
 
     segments_pointer: address of int64 [4, count] (query_start, query_len, kv_start, kv_len), in bounds.
+    long: by the kernel for many query rows a segment (bfloat16 with AVX512-bf16 only), else by the one that reads KV
+    once for few.
     """
     if not available:
         return False
@@ -190,4 +195,5 @@ def attend(query, keys, values, out, segments_pointer: int, count: int, scale, w
         softcap,
         code,
     )
-    return _attend(packed, segments_pointer, count, torch.get_num_threads()) == 0
+    kernel = _prefill if long else _attend
+    return kernel(packed, segments_pointer, count, torch.get_num_threads()) == 0

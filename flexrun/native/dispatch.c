@@ -223,3 +223,49 @@ EXPORT int flexrun_attend(const struct attention *a, const int64_t *segments, in
     free(memory);
     return 0;
 }
+
+/* Floats that prefill_item works in: outputs, maxima and sums of its rows, and one packed block of keys and values. */
+static int64_t prefill_floats(const struct attention *a) {
+    int64_t rows = PREFILL_QUERIES * (a->num_heads / a->num_kv_heads);
+    return rows * (a->head_dim + 2) + PREFILL_TOKENS * a->head_dim;
+}
+
+/* As flexrun_attend, for long segments of bfloat16. Returns 1 where this CPU has no kernel for it. */
+EXPORT int flexrun_prefill(const struct attention *a, const int64_t *segments, int64_t count, int threads) {
+    if (!kernels->prefill_item || a->dtype != BFLOAT16) return 1;
+    int64_t items = 0, done = 0, floats = prefill_floats(a);
+    for (int64_t index = 0; index < count; index++)
+        items += (segments[count + index] + PREFILL_QUERIES - 1) / PREFILL_QUERIES * a->num_kv_heads;
+    struct prefill *work = malloc((size_t)items * sizeof *work);
+    float *memory = malloc((size_t)(threads * floats) * sizeof *memory);
+    if (!work || !memory) {
+        free(work);
+        free(memory);
+        return -1;
+    }
+    for (int64_t index = 0; index < count; index++) {
+        int64_t query_len = segments[count + index], cached = segments[3 * count + index] - query_len;
+        /* the last queries see most and take longest: first */
+        for (int64_t block = (query_len - 1) / PREFILL_QUERIES; block >= 0; block--) {
+            int64_t start = block * PREFILL_QUERIES, left = query_len - start;
+            for (int64_t kv_head = 0; kv_head < a->num_kv_heads; kv_head++)
+                work[done++] = (struct prefill){segments[index] + start,
+                                                left < PREFILL_QUERIES ? left : PREFILL_QUERIES, cached + start,
+                                                segments[2 * count + index], kv_head};
+        }
+    }
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        int thread = 0;
+#ifdef _OPENMP
+        extern int omp_get_thread_num(void);
+        thread = omp_get_thread_num();
+#endif
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t number = 0; number < items; number++)
+            kernels->prefill_item(a, &work[number], memory + thread * floats);
+    }
+    free(work);
+    free(memory);
+    return 0;
+}

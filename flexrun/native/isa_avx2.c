@@ -12,7 +12,7 @@
 #include "elementwise.inc.h"
 #include "attention.inc.h"
 
-const struct kernels kernels_avx2 = {"avx2", attend_chunk, finish_rows, rms_norm_row, gated_row, rope_head};
+const struct kernels kernels_avx2 = {"avx2", attend_chunk, finish_rows, NULL, rms_norm_row, gated_row, rope_head};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -6,4 +6,4 @@
 #include "elementwise.inc.h"
 #include "attention.inc.h"
 
-const struct kernels kernels_portable = {"portable", attend_chunk, finish_rows, rms_norm_row, gated_row, rope_head};
+const struct kernels kernels_portable = {"portable", attend_chunk, finish_rows, NULL, rms_norm_row, gated_row, rope_head};

@@ -31,6 +31,16 @@ struct chunk {
     int64_t after_row, after_len;  /* rows to prefetch at the end: where the thread probably continues */
 };
 
+/* Query rows of one segment and KV head for the prefill kernel. */
+#define PREFILL_QUERIES 64
+#define PREFILL_TOKENS 64 /* KV rows of a block */
+struct prefill {
+    int64_t query_row, query_len; /* at most PREFILL_QUERIES */
+    int64_t query_position;       /* position in the sequence of the first of them */
+    int64_t kv_row;               /* slab row of position 0 */
+    int64_t kv_head;
+};
+
 /* Unnormalised softmax of num_heads * query_len rows, ordered [kv_head][query][head of the group]. */
 struct partial {
     float *sum_values; /* [rows][head_dim]: sum of exp(score - maximum) * value */
@@ -70,6 +80,8 @@ struct kernels {
     /* workspace: float[num_heads * query_len * head_dim] */
     void (*attend_chunk)(const struct attention *, const struct chunk *, const struct partial *, float *workspace);
     void (*finish_rows)(const struct attention *, const struct chunk *, const struct partial *);
+    /* bfloat16 only; NULL where the instruction set has no bfloat16 products. workspace: see prefill_floats */
+    void (*prefill_item)(const struct attention *, const struct prefill *, float *workspace);
     void (*rms_norm_row)(const struct norm *, void *hidden, const void *branch, const void *weight, void *out);
     void (*gated_row)(const void *gate, const void *up, void *out, int64_t width, int activation, int dtype);
     void (*rope_head)(void *head, const float *cosine, const float *sine, int64_t half, int dtype);

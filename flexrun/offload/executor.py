@@ -65,8 +65,9 @@ class Executor:
         for tier, kind, nbytes in self._reserved:
             tier.reserve(kind, nbytes)
         self._hidden = torch.empty(tokens, spec.hidden_size, dtype=dtype)
-        self._branch = torch.empty(tokens, spec.hidden_size, dtype=dtype)
-        self._query, self._attended = torch.empty(heads, dtype=dtype), torch.empty(heads, dtype=dtype)
+        self._query_rows, self._attended = torch.empty(heads, dtype=dtype), torch.empty(heads, dtype=dtype)
+        self._query = self._query_rows
+        self._branches: list[Tensor] = []  # the attention branch of each chunk of rows, until the MLP takes it
         if on_host:  # rows that a copy lane carries to the host KV while the compute lane goes on
             self._key, self._value = torch.empty(kv_heads, dtype=dtype), torch.empty(kv_heads, dtype=dtype)
         if attends_on_host:
@@ -180,7 +181,11 @@ class Executor:
             query, key, value = decoder.attention_inputs(
                 self._spec, step.layer, weights, self._hidden[start:stop], self._rotary.rows(start, stop)
             )
-            self._query[start:stop] = query
+            if len(self._chunks) == 1:
+                self._query = query  # a view of the projection: no need to copy what is whole
+            else:
+                self._query = self._query_rows
+                self._query[start:stop] = query
             for rows, kv_rows in zip(self._plan.micro_batches, self._kv_rows):
                 low, high = max(start, rows.start), min(stop, rows.stop)
                 if low >= high:
@@ -217,15 +222,15 @@ class Executor:
 
     def _attention_output(self, step: Step) -> None:
         weights = self._weights.unit_weights(step)
-        for start, stop in self._chunks:
-            self._branch[start:stop] = decoder.attention_output(
-                self._spec, step.layer, weights, self._attended[start:stop]
-            )
+        self._branches = [
+            decoder.attention_output(self._spec, step.layer, weights, self._attended[start:stop])
+            for start, stop in self._chunks
+        ]
 
     def _mlp(self, step: Step) -> None:
         weights = self._weights.unit_weights(step)
-        for start, stop in self._chunks:
-            decoder.mlp(self._spec, step.layer, weights, self._hidden[start:stop], self._branch[start:stop])
+        for (start, stop), branch in zip(self._chunks, self._branches):
+            decoder.mlp(self._spec, step.layer, weights, self._hidden[start:stop], branch)
 
     def _logits(self, step: Step) -> None:
         weights = self._weights.unit_weights(step)

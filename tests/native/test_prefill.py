@@ -1,0 +1,114 @@
+"""The kernel for long segments against plain float32 attention: tails, windows, caps, strides, threads."""
+
+from __future__ import annotations
+
+import numpy
+import pytest
+import torch
+
+from flexrun import native
+from flexrun.attention import Segments
+
+
+@pytest.fixture(autouse=True)
+def bfloat16_products():
+    if not native.select("avx512_bf16"):
+        pytest.skip("the prefill kernel needs the native library and a CPU with AVX512-bf16")
+    yield
+    native.select(None)
+
+
+def inputs(heads: int, kv_heads: int, head_dim: int, tokens: int, capacity: int):
+    generator = torch.Generator().manual_seed(heads * 1000 + head_dim + tokens)
+    shapes = ((tokens, heads, head_dim), (capacity, kv_heads, head_dim), (capacity, kv_heads, head_dim))
+    return [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
+
+
+def reference(query, keys, values, rows, scale, window=0, softcap=0.0) -> torch.Tensor:
+    out = torch.zeros(query.shape)
+    group = query.shape[1] // keys.shape[1]
+    for query_start, query_len, kv_start, kv_len in rows:
+        q = query[query_start : query_start + query_len].float()
+        k, v = (slab[kv_start : kv_start + kv_len].float().repeat_interleave(group, 1) for slab in (keys, values))
+        scores = torch.einsum("thd,shd->hts", q, k) * scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        position, seen = torch.arange(kv_len - query_len, kv_len)[:, None], torch.arange(kv_len)[None]
+        visible = (seen <= position) & (seen > position - window if window else True)
+        weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+        out[query_start : query_start + query_len] = torch.einsum("hts,shd->thd", weights, v)
+    return out
+
+
+def run(query, keys, values, rows, scale, window=0, softcap=0.0, out=None) -> torch.Tensor:
+    out = torch.zeros_like(query) if out is None else out
+    segments = Segments(*numpy.array(rows).T)
+    assert native.attend(query, keys, values, out, segments.pointer, len(rows), scale, window, softcap, long=True)
+    return out
+
+
+def check(heads, kv_heads, head_dim, rows, **options) -> None:
+    tokens, capacity = (max(row[n] + row[n + 1] for row in rows) for n in (0, 2))
+    query, keys, values = inputs(heads, kv_heads, head_dim, tokens, capacity)
+    got = run(query, keys, values, rows, head_dim**-0.5, **options)
+    expected = reference(query, keys, values, rows, head_dim**-0.5, **options)
+    torch.testing.assert_close(got.float(), expected, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("head_dim", [16, 32, 48, 64, 80, 96, 128, 256])
+def test_head_dims(head_dim):
+    check(6, 2, head_dim, [(0, 70, 0, 130)])
+
+
+@pytest.mark.parametrize("query_len", [1, 5, 6, 7, 63, 64, 65, 130])
+@pytest.mark.parametrize("cached", [0, 1, 63, 64, 200])
+def test_every_kind_of_tail(query_len, cached):
+    check(3, 1, 32, [(0, query_len, 3, cached + query_len)])
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (4, 4), (9, 3), (8, 1), (14, 2)], ids=str)
+def test_groups(heads):
+    check(*heads, 64, [(0, 90, 0, 90), (90, 20, 100, 75)])
+
+
+@pytest.mark.parametrize("options", [{"window": 1}, {"window": 64}, {"window": 100}, {"softcap": 3.0}], ids=str)
+def test_windows_and_soft_caps(options):
+    check(4, 2, 64, [(0, 150, 0, 300), (150, 80, 300, 80)], **options)
+
+
+def test_large_scores_do_not_overflow():
+    query, keys, values = inputs(2, 1, 64, 40, 40)
+    got = run(query * 100, keys * 100, values, [(0, 40, 0, 40)], 1.0)
+    assert got.isfinite().all()
+
+
+def test_strided_query_and_slab_views():
+    fused = torch.randn(100, 8, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    slab = torch.randn(2, 150, 2, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
+    query, rows = fused[:, :4], [(0, 100, 20, 120)]
+    got = run(query, slab[0], slab[1], rows, 0.125, out=torch.zeros(100, 4, 64, dtype=torch.bfloat16))
+    expected = reference(query, slab[0], slab[1], rows, 0.125)
+    torch.testing.assert_close(got.float(), expected, atol=2e-2, rtol=2e-2)
+
+
+def test_neither_threads_nor_company_change_a_bit():
+    query, keys, values = inputs(6, 2, 64, 400, 500)
+    rows = [(0, 130, 0, 130), (130, 200, 130, 260), (330, 70, 390, 70)]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = [run(query, keys, values, [row], 0.125) for row in rows]
+        torch.set_num_threads(2)
+        together = run(query, keys, values, rows, 0.125)
+    finally:
+        torch.set_num_threads(before)
+    for (start, count, _, _), single in zip(rows, alone):
+        assert torch.equal(single[start : start + count], together[start : start + count])
+
+
+def test_other_dtypes_are_left_to_the_caller():
+    query, keys, values = (tensor.float() for tensor in inputs(2, 1, 64, 20, 20))
+    segments = Segments(*numpy.array([(0, 20, 0, 20)]).T)
+    assert not native.attend(
+        query, keys, values, torch.zeros_like(query), segments.pointer, 1, 0.125, 0, 0.0, long=True
+    )
