@@ -25,12 +25,12 @@ def benchmark_modules():
     """The scripts as modules: they import each other by name, as scripts of one folder do."""
     sys.path.insert(0, str(BENCHMARKS))
     import bounds
+    import comparison
     import control_group
-    import cpu_vs_peers
     import many_lines
     import processes
 
-    yield {module.__name__: module for module in (bounds, control_group, cpu_vs_peers, many_lines, processes)}
+    yield {module.__name__: module for module in (bounds, comparison, control_group, many_lines, processes)}
     sys.path.remove(str(BENCHMARKS))
 
 
@@ -140,7 +140,7 @@ def test_flops_of_a_job_are_those_of_its_tokens(benchmark_modules, tiny_model):
 
 
 def test_share_of_bound_uses_the_busiest_lane(benchmark_modules):
-    judge = benchmark_modules["cpu_vs_peers"].judge
+    judge = benchmark_modules["comparison"].judge
     bound = {
         "matmul_flops_per_second": {"64": 50.0, "512": 100.0},
         "prefill_flops": 600.0,
