@@ -221,7 +221,6 @@ def test_an_engine_takes_exactly_what_the_account_says(packed, matrices_move, da
         placed,
         account,
         kv_tokens,
-        64,
         cpu_budget_bytes=limits[Tier.CPU],
         gpu_budget_bytes=limits[Tier.GPU] if on_device else 0,
         direct=False,

@@ -83,7 +83,8 @@ class Engine:
             read_embedding_rows=placement.embedding_on_disk,
         )
         positions = rotary_positions(self.kv.micro_batches)
-        host.reserve("rotary", align_up(rope_table_bytes(spec, positions)))
+        self._rotary_bytes = align_up(rope_table_bytes(spec, positions))
+        host.reserve("rotary", self._rotary_bytes)
         rope = rope_tables(spec, positions)
         self._executor = Executor(spec, policy, self._scheduler, self.weights, self.kv, rope, host, device, trace=trace)
         self._batcher = Batcher(policy, self.kv)
@@ -144,6 +145,8 @@ class Engine:
         self._executor.close()
         self.kv.close()
         self.weights.close()
+        self.tiers[Tier.CPU].release("rotary", self._rotary_bytes)
+        self._rotary_bytes = 0
 
 
 def _model_work(spec: ModelSpec) -> ModelWork:

@@ -301,7 +301,8 @@ class Executor:
         self._progress.fail(ExecutionError("the executor is closed"))
         for worker in self._lanes.values():
             worker.close()
-        for tier, kind, nbytes in self._reserved:
+        while self._reserved:
+            tier, kind, nbytes = self._reserved.pop()
             tier.release(kind, nbytes)
         if self._embedding_rows is not None:
             self._embedding_rows.close()

@@ -12,7 +12,7 @@ from flexrun.sampling import SamplingParams
 EOS = 2
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_group():
     """make_group(prompt ids, decoder=None, stop_ids=..., **sampling) -> (Group, its sequences)."""
     count = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from functools import partial
+from itertools import pairwise
 
 import pytest
 
@@ -117,7 +118,7 @@ def test_events_and_totals_are_kept(progress, worker):
     lane.close(WAIT_SECONDS)
     assert [event.bytes for event in events] == [10] * 3
     assert all(event.end_seconds - event.start_seconds >= 0.004 for event in events)
-    assert all(first.end_seconds <= second.start_seconds for first, second in zip(events, events[1:], strict=False))
+    assert all(first.end_seconds <= second.start_seconds for first, second in pairwise(events))
     assert lane.moved_bytes == 30
     assert 0.012 <= lane.busy_seconds < 5
 
