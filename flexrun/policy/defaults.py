@@ -65,7 +65,27 @@ def default_policy(
         kv=Placement(gpu=1.0, cpu=0.0) if kv_on_gpu else Placement(),
     )
     policy = dataclasses.replace(policy, kv_tokens=room_for(policy, workload))
-    return _place_weights(spec, policy, cpu_budget_bytes, gpu_budget_bytes)
+    while (placed := _place_weights(spec, policy, cpu_budget_bytes, gpu_budget_bytes)) is None:
+        smaller = _smaller(policy)
+        if smaller is None:
+            _refuse(spec, policy, cpu_budget_bytes, gpu_budget_bytes)
+        policy = dataclasses.replace(smaller, kv_tokens=room_for(smaller, workload))
+    return placed
+
+
+def _smaller(policy: Policy) -> Policy | None:
+    """The next policy to try where not even the buffers fit: KV to the host, fewer sequences, shorter passes."""
+    if policy.kv.gpu:
+        return dataclasses.replace(policy, kv=Placement())
+    if policy.sequences_in_flight > 1:
+        sequences = policy.sequences_in_flight // 2
+        micro_batch = min(policy.attention_micro_batch, sequences)
+        return dataclasses.replace(policy, sequences_in_flight=sequences, attention_micro_batch=micro_batch)
+    if policy.tokens_per_pass > 1:
+        tokens = policy.tokens_per_pass // 2
+        rows = min(policy.token_micro_batch, tokens)
+        return dataclasses.replace(policy, tokens_per_pass=tokens, token_micro_batch=rows)
+    return None
 
 
 def room_for(policy: Policy, workload: Workload) -> int:
@@ -78,8 +98,8 @@ def _kv_bytes(policy: Policy, workload: Workload, token_bytes: int) -> int:
     return room_for(policy, workload) * token_bytes
 
 
-def _place_weights(spec: ModelSpec, policy: Policy, cpu_budget_bytes: int, gpu_budget_bytes: int) -> Policy:
-    """As much on the GPU as fits, then as much in RAM as fits, the rest on disk."""
+def _place_weights(spec: ModelSpec, policy: Policy, cpu_budget_bytes: int, gpu_budget_bytes: int) -> Policy | None:
+    """As much on the GPU as fits, then as much in RAM as fits, the rest on disk; None where that is not enough."""
 
     def fits(placement: Placement) -> bool:
         account = _account(spec, dataclasses.replace(policy, weights=placement), cpu_budget_bytes, gpu_budget_bytes)
@@ -87,7 +107,9 @@ def _place_weights(spec: ModelSpec, policy: Policy, cpu_budget_bytes: int, gpu_b
         return gpu_fits and account.total(Tier.CPU) <= cpu_budget_bytes
 
     def largest(make) -> Placement | None:
-        low, high, best = 0, FRACTION_STEPS, None
+        if fits(make(1.0)):  # needs no streaming buffer, so it may fit where half of it does not
+            return make(1.0)
+        low, high, best = 0, FRACTION_STEPS - 1, None
         while low <= high:
             middle = (low + high) // 2
             placement = make(middle / FRACTION_STEPS)
@@ -99,9 +121,7 @@ def _place_weights(spec: ModelSpec, policy: Policy, cpu_budget_bytes: int, gpu_b
 
     on_gpu = largest(lambda share: Placement(share, 0.0, 1.0 - share)) if gpu_budget_bytes else Placement(0, 0, 1)
     best = on_gpu and largest(lambda share: _split(on_gpu.gpu, share * (1.0 - on_gpu.gpu)))
-    if best is None:
-        _refuse(spec, policy, cpu_budget_bytes, gpu_budget_bytes)
-    return dataclasses.replace(policy, weights=best)
+    return dataclasses.replace(policy, weights=best) if best else None
 
 
 def _split(gpu: float, cpu: float) -> Placement:
