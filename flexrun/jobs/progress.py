@@ -15,8 +15,8 @@ _BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} requests [{elapsed}{postfi
 class Progress:
     """Counts finished requests. Tokens, not requests, drive the ETA: the longest requests usually come first.
 
-    total_requests, done_requests: of the whole job, and done before this run. total_tokens: prompt and answer tokens
-    expected of this run. enabled: None draws a bar on a terminal and plain lines elsewhere; True forces the bar,
+    total_requests, done_requests: of the whole job, and done before this run. total_tokens: the most prompt and answer
+    tokens this run may take. enabled: None draws a bar on a terminal and plain lines elsewhere; True forces the bar,
     False is silent.
     """
 
@@ -48,14 +48,22 @@ class Progress:
             mininterval=0.2,
         )
 
-    def update(self, generated_tokens: int, expected_tokens: int) -> None:
-        """One request has finished: it made ``generated_tokens`` and was ``expected_tokens`` of the total."""
-        self._done_requests += 1
+    def advance(self, prompt_tokens: int, generated_tokens: int) -> None:
+        """The engine has run a pass with so many prompt tokens, and generated so many."""
         self._generated_tokens += generated_tokens
-        self._done_tokens += expected_tokens
+        self._done_tokens += prompt_tokens + generated_tokens
+        self._show(0)
+
+    def finish(self, unused_tokens: int) -> None:
+        """One request has finished, and took ``unused_tokens`` less than the most it might have."""
+        self._done_requests += 1
+        self._total_tokens -= unused_tokens
+        self._show(1)
+
+    def _show(self, requests: int) -> None:
         if not self._bar.disable:
             self._bar.set_postfix_str(self._rates(), refresh=False)
-            self._bar.update()
+            self._bar.update(requests)
         elif self._plain and time.monotonic() - self._last_line >= PLAIN_SECONDS:
             self._last_line = time.monotonic()
             done = f"{self._done_requests:,}/{self._total_requests:,} requests"
@@ -66,6 +74,6 @@ class Progress:
 
     def _rates(self) -> str:
         seconds = max(time.monotonic() - self._started, 1e-9)
-        left_tokens = self._total_tokens - self._done_tokens
+        left_tokens = max(self._total_tokens - self._done_tokens, 0)
         eta = tqdm.format_interval(seconds * left_tokens / self._done_tokens) if self._done_tokens else "?"
         return f"{self._generated_tokens / seconds:,.1f} generated tok/s, ETA {eta}"

@@ -203,12 +203,12 @@ class _Job:
                 Progress(len(index), total_tokens, done_requests=done_requests, enabled=self.config.progress)
             ) as bar,
             stop,
-            closing(llm.generate_iter(self._requests(index, rows, stop), index.workload(rows))) as outputs,
+            closing(llm.generate_iter(self._requests(index, rows, stop), index.workload(rows), bar.advance)) as outputs,
         ):
             try:
                 for output in outputs:
                     prompt, expected_tokens = self.in_flight.pop(output.request_id)
-                    bar.update(self._record(prompt, output, journal), expected_tokens)
+                    bar.finish(expected_tokens - self._record(prompt, output, journal))
                     if stop.requested and self.all_sent:
                         break
             except (KeyboardInterrupt, _Stopped):
@@ -229,7 +229,7 @@ class _Job:
         self.all_sent = True
 
     def _record(self, prompt: PromptLine, output: RequestOutput, journal: Journal) -> int:
-        """Write one finished request down and count it. Returns the tokens it generated."""
+        """Write one finished request down and count it. Returns the tokens it took, prompt and answer."""
         if output.error is not None:
             self.errors[output.error.code] += 1
             error = LineError.of(prompt.line, prompt.custom_id, output.error)
@@ -250,7 +250,7 @@ class _Job:
         self.prompt_tokens += usage["prompt_tokens"]
         self.generated_tokens += usage["completion_tokens"]
         self.finish_reasons.update(completion.finish_reason for completion in output.outputs)
-        return usage["completion_tokens"]
+        return usage["total_tokens"]
 
     def _summary(self, index, rows, recovered, engine, job_seconds) -> dict[str, Any]:
         run_seconds = self.seconds["run"]

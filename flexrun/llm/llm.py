@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -150,11 +150,17 @@ class LLM:
                 max_tokens += [total - len(ids)] * choices
         return Workload.of(prompt_tokens, max_tokens)
 
-    def generate_iter(self, requests: Iterable[Request], workload: Workload | None = None) -> Iterator[RequestOutput]:
+    def generate_iter(
+        self,
+        requests: Iterable[Request],
+        workload: Workload | None = None,
+        on_pass: Callable[[int, int], None] | None = None,
+    ) -> Iterator[RequestOutput]:
         """Outputs in completion order; requests are drawn as slots free up, so the pile may be endless.
 
         workload: what the requests will ask for, to size the run by; without it each is taken to be as long as
-        max_model_len allows. A bad request yields an output with ``error`` set.
+        max_model_len allows. A bad request yields an output with ``error`` set. on_pass: called after each pass with
+        the prompt tokens it prefilled and the tokens it generated.
         Raises ConfigError while another iterator of this LLM is neither exhausted nor closed.
         """
         if self._generating:
@@ -168,7 +174,7 @@ class LLM:
         name_of = self.tokenizer and (lambda token: self.tokenizer.decode([token], skip_special_tokens=False))
         start_seconds = time.perf_counter()
         self._generating = True
-        outputs = self._engine.run(self._groups(iter(requests), refused), name_of)
+        outputs = self._engine.run(self._groups(iter(requests), refused), name_of, on_pass)
         try:
             for output in outputs:
                 yield from self._drain(refused)

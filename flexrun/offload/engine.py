@@ -98,9 +98,12 @@ class Engine:
         self,
         source: Iterator[tuple[Group, list[Sequence]]],
         name_of: Callable[[int], str] | None = None,
-        on_pass: Callable[[PassPlan, float], None] | None = None,
+        on_pass: Callable[[int, int], None] | None = None,
     ) -> Iterator[RequestOutput]:
-        """Outputs in completion order, as ``source`` is drawn from whenever a slot is free."""
+        """Outputs in completion order, as ``source`` is drawn from whenever a slot is free.
+
+        on_pass: called after each pass with the prompt tokens it prefilled and the tokens it generated.
+        """
         self._batcher.feed(source)
         try:
             while True:
@@ -113,7 +116,7 @@ class Engine:
                 now = time.perf_counter()
                 self.totals.add(plan, now - start_seconds)
                 if on_pass is not None:
-                    on_pass(plan, now - start_seconds)
+                    on_pass(plan.prefill_tokens, len(plan.sampled))
                 for sequence in finished:
                     self._batcher.retire(sequence)
                     if not sequence.group.unfinished:

@@ -42,7 +42,7 @@ class CountingLLM:
     def prepare(self, workload):
         self.prepared_for = workload
 
-    def generate_iter(self, requests, workload):
+    def generate_iter(self, requests, workload, on_pass=None):
         assert (workload.prompt_tokens == self.prepared_for.prompt_tokens).all()
         requests = iter(requests)
         running = {}

@@ -19,7 +19,8 @@ class Terminal(io.StringIO):
 def run(stream, count=4, **settings):
     bar = Progress(count + 1, 100, done_requests=1, stream=stream, **settings)
     for _ in range(count):
-        bar.update(10, 25)
+        bar.advance(10, 10)
+        bar.finish(5)
     bar.close()
     return stream.getvalue()
 
@@ -34,7 +35,7 @@ def test_a_log_file_gets_plain_lines_now_and_then(monkeypatch):
     assert run(io.StringIO()) == ""
     monkeypatch.setattr(progress_module, "PLAIN_SECONDS", 0.0)
     lines = run(io.StringIO()).splitlines()
-    assert len(lines) == 4 and lines[0].startswith("2/5 requests, ") and "\r" not in "".join(lines)
+    assert len(lines) == 8 and lines[1].startswith("2/5 requests, ") and "\r" not in "".join(lines)
 
 
 @pytest.mark.parametrize("enabled, drawn", [(True, True), (False, False)])
@@ -48,8 +49,9 @@ def test_eta_follows_tokens_not_requests(monkeypatch):
     clock = iter([0.0, 30.0])
     monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock))
     bar = Progress(2, 100, enabled=False, stream=io.StringIO())
-    bar._done_tokens, bar._generated_tokens = 75, 60  # three quarters done after 30 s
-    assert bar._rates() == "2.0 generated tok/s, ETA 00:10"
+    bar.advance(10, 50)
+    bar.finish(20)  # 60 of what are now 80 tokens are done after 30 s
+    assert bar._rates() == "1.7 generated tok/s, ETA 00:10"
 
 
 def test_summary_for_people():
