@@ -107,9 +107,7 @@ def _place_weights(spec: ModelSpec, policy: Policy, cpu_budget_bytes: int, gpu_b
         return gpu_fits and account.total(Tier.CPU) <= cpu_budget_bytes
 
     def largest(make) -> Placement | None:
-        if fits(make(1.0)):  # needs no streaming buffer, so it may fit where half of it does not
-            return make(1.0)
-        low, high, best = 0, FRACTION_STEPS - 1, None
+        low, high, best = 0, FRACTION_STEPS, None
         while low <= high:
             middle = (low + high) // 2
             placement = make(middle / FRACTION_STEPS)

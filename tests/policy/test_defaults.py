@@ -100,15 +100,6 @@ def test_kv_leaves_the_gpu_where_the_buffers_need_the_room():
     pytest.fail("no GPU was large enough")
 
 
-def test_a_head_of_most_of_the_model_does_not_hide_that_all_of_it_fits():
-    """Streaming half of such a model needs a buffer as large as its head: all or nothing."""
-    spec = spec_from_config({**LLAMA, "vocab_size": 60_000, "num_hidden_layers": 2})
-    workload = Workload.uniform(1, 10, 2)
-    whole = default_policy(spec, workload, 1 << 40)
-    budget = account_of(spec, whole, 1 << 40).total(Tier.CPU)
-    assert default_policy(spec, workload, budget * 11 // 10).weights.cpu == 1.0
-
-
 def test_max_sequences_bound_what_is_in_flight():
     policy = default_policy(SPEC, Workload.uniform(100, 30, 10), 1000 * MIB, max_sequences=7)
     assert policy.sequences_in_flight == 7
