@@ -312,12 +312,13 @@ def test_longer_prompts_get_a_larger_engine(llm):
     small = llm._engine
     llm.generate(prompts((3,)), GREEDY, use_tqdm=False)
     assert llm._engine is small, "what fits reuses the engine"
+    llm._run_seconds = 1000.0  # a long day of the small engine
     (output,) = llm.generate(prompts((90,)), GREEDY, use_tqdm=False)
     assert llm._engine is not small
     assert output.error is None
     summary = llm.summary()
     assert (summary["prompt_tokens"], summary["generated_tokens"]) == (90, 5), "totals are of the engine at hand"
-    assert summary["generated_tokens_per_second"] == pytest.approx(5 / summary["seconds"])
+    assert summary["seconds"] < 1000
 
 
 def test_a_failed_run_does_not_spoil_the_next(open_llm, monkeypatch, matrices_move):
