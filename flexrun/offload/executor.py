@@ -147,9 +147,7 @@ class Executor:
     def _begin(self, plan: PassPlan, consume: Callable[[int, Tensor], None]) -> None:
         self._plan, self._consume = plan, consume
         self._rows = {rows.index: rows for rows in plan.micro_batches}
-        self._rotary: Rotary = self._rope.gather(
-            torch.from_numpy(plan.positions), torch.from_numpy(plan.lengths)
-        )
+        self._rotary: Rotary = self._rope.gather(torch.from_numpy(plan.positions), torch.from_numpy(plan.lengths))
         self._kv_rows = [torch.from_numpy(rows.kv_rows) for rows in plan.micro_batches]
         tokens = plan.shape.tokens
         self._chunks = [(start, min(start + self._row_count, tokens)) for start in range(0, tokens, self._row_count)]
