@@ -162,13 +162,16 @@ class CaseRunner:
         candidates = [{"batch_size": size} for size in sizes]
         if peer.engine == "accelerate_disk":
             self._write_offload_files()
-            candidates.append({"batch_size": sizes[0], "offload_format": "dat"})
+            formats = self.settings.offload_formats
+            candidates = [{"batch_size": size, "offload_format": formats[0]} for size in sizes]
+            candidates += [{"batch_size": sizes[0], "offload_format": other} for other in formats[1:]]
         if len(candidates) == 1:
             return {"settings": candidates[0], "sweep": []}
         sweep = [self._try(peer, candidate) for candidate in candidates]
         best = _fastest(sweep)
-        if best["settings"].get("offload_format") == "dat":  # this format's own best size is not known yet
-            sweep += [self._try(peer, {"batch_size": size, "offload_format": "dat"}) for size in sizes[1:]]
+        chosen = best["settings"].get("offload_format")
+        if chosen and chosen != self.settings.offload_formats[0]:  # this format's own best size is not known yet
+            sweep += [self._try(peer, {"batch_size": size, "offload_format": chosen}) for size in sizes[1:]]
             best = _fastest(sweep)
         return {"settings": best["settings"], "sweep": sweep}
 
@@ -275,6 +278,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=3, help="pairs of runs, flexrun and peer in turn")
     parser.add_argument(
         "--batch-sizes", type=int, nargs="+", default=[16, 32, 64], help="tried for peers that need one"
+    )
+    parser.add_argument(
+        "--offload-formats",
+        nargs="+",
+        choices=["safetensors", "dat"],
+        default=["safetensors", "dat"],
+        help="disk case: forms of the weights that accelerate is tried with",
     )
     parser.add_argument("--peers", nargs="+", choices=PEERS, help="only these (default: all that are installed)")
     for flag, value, text in (

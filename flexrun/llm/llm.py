@@ -17,6 +17,7 @@ from flexrun.llm.intake import Intake, Prompt, as_chat_requests, as_request_erro
 from flexrun.llm.model_files import ModelFiles, cache_stem, default_cache_dir, open_model
 from flexrun.machine import available_cores, available_memory_bytes, peak_resident_bytes
 from flexrun.offload.engine import Engine
+from flexrun.offload.sequence import Group
 from flexrun.outputs import Request, RequestOutput
 from flexrun.placement import memory_account, place_weights
 from flexrun.policy import default_policy
@@ -170,27 +171,19 @@ class LLM:
         if workload is not None and not len(workload):
             workload = Workload.uniform(1, 1, 1)  # nothing but refusals: no cache to speak of
         self.prepare(workload)
-        refused: list[RequestOutput] = []
         name_of = self.tokenizer and (lambda token: self.tokenizer.decode([token], skip_special_tokens=False))
         start_seconds = time.perf_counter()
         self._generating = True
-        outputs = self._engine.run(self._groups(iter(requests), refused), name_of, on_pass)
+        outputs = self._engine.run(self._groups(iter(requests)), name_of, on_pass)
         try:
-            for output in outputs:
-                yield from self._drain(refused)
-                yield output
-            yield from self._drain(refused)
+            yield from outputs
         finally:
             self._generating = False
             outputs.close()
             self._run_seconds += time.perf_counter() - start_seconds
 
-    @staticmethod
-    def _drain(refused: list[RequestOutput]) -> Iterator[RequestOutput]:
-        while refused:
-            yield refused.pop(0)
-
-    def _groups(self, requests: Iterator[Request], refused: list[RequestOutput]):
+    def _groups(self, requests: Iterator[Request]) -> Iterator[tuple[Group, list] | RequestOutput]:
+        """What the engine draws from: a request's group and sequences, or the output of one that cannot be served."""
         longest = self._engine.kv.largest_sequence_tokens
         for request in requests:
             try:
@@ -203,9 +196,9 @@ class LLM:
                         "kv_cache_too_small",
                     )
             except FlexrunError as error:
-                refused.append(RequestOutput.refused(request, as_request_error(error)))
-                continue
-            yield group, sequences
+                yield RequestOutput.refused(request, as_request_error(error))
+            else:
+                yield group, sequences
 
     # The engine ---------------------------------------------------------------------------------------
 

@@ -13,7 +13,10 @@ from flexrun.config import Policy
 from flexrun.errors import RequestError
 from flexrun.offload.kv_store import KVStore
 from flexrun.offload.sequence import Group, Sequence
+from flexrun.outputs import RequestOutput
 from flexrun.schedule import MicroBatchShape, PassShape
+
+REFUSED_AT_ONCE = 256  # hand refusals on before drawing further: a pile of them must not pile up here
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,19 +49,26 @@ class PassPlan:
 
 
 class Batcher:
-    """Holds the sequences in flight; ``source`` yields groups, each with its sequences, as slots free up."""
+    """Holds the sequences in flight, and draws more from its source as slots free up."""
 
     def __init__(self, policy: Policy, kv_store: KVStore, first_pass_index: int = 0):
         self._policy = policy
         self._kv = kv_store
         self._running: list[Sequence] = []
         self._waiting: deque[Sequence] = deque()
-        self._source: Iterator[tuple[Group, list[Sequence]]] = iter(())
+        self._source: Iterator[tuple[Group, list[Sequence]] | RequestOutput] = iter(())
+        self._refused: list[RequestOutput] = []
         self._exhausted = True
         self.pass_index = first_pass_index
 
-    def feed(self, source: Iterator[tuple[Group, list[Sequence]]]) -> None:
+    def feed(self, source: Iterator[tuple[Group, list[Sequence]] | RequestOutput]) -> None:
+        """Draw from ``source``: groups with their sequences, and the outputs of requests that were refused."""
         self._source, self._exhausted = source, False
+
+    def take_refused(self) -> list[RequestOutput]:
+        """Refused requests met while drawing; after ``next_pass`` gave None, anything here means: ask again."""
+        refused, self._refused = self._refused, []
+        return refused
 
     def next_pass(self) -> PassPlan | None:
         """The next pass, or None when nothing is left to run."""
@@ -105,14 +115,16 @@ class Batcher:
         return sequence
 
     def _fetch(self) -> bool:
-        if self._exhausted:
-            return False
-        _, sequences = next(self._source, (None, None))
-        if sequences is None:
-            self._exhausted = True
-            return False
-        self._waiting.extend(sequences)
-        return True
+        while not self._exhausted and len(self._refused) < REFUSED_AT_ONCE:
+            drawn = next(self._source, None)
+            if drawn is None:
+                self._exhausted = True
+            elif isinstance(drawn, RequestOutput):
+                self._refused.append(drawn)
+            else:
+                self._waiting.extend(drawn[1])
+                return True
+        return False
 
     def _plan(self, parts: list[tuple[Sequence, int]], decode_tokens: int) -> PassPlan:
         parts.sort(key=lambda part: part[0].region.micro_batch)  # stable: decoding ones stay first
@@ -181,6 +193,7 @@ class Batcher:
         for sequence in list(self._running):
             self.retire(sequence)
         self._waiting.clear()
+        self._refused.clear()
         self._exhausted = True
 
     @property

@@ -96,11 +96,11 @@ class Engine:
 
     def run(
         self,
-        source: Iterator[tuple[Group, list[Sequence]]],
+        source: Iterator[tuple[Group, list[Sequence]] | RequestOutput],
         name_of: Callable[[int], str] | None = None,
         on_pass: Callable[[int, int], None] | None = None,
     ) -> Iterator[RequestOutput]:
-        """Outputs in completion order, as ``source`` is drawn from whenever a slot is free.
+        """Outputs in completion order, as ``source`` is drawn from whenever a slot is free (see Batcher.feed).
 
         on_pass: called after each pass with the prompt tokens it prefilled and the tokens it generated.
         """
@@ -109,14 +109,17 @@ class Engine:
             while True:
                 start_seconds = time.perf_counter()
                 plan = self._batcher.next_pass()
-                if plan is None:
-                    return
                 finished: list[Sequence] = []
-                self._executor.run(plan, partial(self._sample, plan, finished, name_of))
-                now = time.perf_counter()
-                self.totals.add(plan, now - start_seconds)
-                if on_pass is not None:
-                    on_pass(plan.prefill_tokens, len(plan.sampled))
+                if plan is not None:  # a planned pass runs before anything is yielded: the scheduler counts on it
+                    self._executor.run(plan, partial(self._sample, plan, finished, name_of))
+                    now = time.perf_counter()
+                    self.totals.add(plan, now - start_seconds)
+                    if on_pass is not None:
+                        on_pass(plan.prefill_tokens, len(plan.sampled))
+                refused = self._batcher.take_refused()
+                if plan is None and not refused:
+                    return
+                yield from refused
                 for sequence in finished:
                     self._batcher.retire(sequence)
                     if not sequence.group.unfinished:
