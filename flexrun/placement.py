@@ -42,9 +42,11 @@ class WeightPlacement:
 
     @property
     def max_layer_stream_bytes(self) -> tuple[int, int]:
-        """Largest (disk, disk + host) bytes that one layer, or the head, moves in each pass."""
+        """Largest (disk, disk + host) bytes that one layer moves in each pass."""
         layers: dict[int, list[int]] = {}
         for unit in self.units:
+            if unit.module == "head":
+                continue
             sums = layers.setdefault(unit.layer, [0, 0])
             sums[0] += unit.disk_bytes
             sums[1] += unit.disk_bytes + unit.host_bytes
@@ -203,13 +205,13 @@ def kv_bytes_per_token(spec: ModelSpec) -> int:
 
 
 def ring_bytes(placement: WeightPlacement, spare: tuple[int | None, int | None] = (None, None)) -> tuple[int, int]:
-    """(host, device) bytes of the streaming rings: two layers in flight, or less where ``spare`` is short.
+    """(host, device) bytes of the streaming rings: two layers read ahead of the one in use, where ``spare`` allows.
 
     At least the largest unit must fit; ``spare`` is what each tier has left for its ring (None: plenty).
     """
     rings = []
     for layer_bytes, unit_bytes, room in zip(placement.max_layer_stream_bytes, placement.max_unit_stream_bytes, spare):
-        wanted = 2 * layer_bytes + unit_bytes
+        wanted = max(3 * layer_bytes, unit_bytes)
         rings.append(max(min(wanted, wanted if room is None else room // PAGE_BYTES * PAGE_BYTES), unit_bytes))
     return rings[0], rings[1]
 

@@ -14,7 +14,7 @@ from flexrun.config import Policy
 from flexrun.core import Tier, format_bytes, parse_bytes
 from flexrun.errors import BudgetError, ConfigError, FlexrunError, RequestError, UnsupportedError
 from flexrun.llm.intake import Intake, Prompt, as_chat_requests, as_request_error, as_requests
-from flexrun.llm.model_files import ModelFiles, cache_stem, default_cache_dir, open_model
+from flexrun.llm.model_files import ModelFiles, cache_stem, open_model
 from flexrun.machine import available_cores, available_memory_bytes, peak_resident_bytes
 from flexrun.offload.engine import Engine
 from flexrun.offload.sequence import Group
@@ -24,6 +24,7 @@ from flexrun.policy import default_policy
 from flexrun.policy.defaults import room_for
 from flexrun.report.trace import write_chrome_trace
 from flexrun.sampling import SamplingParams
+from flexrun.weights.catalog import default_cache_dir
 from flexrun.weights.packed import PackedWeights, open_packed
 from flexrun.workload import Workload
 
@@ -84,7 +85,7 @@ class LLM:
             self._policy = Policy.from_json(self._policy)
         self._gpu_budget = parse_bytes(gpu_memory)
         self._cpu_budget = parse_bytes(cpu_memory) if cpu_memory is not None else None
-        self._cache_dir = Path(disk_dir) if disk_dir else default_cache_dir_of(cache_dir) / "packed"
+        self._packed_dir = Path(disk_dir) if disk_dir else Path(cache_dir or default_cache_dir()) / "packed"
         self._max_num_seqs = max_num_seqs
         self._intake = Intake(self.files, seed)
         self._trace_path, self._direct_io, self._progress = trace, direct_io, progress
@@ -237,7 +238,7 @@ class LLM:
                 )
         if self._packed is None:
             self._packed = open_packed(
-                self.files.reader, self.spec, self._cache_dir, name=cache_stem(self.files), progress=self._progress
+                self.files.reader, self.spec, self._packed_dir, name=cache_stem(self.files), progress=self._progress
             )
         self._engine = Engine(
             self.spec,
@@ -319,7 +320,3 @@ class LLM:
 
     def __exit__(self, *exception) -> None:
         self.close()
-
-
-def default_cache_dir_of(cache_dir: str | Path | None) -> Path:
-    return Path(cache_dir) if cache_dir else default_cache_dir()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,12 +15,6 @@ from flexrun.weights.checkpoint import CheckpointReader
 from flexrun.weights.readers import open_checkpoint
 
 GGUF_DTYPE = "bfloat16"  # what quantised tensors are computed in; a GGUF file names no dtype of its own
-
-
-def default_cache_dir() -> Path:
-    """$FLEXRUN_CACHE, or flexrun under the user's cache folder."""
-    chosen = os.environ.get("FLEXRUN_CACHE")
-    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "flexrun"
 
 
 @dataclass(frozen=True)
@@ -56,7 +49,7 @@ def open_model(
 
     Raises CheckpointError, UnsupportedError, TokenizerError or ConfigError, each naming its remedy.
     """
-    path = resolve_model(str(model), Path(cache_dir) if cache_dir else default_cache_dir())
+    path = resolve_model(str(model), cache_dir)
     reader = open_checkpoint(path)
     if dtype == "auto" and not {"dtype", "torch_dtype"} & set(reader.config):
         dtype = GGUF_DTYPE

@@ -13,7 +13,6 @@ from flexrun.core import Tier, format_bytes
 from flexrun.errors import BudgetError
 from flexrun.models.spec import ModelSpec
 from flexrun.placement import (
-    MemoryAccount,
     kv_bytes_per_token,
     memory_account,
     place_weights,
@@ -99,11 +98,28 @@ def _kv_bytes(policy: Policy, workload: Workload, token_bytes: int) -> int:
 
 
 def _place_weights(spec: ModelSpec, policy: Policy, cpu_budget_bytes: int, gpu_budget_bytes: int) -> Policy | None:
-    """As much on the GPU as fits, then as much in RAM as fits, the rest on disk; None where that is not enough."""
+    """As much on the GPU as fits, then as much in RAM as fits, the rest on disk; None where that is not enough.
 
-    def fits(placement: Placement) -> bool:
-        account = _account(spec, dataclasses.replace(policy, weights=placement), cpu_budget_bytes, gpu_budget_bytes)
-        gpu_fits = not gpu_budget_bytes or account.total(Tier.GPU) <= gpu_budget_bytes
+    Reading ahead comes before residence: weights are resident beside full rings, and rings shrink only where
+    nothing else fits.
+    """
+    budgets = (cpu_budget_bytes, gpu_budget_bytes)
+    return _largest_share(spec, policy, *budgets, full_rings=True) or _largest_share(
+        spec, policy, *budgets, full_rings=False
+    )
+
+
+def _largest_share(
+    spec: ModelSpec, policy: Policy, cpu_budget_bytes: int, gpu_budget_bytes: int, *, full_rings: bool
+) -> Policy | None:
+    on_device = gpu_budget_bytes > 0
+
+    def fits(weights: Placement) -> bool:
+        candidate = dataclasses.replace(policy, weights=weights)
+        placement = place_weights(spec, candidate, on_device=on_device)
+        budgets = {} if full_rings else {"cpu_budget_bytes": cpu_budget_bytes, "gpu_budget_bytes": gpu_budget_bytes}
+        account = memory_account(spec, candidate, placement, policy.kv_tokens, on_device=on_device, **budgets)
+        gpu_fits = not on_device or account.total(Tier.GPU) <= gpu_budget_bytes
         return gpu_fits and account.total(Tier.CPU) <= cpu_budget_bytes
 
     def largest(make) -> Placement | None:
@@ -117,7 +133,7 @@ def _place_weights(spec: ModelSpec, policy: Policy, cpu_budget_bytes: int, gpu_b
                 high = middle - 1
         return best
 
-    on_gpu = largest(lambda share: Placement(share, 0.0, 1.0 - share)) if gpu_budget_bytes else Placement(0, 0, 1)
+    on_gpu = largest(lambda share: Placement(share, 0.0, 1.0 - share)) if on_device else Placement(0, 0, 1)
     best = on_gpu and largest(lambda share: _split(on_gpu.gpu, share * (1.0 - on_gpu.gpu)))
     return dataclasses.replace(policy, weights=best) if best else None
 
@@ -126,21 +142,19 @@ def _split(gpu: float, cpu: float) -> Placement:
     return Placement(gpu, cpu, max(1.0 - gpu - cpu, 0.0))
 
 
-def _account(spec: ModelSpec, policy: Policy, cpu_budget_bytes: int, gpu_budget_bytes: int) -> MemoryAccount:
+def _refuse(spec: ModelSpec, policy: Policy, cpu_budget_bytes: int, gpu_budget_bytes: int) -> None:
     on_device = gpu_budget_bytes > 0
-    return memory_account(
+    policy = dataclasses.replace(policy, weights=Placement(0, 0, 1))
+    placement = place_weights(spec, policy, on_device=on_device)
+    least = memory_account(
         spec,
         policy,
-        place_weights(spec, policy, on_device=on_device),
+        placement,
         policy.kv_tokens,
         on_device=on_device,
         gpu_budget_bytes=gpu_budget_bytes,
         cpu_budget_bytes=cpu_budget_bytes,
     )
-
-
-def _refuse(spec: ModelSpec, policy: Policy, cpu_budget_bytes: int, gpu_budget_bytes: int) -> None:
-    least = _account(spec, dataclasses.replace(policy, weights=Placement(0, 0, 1)), cpu_budget_bytes, gpu_budget_bytes)
     for tier, budget, flag in (
         (Tier.GPU, gpu_budget_bytes, "--gpu-memory"),
         (Tier.CPU, cpu_budget_bytes, "--cpu-memory"),

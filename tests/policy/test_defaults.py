@@ -97,3 +97,11 @@ def test_kv_leaves_the_gpu_where_the_buffers_need_the_room():
 def test_max_sequences_bound_what_is_in_flight():
     policy = default_policy(SPEC, Workload.uniform(100, 30, 10), 1000 * MIB, max_sequences=7)
     assert policy.sequences_in_flight == 7
+
+
+def test_reading_ahead_comes_before_residence():
+    workload = Workload.uniform(8, 64, 16)
+    policy = default_policy(SPEC, workload, 64 * MIB)
+    placement = place_weights(SPEC, policy, on_device=False)
+    assert 0 < policy.weights.cpu < 1
+    assert account_of(SPEC, policy, 64 * MIB).host_ring_bytes >= 3 * placement.max_layer_stream_bytes[0]
