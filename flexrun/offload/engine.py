@@ -119,11 +119,12 @@ class Engine:
                 refused = self._batcher.take_refused()
                 if plan is None and not refused:
                     return
-                yield from refused
                 for sequence in finished:
                     self._batcher.retire(sequence)
-                    if not sequence.group.unfinished:
-                        yield sequence.group.output(now)
+                yield from refused
+                for group in dict.fromkeys(sequence.group for sequence in finished):
+                    if not group.unfinished:
+                        yield group.output(now)
         finally:
             self._batcher.abandon()
 
