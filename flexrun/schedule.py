@@ -200,7 +200,7 @@ class Scheduler:
         self._orders = dict.fromkeys(Lane, 0)
         self._kv_slot_users: list[Dependency | None] = [None] * kv_slots
         self._next_kv_slot = 0
-        self._kv_saved: dict[tuple[int, int], Dependency] = {}
+        self._kv_saved: dict[tuple[int, int], Dependency] = {}  # (layer, micro-batch) -> its newest rows are home
         self._steps: list[Step] = []
         self._shape: PassShape | None = None
 
@@ -213,7 +213,7 @@ class Scheduler:
         rows = ()
         if self.read_embedding_rows:
             rows = (self._emit(StepKind.READ_ROWS, Lane.DISK_READ, bytes=tokens * work.embedding_row_bytes),)
-        last = self._emit(StepKind.EMBED, self.compute_lane, rows, bytes=tokens * work.hidden_bytes_per_token)
+        self._emit(StepKind.EMBED, self.compute_lane, rows, bytes=tokens * work.hidden_bytes_per_token)
         busy_buffers: list[Dependency] = []  # host-bound copies that still read this layer's q, k, v rows
         for layer in range(self.num_layers):
             attention = self._use(layer, "attention")
