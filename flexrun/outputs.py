@@ -13,7 +13,6 @@ class Request:
     """One request, given as ``token_ids``, ``prompt`` or ``messages``; where ids come with a text, the ids count.
 
     params: the request's SamplingParams; None takes the engine's defaults.
-    chat_template: Jinja2 source used for ``messages`` instead of the model's own template.
     """
 
     request_id: str
@@ -21,7 +20,6 @@ class Request:
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
     params: Any = None
-    chat_template: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
