@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
+import gguf
 import pytest
 from tiny_families import save_checkpoint
 
@@ -42,3 +43,20 @@ def packed(checkpoint, packed_cache):
 def matrices_move(monkeypatch):
     """Lets the matrices of a tiny model leave the compute tier, as those of a real one do; norms still stay."""
     monkeypatch.setattr(placement, "SMALL_TENSOR_BYTES", 1024)
+
+
+@pytest.fixture
+def raw_gguf(tmp_path):
+    """raw_gguf(build, arch="llama", **options) -> path of a GGUF file that ``build(writer)`` fills."""
+
+    def write(build=lambda writer: None, arch="llama", **options):
+        path = tmp_path / "raw.gguf"
+        writer = gguf.GGUFWriter(path, arch, **options)
+        build(writer)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path
+
+    return write

@@ -7,18 +7,8 @@ from flexrun.gguf_header import read_gguf_header
 
 
 @pytest.fixture
-def write(tmp_path):
-    def write(build=lambda writer: None, **options):
-        path = tmp_path / "x.gguf"
-        writer = gguf.GGUFWriter(path, "llama", **options)
-        build(writer)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        return path
-
-    return write
+def write(raw_gguf):
+    return raw_gguf
 
 
 def _everything(writer):

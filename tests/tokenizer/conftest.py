@@ -84,24 +84,7 @@ def texts():
 
 
 @pytest.fixture
-def gguf_vocabulary(tmp_path):
-    """gguf_vocabulary(build, arch="llama") -> path of a GGUF file with only metadata, written by ``build(writer)``."""
-
-    def write(build, arch="llama"):
-        path = tmp_path / "vocabulary.gguf"
-        writer = gguf.GGUFWriter(path, arch)
-        build(writer)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        return path
-
-    return write
-
-
-@pytest.fixture
-def gguf_byte_level(gguf_vocabulary):
+def gguf_byte_level(raw_gguf):
     """gguf_byte_level(backend, pre, extra=...) -> path of a GGUF file that embeds ``backend``."""
 
     def write(backend, pre, extra=lambda writer: None):
@@ -120,6 +103,6 @@ def gguf_byte_level(gguf_vocabulary):
             writer.add_eos_token_id(1)
             extra(writer)
 
-        return gguf_vocabulary(build)
+        return raw_gguf(build)
 
     return write

@@ -68,14 +68,14 @@ def test_bos_follows_the_file_and_else_the_kind(pre, flag, bos, byte_level_backe
 
 
 @pytest.mark.parametrize(("pre", "expected"), [("llama-bpe", [5]), ("gpt-2", [2, 6])])
-def test_a_whole_word_that_is_a_token_needs_no_merges_in_llama3(pre, expected, gguf_vocabulary):
+def test_a_whole_word_that_is_a_token_needs_no_merges_in_llama3(pre, expected, raw_gguf):
     def fill(writer):
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(pre)
         writer.add_token_list(["<|start|>", "<|end|>", "a", "b", "c", "abc", "bc"])
         writer.add_token_merges(["b c"])
 
-    assert Tokenizer.from_path(gguf_vocabulary(fill)).encode("abc") == expected
+    assert Tokenizer.from_path(raw_gguf(fill)).encode("abc") == expected
 
 
 def _sentence_piece(backend, writer, **changes):
@@ -93,9 +93,9 @@ def _sentence_piece(backend, writer, **changes):
         writer.add_add_space_prefix(changes["space"])
 
 
-def test_a_sentence_piece_vocabulary_gives_back_its_tokenizer(sentence_piece_backend, gguf_vocabulary, texts):
+def test_a_sentence_piece_vocabulary_gives_back_its_tokenizer(sentence_piece_backend, raw_gguf, texts):
     """Its merges are not in the file: they follow from the scores."""
-    path = gguf_vocabulary(lambda writer: _sentence_piece(sentence_piece_backend, writer))
+    path = raw_gguf(lambda writer: _sentence_piece(sentence_piece_backend, writer))
     ours = Tokenizer.from_path(path)
     assert len(json.loads(sentence_piece_backend.to_str())["model"]["merges"]) > 50
     for text in texts:
@@ -105,8 +105,8 @@ def test_a_sentence_piece_vocabulary_gives_back_its_tokenizer(sentence_piece_bac
     assert (ours.bos_token_id, ours.eos_token_id, ours.stop_token_ids) == (1, 2, (2,))
 
 
-def test_a_sentence_piece_vocabulary_agrees_with_transformers(sentence_piece_backend, gguf_vocabulary, texts):
-    path = gguf_vocabulary(lambda writer: _sentence_piece(sentence_piece_backend, writer))
+def test_a_sentence_piece_vocabulary_agrees_with_transformers(sentence_piece_backend, raw_gguf, texts):
+    path = raw_gguf(lambda writer: _sentence_piece(sentence_piece_backend, writer))
     oracle = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     ours = Tokenizer.from_path(path)
     for text in texts:
@@ -114,16 +114,16 @@ def test_a_sentence_piece_vocabulary_agrees_with_transformers(sentence_piece_bac
             assert ours.encode(text) == oracle(text)["input_ids"], text
 
 
-def test_without_the_space_in_front(sentence_piece_backend, gguf_vocabulary):
-    path = gguf_vocabulary(lambda writer: _sentence_piece(sentence_piece_backend, writer, space=False))
+def test_without_the_space_in_front(sentence_piece_backend, raw_gguf):
+    path = raw_gguf(lambda writer: _sentence_piece(sentence_piece_backend, writer, space=False))
     ours = Tokenizer.from_path(path)
     assert ours.decode(ours.encode(" fox")) == " fox" and ours.decode(ours.encode("fox")) == "fox"
     assert ours.encode("fox") != Tokenizer.from_path(
-        gguf_vocabulary(lambda writer: _sentence_piece(sentence_piece_backend, writer))
+        raw_gguf(lambda writer: _sentence_piece(sentence_piece_backend, writer))
     ).encode("fox")
 
 
-def test_gemma_merges_in_token_order_and_keeps_runs_of_spaces(gguf_vocabulary):
+def test_gemma_merges_in_token_order_and_keeps_runs_of_spaces(raw_gguf):
     tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "▁", "a", "b", "c", "  ", "ab", "bc", "▁a"]
     kinds = [3, 3, 3, 2, 1, 1, 1, 1, 4, 1, 1, 1]
 
@@ -137,7 +137,7 @@ def test_gemma_merges_in_token_order_and_keeps_runs_of_spaces(gguf_vocabulary):
         writer.add_unk_token_id(3)
         writer.add_add_space_prefix(False)
 
-    path = gguf_vocabulary(fill, arch="gemma3")
+    path = raw_gguf(fill, arch="gemma3")
     ours = Tokenizer.from_path(path)
     oracle = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     for text in ("abc", "a  b", " abc", "b   c"):
@@ -156,7 +156,7 @@ def test_ends_of_turns_come_from_metadata_and_from_the_chat_template(byte_level_
     assert ours.stop_token_ids == (1, 9, 11)
 
 
-def test_an_end_of_turn_that_only_the_template_names(gguf_vocabulary):
+def test_an_end_of_turn_that_only_the_template_names(raw_gguf):
     def fill(writer):
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("gpt-2")
@@ -166,10 +166,10 @@ def test_an_end_of_turn_that_only_the_template_names(gguf_vocabulary):
         writer.add_eos_token_id(0)
         writer.add_chat_template("{{ messages[0].content }}<|end|>")
 
-    assert Tokenizer.from_path(gguf_vocabulary(fill)).stop_token_ids == (0, 1)
+    assert Tokenizer.from_path(raw_gguf(fill)).stop_token_ids == (0, 1)
 
 
-def test_an_unknown_pre_tokenizer_or_kind_is_refused_by_name(byte_level_backend, gguf_byte_level, gguf_vocabulary):
+def test_an_unknown_pre_tokenizer_or_kind_is_refused_by_name(byte_level_backend, gguf_byte_level, raw_gguf):
     with pytest.raises(UnsupportedError, match="'spiral'"):
         Tokenizer.from_path(gguf_byte_level(byte_level_backend, "spiral"))
 
@@ -178,7 +178,7 @@ def test_an_unknown_pre_tokenizer_or_kind_is_refused_by_name(byte_level_backend,
         writer.add_token_list(["a"])
 
     with pytest.raises(UnsupportedError, match="'bert'"):
-        Tokenizer.from_path(gguf_vocabulary(fill))
+        Tokenizer.from_path(raw_gguf(fill))
 
 
 @pytest.mark.parametrize(
@@ -200,13 +200,13 @@ def test_an_unknown_pre_tokenizer_or_kind_is_refused_by_name(byte_level_backend,
         (lambda writer: None, "holds no tokenizer"),
     ],
 )
-def test_a_vocabulary_that_does_not_hang_together_is_explained(change, complaint, gguf_vocabulary):
+def test_a_vocabulary_that_does_not_hang_together_is_explained(change, complaint, raw_gguf):
     def fill(writer):
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("gpt-2")
         change(writer)
 
-    path = gguf_vocabulary(fill)
+    path = raw_gguf(fill)
     with pytest.raises(TokenizerError, match=complaint) as caught:
         Tokenizer.from_path(path)
     assert str(path) in str(caught.value)
@@ -215,7 +215,7 @@ def test_a_vocabulary_that_does_not_hang_together_is_explained(change, complaint
 def test_a_damaged_file_is_a_checkpoint_error(byte_level_backend, gguf_byte_level):
     path = gguf_byte_level(byte_level_backend, "gpt-2")
     path.write_bytes(path.read_bytes()[:3000])
-    with pytest.raises(CheckpointError, match=r"vocabulary\.gguf"):
+    with pytest.raises(CheckpointError, match=r"raw\.gguf"):
         Tokenizer.from_path(path)
 
 

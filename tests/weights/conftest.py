@@ -146,20 +146,3 @@ def make_model():
 @pytest.fixture(scope="session")
 def llama():
     return tiny_model(model_type="llama", head_dim=10)
-
-
-@pytest.fixture
-def raw_gguf(tmp_path):
-    """raw_gguf(build, arch="llama") -> path of a GGUF file that ``build(writer)`` fills."""
-
-    def write(build, arch="llama"):
-        path = tmp_path / "raw.gguf"
-        writer = gguf.GGUFWriter(path, arch)
-        build(writer)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        return path
-
-    return write
