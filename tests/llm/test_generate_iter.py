@@ -1,0 +1,31 @@
+"""What comes out of generate_iter: one output a request, whatever ends together and whatever is refused."""
+
+from __future__ import annotations
+
+from flexrun import SamplingParams
+from flexrun.outputs import Request
+
+
+def test_choices_that_end_together_are_one_output(open_llm):
+    llm = open_llm("llama")
+    params = SamplingParams(temperature=1.0, n=3, max_tokens=5, ignore_eos=True)
+    requests = [Request(f"r{number}", token_ids=[5 + number, 6, 7], params=params) for number in range(4)]
+    outputs = list(llm.generate_iter(requests))
+    assert sorted(output.request_id for output in outputs) == ["r0", "r1", "r2", "r3"]
+    assert all([choice.index for choice in output.outputs] == [0, 1, 2] for output in outputs)
+
+
+def test_a_pile_of_refusals_is_handed_on_as_it_is_met(open_llm):
+    drawn = 0
+
+    def pile():
+        nonlocal drawn
+        for number in range(2000):
+            drawn += 1
+            yield Request(f"bad{number}", token_ids=[])
+        yield Request("good", token_ids=[5, 6], params=SamplingParams(temperature=0, max_tokens=2, ignore_eos=True))
+
+    outputs = open_llm("llama").generate_iter(pile())
+    assert next(outputs).error is not None and drawn < 600
+    rest = list(outputs)
+    assert len(rest) == 2000 and rest[-1].error is None
