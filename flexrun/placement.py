@@ -60,21 +60,6 @@ class WeightPlacement:
         )
 
 
-def all_tensors(spec: ModelSpec) -> list[tuple[int, PackedTensor]]:
-    """Every packed tensor with its layer, in order of use. Tied embeddings count once, as embedding."""
-    tensors = [(-1, tensor) for tensor in spec.embedding_tensors()]
-    for layer in range(spec.num_layers):
-        tensors += [(layer, tensor) for tensor in spec.layer_tensors(layer)]
-    return tensors + [(spec.num_layers, tensor) for tensor in spec.head_tensors()]
-
-
-def tensor_bytes(spec: ModelSpec, tensor: PackedTensor) -> int:
-    count = DTYPES[spec.dtype].itemsize
-    for size in tensor.shape:
-        count *= size
-    return count
-
-
 def place_weights(spec: ModelSpec, policy: Policy, *, on_device: bool) -> WeightPlacement:
     """Give every tensor a tier so that each tier holds at most its fraction and all layers stream alike.
 
@@ -94,8 +79,8 @@ def place_weights(spec: ModelSpec, policy: Policy, *, on_device: bool) -> Weight
     rest = Tier.DISK if fractions.disk > 1e-9 else (Tier.CPU if fractions.cpu > 1e-9 else Tier.GPU)
     credit = {Tier.GPU: 0.0, Tier.CPU: 0.0}
     placed = []
-    for layer, tensor in all_tensors(spec):
-        nbytes = tensor_bytes(spec, tensor)
+    for layer, tensor in spec.tensors_by_layer():
+        nbytes = tensor.elements * spec.dtype_bytes
         if nbytes < SMALL_TENSOR_BYTES or (tensor.module == "embedding" and tensor.name != "token_embedding.weight"):
             tier = compute_tier
         elif tensor.module == "embedding" and not spec.tie_word_embeddings:

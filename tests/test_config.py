@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -120,3 +121,10 @@ def test_an_absent_document_is_a_config_error(tmp_path):
 
 def test_the_document_is_plain_json():
     assert json.loads(Policy().to_json())["weights"] == {"gpu": 0.0, "cpu": 1.0, "disk": 0.0}
+
+
+@pytest.mark.parametrize(
+    "path", sorted(Path(__file__).parents[1].glob("configs/policies/*.json")), ids=lambda p: p.stem
+)
+def test_the_policies_that_come_along_can_be_read(path):
+    assert Policy.from_json(path).sequences_in_flight >= 1

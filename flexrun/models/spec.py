@@ -249,8 +249,13 @@ class ModelSpec:
         return tuple(tensors)
 
     def all_tensors(self) -> tuple[PackedTensor, ...]:
-        layers = (tensor for layer in range(self.num_layers) for tensor in self.layer_tensors(layer))
-        return (*self.embedding_tensors(), *layers, *self.head_tensors())
+        return tuple(tensor for _, tensor in self.tensors_by_layer())
+
+    def tensors_by_layer(self) -> list[tuple[int, PackedTensor]]:
+        """Every tensor with its layer (-1: embedding, num_layers: head), in order of use; a tied head is not listed."""
+        layers = [(layer, tensor) for layer in range(self.num_layers) for tensor in self.layer_tensors(layer)]
+        embedding = [(-1, tensor) for tensor in self.embedding_tensors()]
+        return embedding + layers + [(self.num_layers, tensor) for tensor in self.head_tensors()]
 
     def source_names(self, source: str) -> tuple[str, ...]:
         """Names under which a checkpoint may hold ``source``, the usual one first.

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from flexrun.core import DTYPES, PAGE_BYTES, align_up, format_bytes
 from flexrun.errors import BudgetError, CheckpointError, UnsupportedError
-from flexrun.models.spec import ModelSpec, PackedTensor
+from flexrun.models.spec import ModelSpec
 from flexrun.weights.checkpoint import CheckpointReader, check_tensors
 
 FORMAT_VERSION = 1
@@ -94,7 +94,7 @@ def open_packed(
             names = reader.names()
             needed = (
                 (spec.find_source(source, names) or source, shape)
-                for _, tensor in _stored(spec)
+                for _, tensor in spec.tensors_by_layer()
                 for source, shape in zip(tensor.sources, tensor.source_shapes)
             )
             check_tensors(reader, needed)
@@ -115,18 +115,8 @@ def open_packed(
     return packed
 
 
-def _stored(spec: ModelSpec) -> Iterator[tuple[int, PackedTensor]]:
-    for tensor in spec.embedding_tensors():
-        yield -1, tensor
-    for layer in range(spec.num_layers):
-        for tensor in spec.layer_tensors(layer):
-            yield layer, tensor
-    for tensor in spec.head_tensors():
-        yield spec.num_layers, tensor
-
-
 def _layout(spec: ModelSpec) -> str:
-    return repr([(layer, tensor) for layer, tensor in _stored(spec)])
+    return repr(spec.tensors_by_layer())
 
 
 def _file_name(layer: int, num_layers: int) -> str:
@@ -167,7 +157,7 @@ def _digest(body: dict) -> str:
 
 def _write(reader: CheckpointReader, spec: ModelSpec, folder: Path, key: str, progress: bool) -> None:
     dtype = DTYPES[spec.dtype]
-    stored, names = list(_stored(spec)), reader.names()
+    stored, names = spec.tensors_by_layer(), reader.names()
     total_bytes = sum(align_up(torch.Size(tensor.shape).numel() * dtype.itemsize) for _, tensor in stored)
     free_bytes = shutil.disk_usage(folder.parent).free
     if total_bytes > free_bytes:
