@@ -21,6 +21,7 @@ FLOORS = {
     "weights": 2,
     "moe": 2,
     "placement": 2,
+    "hardware": 2,
     "models": 1,
     "attention": 1,
     "compress": 1,
@@ -32,11 +33,12 @@ FLOORS = {
     "schedule": 0,
     "native": 0,
     "machine": 0,
+    "disk_io": 0,
     "gguf_header": 0,
     "core": 0,
     "errors": 0,
 }
-GROUND_ORDER = {"errors": 0, "core": 1, "schedule": 2, "native": 2, "machine": 2, "gguf_header": 2}  # inside floor 0
+GROUND_ORDER = {"errors": 0, "core": 1, "schedule": 2, "native": 2, "machine": 2, "disk_io": 2, "gguf_header": 2}  # inside floor 0
 FACES = {"__init__", "__main__"}  # flexrun/__init__.py shows LLM and its company; __main__ calls cli
 LINES = 400
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flexrun.core import DTYPES, Tier, align_up
 from flexrun.models.spec import ModelSpec
-from flexrun.offload.disk_io import Block, DirectFile, RowFile, blocks_of
+from flexrun.disk_io import Block, DirectFile, RowFile, blocks_of
 from flexrun.offload.tiers import Buffer, MemoryTier
 from flexrun.placement import MemoryAccount, PlacedTensor, WeightPlacement, unit_of
 from flexrun.schedule import Step

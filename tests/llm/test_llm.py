@@ -14,7 +14,7 @@ from flexrun import LLM, SamplingParams
 from flexrun.config import Placement, Policy
 from flexrun.core import Lane
 from flexrun.errors import BudgetError, ConfigError, ExecutionError, RequestError, UnsupportedError
-from flexrun.offload.disk_io import DirectFile
+from flexrun.disk_io import DirectFile
 from flexrun.outputs import Request
 
 GREEDY = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)

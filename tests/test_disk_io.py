@@ -11,8 +11,8 @@ import torch
 
 from flexrun.core import PAGE_BYTES
 from flexrun.errors import ExecutionError
-from flexrun.offload import disk_io
-from flexrun.offload.disk_io import DirectFile, RowFile, blocks_of
+from flexrun import disk_io
+from flexrun.disk_io import DirectFile, RowFile, blocks_of
 from flexrun.offload.tiers import Buffer
 
 PAGES = 9
