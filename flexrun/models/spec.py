@@ -6,74 +6,17 @@ A ModelSpec holds no tensor and reads no file: shapes, names, bytes and FLOPs al
 from __future__ import annotations
 
 import fnmatch
-import math
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
-from torch import Tensor
 
 from flexrun.core import DTYPES
+from flexrun.models.layout import Layout
+from flexrun.models.tensors import PackedTensor
 
 NO_ROPE = -1  # in ModelSpec.layer_ropes: this layer sees no positions
-
-
-@dataclass(frozen=True)
-class PackedTensor:
-    """One tensor as flexrun stores it, and the checkpoint tensors it is made of.
-
-    name: for example ``"qkv.weight"``, unique within its module.
-    module: ``"attention"``, ``"mlp"``, ``"embedding"`` or ``"head"``.
-    shape: of the packed tensor.
-    sources: checkpoint tensor names in the Hugging Face naming, with the layer filled in.
-    source_shapes: what the checkpoint must hold, one shape a source.
-    assemble: key into ASSEMBLERS.
-    groups: what the assembler needs beside the tensors (``"neox_qkv"``: the number of heads).
-    """
-
-    name: str
-    module: str
-    shape: tuple[int, ...]
-    sources: tuple[str, ...]
-    source_shapes: tuple[tuple[int, ...], ...]
-    assemble: str = "concat"
-    groups: int = 1
-
-    @property
-    def elements(self) -> int:
-        return math.prod(self.shape)
-
-    def build(self, tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
-        """The packed tensor, contiguous, from the source tensors in order, cast to ``dtype`` if given.
-
-        May share memory with a lone source that needs no change.
-        """
-        packed = ASSEMBLERS[self.assemble](tensors, self.groups, dtype or tensors[0].dtype)
-        return packed.reshape(self.shape).contiguous()
-
-
-def _concat(tensors: Sequence[Tensor], groups: int, dtype: torch.dtype) -> Tensor:
-    if len(tensors) == 1:
-        return tensors[0].to(dtype)
-    packed = torch.empty((sum(len(tensor) for tensor in tensors), *tensors[0].shape[1:]), dtype=dtype)
-    row = 0
-    for tensor in tensors:
-        packed[row : row + len(tensor)].copy_(tensor)  # casts and concatenates in one copy
-        row += len(tensor)
-    return packed
-
-
-def _neox_qkv(tensors: Sequence[Tensor], groups: int, dtype: torch.dtype) -> Tensor:
-    """GPT-NeoX stores [head 0: q k v, head 1: q k v, ...]; the decoder wants all q, all k, all v."""
-    (fused,) = tensors
-    by_head = fused.reshape(groups, 3, -1, *fused.shape[1:])  # [heads, 3, head_dim, ...]
-    return by_head.transpose(0, 1).reshape(fused.shape).to(dtype)
-
-
-ASSEMBLERS: dict[str, Callable[[Sequence[Tensor], int, torch.dtype], Tensor]] = {
-    "concat": _concat,
-    "neox_qkv": _neox_qkv,
-}
 
 
 @dataclass(frozen=True)
@@ -109,6 +52,31 @@ class RopeSpec:
     high_freq_factor: float = 4.0
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The routed experts of a sparse layer. ``shared_intermediate_size``: all shared experts together, 0: none."""
+
+    num_experts: int
+    experts_per_token: int
+    intermediate_size: int
+    shared_intermediate_size: int = 0
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): the cache holds one latent for all heads.
+
+    q_lora_rank: width of the query's own latent, 0 where the query is projected directly. A head's query and key are
+    ``nope_head_dim`` channels without positions and ``rope_head_dim`` rotated ones, whose key all heads share.
+    """
+
+    q_lora_rank: int
+    kv_lora_rank: int
+    nope_head_dim: int
+    rope_head_dim: int
+    value_head_dim: int
 
 
 @dataclass(frozen=True)
@@ -163,6 +131,10 @@ class ModelSpec:
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
     pad_token_id: int | None = None
+    experts: Experts | None = None
+    sparse_layers: tuple[bool, ...] = ()  # one a layer; () = all dense
+    latent: LatentAttention | None = None  # then head_dim is that of query and key
+    unrunnable: tuple[str, ...] = ()  # why this version plans the model but does not run it; () = it runs
 
     # ------------------------------------------------------------------ sizes
 
@@ -176,20 +148,28 @@ class ModelSpec:
 
     @property
     def query_size(self) -> int:
+        """Width of a token's query, all heads."""
         return self.num_heads * self.head_dim
 
     @property
+    def attended_size(self) -> int:
+        """Width of a token's attention result, all heads: what enters the output projection."""
+        return self.num_heads * (self.latent.value_head_dim if self.latent else self.head_dim)
+
+    @property
     def kv_size(self) -> int:
+        """Width of a token's keys, and of its values, all heads; latent attention has neither in its cache."""
         return self.num_kv_heads * self.head_dim
 
     @property
     def qkv_size(self) -> int:
-        return self.query_size + 2 * self.kv_size
+        """Width of a token's query and of what it adds to the cache."""
+        return self.query_size + self.kv_elements_per_token
 
     @property
     def kv_elements_per_token(self) -> int:
-        """Key and value elements one token adds to the cache of one layer."""
-        return 2 * self.kv_size
+        """Elements one token adds to the cache of one layer: keys and values, or a latent and its rotated key."""
+        return self.latent.kv_lora_rank + self.latent.rope_head_dim if self.latent else 2 * self.kv_size
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -201,6 +181,10 @@ class ModelSpec:
         """The hard limit of a sequence, or None where only quality ends (rotary positions go on)."""
         return self.max_position_embeddings if self.learned_positions else None
 
+    def is_sparse(self, layer: int) -> bool:
+        """Whether the layer routes its tokens to experts."""
+        return bool(self.sparse_layers) and self.sparse_layers[layer]
+
     def attention_form(self, layer: int) -> AttentionForm:
         return AttentionForm(self.attention_scale, self.layer_windows[layer], self.attention_softcap)
 
@@ -208,54 +192,33 @@ class ModelSpec:
 
     def layer_tensors(self, layer: int) -> tuple[PackedTensor, ...]:
         """Every tensor of one layer: those of module ``attention`` first, then those of ``mlp``."""
-        hidden, inner = self.hidden_size, self.intermediate_size
-        per_head = self.query_key_norm_width == "head"
-        query_norm = self.head_dim if per_head else self.query_size
-        key_norm = self.head_dim if per_head else self.kv_size
-        qkv_rows = (self.query_size, self.kv_size, self.kv_size)
-        up_stem, up_rows = ("gate_up", (inner, inner)) if self.gated else ("up", (inner,))
-        return (
-            *self._norm("attention", "attention_norm", hidden, layer),
-            *self._linear("attention", "qkv", qkv_rows, hidden, self.qkv_bias, layer, self.qkv_assembler),
-            *self._norm("attention", "query_norm", query_norm, layer),
-            *self._norm("attention", "key_norm", key_norm, layer),
-            *self._linear("attention", "output", (hidden,), self.query_size, self.output_bias, layer),
-            *self._norm("attention", "attention_branch_norm", hidden, layer),
-            *self._norm("mlp", "residual_norm", hidden, layer),
-            *self._norm("mlp", "mlp_norm", hidden, layer),
-            *self._linear("mlp", up_stem, up_rows, hidden, self.mlp_bias, layer),
-            *self._linear("mlp", "down", (hidden,), inner, self.mlp_bias, layer),
-            *self._norm("mlp", "mlp_branch_norm", hidden, layer),
-            *self._norm("mlp", "output_norm", hidden, layer),
-        )
+        return self._layers[layer]
+
+    @cached_property
+    def _layers(self) -> tuple[tuple[PackedTensor, ...], ...]:
+        layout = Layout(self)
+        return tuple(tuple(layout.layer(layer)) for layer in range(self.num_layers))
 
     def embedding_tensors(self) -> tuple[PackedTensor, ...]:
         """``token_embedding.weight`` [vocab, embedding_size] and, for OPT, the positions and ``project_in``."""
-        tensors = [*self._outer("embedding", "token_embedding", self.vocab_size, self.embedding_size)]
-        if self.learned_positions:
-            rows = self.max_position_embeddings + self.position_offset
-            tensors += self._outer("embedding", "position_embedding", rows, self.hidden_size)
-        if self.embedding_size != self.hidden_size:
-            tensors += self._outer("embedding", "project_in", self.hidden_size, self.embedding_size)
-        return tuple(tensors)
+        return tuple(Layout(self).embedding())
 
     def head_tensors(self) -> tuple[PackedTensor, ...]:
         """The final norm, ``project_out`` and ``lm_head.weight`` [vocab, embedding_size], absent when tied."""
-        tensors = [*self._norm("head", "final_norm", self.hidden_size)]
-        if self.embedding_size != self.hidden_size:
-            tensors += self._outer("head", "project_out", self.embedding_size, self.hidden_size)
-        if not self.tie_word_embeddings:
-            tensors += self._outer("head", "lm_head", self.vocab_size, self.embedding_size)
-        return tuple(tensors)
+        return tuple(Layout(self).head())
 
     def all_tensors(self) -> tuple[PackedTensor, ...]:
         return tuple(tensor for _, tensor in self.tensors_by_layer())
 
     def tensors_by_layer(self) -> list[tuple[int, PackedTensor]]:
         """Every tensor with its layer (-1: embedding, num_layers: head), in order of use; a tied head is not listed."""
-        layers = [(layer, tensor) for layer in range(self.num_layers) for tensor in self.layer_tensors(layer)]
+        return list(self._tensors_by_layer)
+
+    @cached_property
+    def _tensors_by_layer(self) -> tuple[tuple[int, PackedTensor], ...]:
+        layers = [(layer, tensor) for layer, tensors in enumerate(self._layers) for tensor in tensors]
         embedding = [(-1, tensor) for tensor in self.embedding_tensors()]
-        return embedding + layers + [(self.num_layers, tensor) for tensor in self.head_tensors()]
+        return (*embedding, *layers, *((self.num_layers, tensor) for tensor in self.head_tensors()))
 
     def source_names(self, source: str) -> tuple[str, ...]:
         """Names under which a checkpoint may hold ``source``, the usual one first.
@@ -286,48 +249,6 @@ class ModelSpec:
             if name not in read and not any(fnmatch.fnmatchcase(name, pattern) for pattern in ignored)
         ]
 
-    def _stems(self, stem: str, layer: int | None) -> tuple[str, ...]:
-        if layer is None:
-            return (dict(self.model_sources)[stem],)
-        return tuple(source.format(layer=layer) for source in dict(self.layer_sources)[stem])
-
-    def _norm(self, module: str, stem: str, width: int, layer: int | None = None):
-        if stem not in self.norms or not self.norm_affine:
-            return
-        (source,) = self._stems(stem, layer)
-        for part in ("weight", "bias") if self.norm_kind == "layer" else ("weight",):
-            yield PackedTensor(f"{stem}.{part}", module, (width,), (f"{source}.{part}",), ((width,),))
-
-    def _linear(
-        self,
-        module: str,
-        stem: str,
-        rows: tuple[int, ...],
-        columns: int,
-        bias: bool,
-        layer: int,
-        assemble: str = "concat",
-    ):
-        stems = self._stems(stem, layer)
-        total = sum(rows)
-        source_rows = rows if len(stems) == len(rows) else (total,)  # fused in the checkpoint already
-        groups = self.num_heads if assemble == "neox_qkv" else 1
-        for part, tail in (("weight", (columns,)), ("bias", ()))[: 2 if bias else 1]:
-            yield PackedTensor(
-                f"{stem}.{part}",
-                module,
-                (total, *tail),
-                tuple(f"{source}.{part}" for source in stems),
-                tuple((count, *tail) for count in source_rows),
-                assemble,
-                groups,
-            )
-
-    def _outer(self, module: str, stem: str, rows: int, columns: int) -> list[PackedTensor]:
-        (source,) = self._stems(stem, None)
-        shape = (rows, columns)
-        return [PackedTensor(f"{stem}.weight", module, shape, (f"{source}.weight",), (shape,))]
-
     # ----------------------------------------------------------- bytes, FLOPs
 
     def layer_bytes(self, layer: int, module: str | None = None) -> int:
@@ -335,29 +256,63 @@ class ModelSpec:
         tensors = self.layer_tensors(layer)
         return self.dtype_bytes * sum(tensor.elements for tensor in tensors if module in (None, tensor.module))
 
-    @property
+    @cached_property
     def parameter_count(self) -> int:
         """Elements of all tensors as stored; a tied head counts once."""
-        return sum(tensor.elements for tensor in self.all_tensors())
+        return sum(tensor.elements for _, tensor in self._tensors_by_layer)
 
     @property
     def weight_bytes(self) -> int:
         return self.parameter_count * self.dtype_bytes
 
-    def flops_per_token(self, module: str) -> int:
+    def linear_shapes(self, part: str, layer: int = 0) -> tuple[tuple[int, int], ...]:
+        """(inputs, outputs) of each matrix that a token row meets in one part of a layer, in order of use.
+
+        part: ``attention_inputs``, ``attention_output``, ``mlp``, or ``head`` (of the model). Norms have no matrix.
+        """
+        hidden, inner = self.hidden_size, self.intermediate_size
+        if part == "attention_inputs":
+            return ((hidden, self.qkv_size),)
+        if part == "attention_output":
+            return ((self.attended_size, hidden),)
+        if part == "mlp":
+            return ((hidden, inner * (2 if self.gated else 1)), (inner, hidden))
+        if part == "head":
+            project_out = ((hidden, self.embedding_size),) if self.embedding_size != hidden else ()
+            return (*project_out, (self.embedding_size, self.vocab_size))
+        raise KeyError(f"no part {part!r}: attention_inputs, attention_output, mlp or head")
+
+    def flops_per_token(self, module: str, layer: int = 0) -> int:
         """FLOPs of the matrix products of one module for one token: ``attention``, ``mlp`` (of one layer) or ``head``.
 
         Two FLOPs a multiply-add. Attention over the cache is attention_flops_per_token.
         """
-        if module == "attention":
-            return 2 * self.hidden_size * (self.qkv_size + self.query_size)
-        if module == "mlp":
-            return 2 * self.hidden_size * self.intermediate_size * (3 if self.gated else 2)
-        if module == "head":
-            project_out = self.hidden_size if self.embedding_size != self.hidden_size else 0
-            return 2 * self.embedding_size * (self.vocab_size + project_out)
-        raise KeyError(f"no module {module!r}: attention, mlp or head")
+        parts = {"attention": ("attention_inputs", "attention_output"), "mlp": ("mlp",), "head": ("head",)}
+        if module not in parts:
+            raise KeyError(f"no module {module!r}: {', '.join(parts)}")
+        shapes = [shape for part in parts[module] for shape in self.linear_shapes(part, layer)]
+        return 2 * sum(inputs * outputs for inputs, outputs in shapes)
+
+    @property
+    def decode_attention_flops_per_pair(self) -> int:
+        """FLOPs of score and weighted value of one (query token, cached token) pair of one layer, all heads."""
+        return 4 * self.query_size
+
+    @property
+    def prefill_attention_flops_per_pair(self) -> int:
+        """The same for the tokens of a prompt."""
+        return 4 * self.query_size
+
+    @property
+    def decode_absorption_shapes(self) -> tuple[tuple[int, int], ...]:
+        """Matrices that a decoded token meets between the projections and the cache of one layer, (inputs, outputs)."""
+        return ()
+
+    @property
+    def prefill_expansion_shapes(self) -> tuple[tuple[int, int], ...]:
+        """Matrices that expand a prompt token's latent to keys and values, (inputs, outputs)."""
+        return ()
 
     def attention_flops_per_token(self, context_tokens: int) -> int:
         """FLOPs of scores and weighted values of one layer for one query over ``context_tokens`` keys."""
-        return 4 * self.query_size * context_tokens
+        return self.decode_attention_flops_per_pair * context_tokens

@@ -9,7 +9,7 @@ import torch
 from tiny_families import TINY
 
 from flexrun.models.families import spec_from_config
-from flexrun.models.spec import PackedTensor
+from flexrun.models.tensors import PackedTensor
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -93,6 +93,25 @@ def test_bytes_and_flops():
     assert spec.flops_per_token("head") == 2 * 1000 * 64
     assert spec.attention_flops_per_token(10) == 2 * 2 * 8 * 16 * 10
     assert spec.max_length_tokens is None
+    qkv = (8 + 2 + 2) * 16
+    assert spec.linear_shapes("attention_inputs") == ((64, qkv),)
+    assert spec.linear_shapes("attention_output") == ((128, 64),)
+    assert spec.linear_shapes("mlp", 1) == ((64, 200), (100, 64))
+    assert spec.linear_shapes("head") == ((64, 1000),)
+    assert spec.decode_attention_flops_per_pair == spec.prefill_attention_flops_per_pair == 4 * 8 * 16
+    assert spec.decode_absorption_shapes == spec.prefill_expansion_shapes == ()
+    assert not spec.is_sparse(0)
+    assert spec.unrunnable == ()
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_linear_shapes_are_those_of_the_matrices(tiny, name):
+    spec = spec_from_config(tiny(name)[0])
+    for module, parts in {"attention": ("attention_inputs", "attention_output"), "mlp": ("mlp",)}.items():
+        packed = [tensor.shape for tensor in spec.layer_tensors(1) if tensor.module == module]
+        shapes = [shape for part in parts for shape in spec.linear_shapes(part, 1)]
+        assert shapes == [shape[::-1] for shape in packed if len(shape) == 2]
+        assert spec.flops_per_token(module, 1) == 2 * sum(inputs * outputs for inputs, outputs in shapes)
 
 
 def test_learned_positions_end_hard(tiny):

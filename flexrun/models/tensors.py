@@ -1,0 +1,68 @@
+"""The tensors of a model as flexrun stores them: named, shaped, and built from those of the checkpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PackedTensor:
+    """One tensor as flexrun stores it, and the checkpoint tensors it is made of.
+
+    name: for example ``"qkv.weight"``, unique within its module.
+    module: ``"attention"``, ``"mlp"``, ``"experts"``, ``"embedding"`` or ``"head"``.
+    shape: of the packed tensor.
+    sources: checkpoint tensor names in the Hugging Face naming, with the layer filled in.
+    source_shapes: what the checkpoint must hold, one shape a source.
+    assemble: key into ASSEMBLERS.
+    groups: what the assembler needs beside the tensors (``"neox_qkv"``: the number of heads).
+    """
+
+    name: str
+    module: str
+    shape: tuple[int, ...]
+    sources: tuple[str, ...]
+    source_shapes: tuple[tuple[int, ...], ...]
+    assemble: str = "concat"
+    groups: int = 1
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    def build(self, tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
+        """The packed tensor, contiguous, from the source tensors in order, cast to ``dtype`` if given.
+
+        May share memory with a lone source that needs no change.
+        """
+        packed = ASSEMBLERS[self.assemble](tensors, self.groups, dtype or tensors[0].dtype)
+        return packed.reshape(self.shape).contiguous()
+
+
+def _concat(tensors: Sequence[Tensor], groups: int, dtype: torch.dtype) -> Tensor:
+    if len(tensors) == 1:
+        return tensors[0].to(dtype)
+    packed = torch.empty((sum(len(tensor) for tensor in tensors), *tensors[0].shape[1:]), dtype=dtype)
+    row = 0
+    for tensor in tensors:
+        packed[row : row + len(tensor)].copy_(tensor)  # casts and concatenates in one copy
+        row += len(tensor)
+    return packed
+
+
+def _neox_qkv(tensors: Sequence[Tensor], groups: int, dtype: torch.dtype) -> Tensor:
+    """GPT-NeoX stores [head 0: q k v, head 1: q k v, ...]; the decoder wants all q, all k, all v."""
+    (fused,) = tensors
+    by_head = fused.reshape(groups, 3, -1, *fused.shape[1:])  # [heads, 3, head_dim, ...]
+    return by_head.transpose(0, 1).reshape(fused.shape).to(dtype)
+
+
+ASSEMBLERS: dict[str, Callable[[Sequence[Tensor], int, torch.dtype], Tensor]] = {
+    "concat": _concat,
+    "neox_qkv": _neox_qkv,
+}
