@@ -1,106 +1,27 @@
-"""What a machine can do, as numbers: capacities, the speed of each lane, and what lanes cost each other.
+"""What a machine can do, as one JSON document: capacities, the speed of each lane, what lanes cost each other.
 
-Pure data with the few formulas that turn it into seconds. Measured by ``profiler``, or read from
-configs/hardware to plan for a machine one does not have.
+Measured by ``flexrun profile``, or read from configs/hardware to plan for a machine one does not have.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import dataclasses
+import json
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from flexrun.core import DTYPES, nearest_name
 from flexrun.errors import ConfigError
+from flexrun.hardware.document import REMEDY, build, require_number, require_range
+from flexrun.hardware.rates import LinearWork, Processor, Rates, Transfer
 
+__all__ = ["LANES", "Hardware", "LinearWork", "Processor", "Rates", "Transfer"]
 
-@dataclass(frozen=True)
-class Transfer:
-    """One lane that moves bytes: ``latency_seconds`` a request, then ``bytes_per_second``."""
-
-    bytes_per_second: float
-    latency_seconds: float = 0.0
-
-    def seconds(self, nbytes: float) -> float:
-        return self.latency_seconds + nbytes / self.bytes_per_second
-
-
-@dataclass(frozen=True)
-class LinearWork:
-    """The linear layers of one module, as the formulas see them.
-
-    weight_elements: of the matrices together. width: side of the typical matrix, a weighted geometric mean.
-    activation_elements: inputs and outputs of one row together.
-    """
-
-    weight_elements: int
-    width: float
-    activation_elements: int
-
-    @classmethod
-    def of(cls, shapes: Iterable[tuple[int, int]]) -> LinearWork:
-        """From the (inputs, outputs) of each matrix."""
-        shapes = tuple(shapes)
-        elements = sum(inputs * outputs for inputs, outputs in shapes)
-        width = sum((inputs * outputs) ** 1.5 for inputs, outputs in shapes) / max(elements, 1)
-        return cls(elements, max(width, 1.0), sum(inputs + outputs for inputs, outputs in shapes))
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What a processor reaches in one dtype.
-
-    matmul_flops_per_second: linear layers with many rows and wide matrices. half_width: geometric mean of a
-    matrix's two sides at which half of that is reached (0: width does not matter).
-    weight_bytes_per_second: reading weights when there are few rows (memory bandwidth, as a matmul reaches it).
-    sharpness: p of the smooth roofline ``(compute^p + memory^p)^(1/p)``; large is a hard corner.
-    activation_bytes_per_second: norms, activations, residuals and copies, a byte of each linear layer's input and output.
-    decode_kv_bytes_per_second: attention of single query tokens, a byte of K and V.
-    prefill_attention_flops_per_second: attention of prompts, causal products counted only.
-    """
-
-    matmul_flops_per_second: float
-    weight_bytes_per_second: float
-    activation_bytes_per_second: float
-    decode_kv_bytes_per_second: float
-    prefill_attention_flops_per_second: float
-    half_width: float = 0.0
-    sharpness: float = 4.0
-
-    def linear_seconds(self, rows: int, work: LinearWork, dtype_bytes: int, weight_bytes: float | None = None) -> float:
-        """One call of a module over ``rows`` token rows, without its fixed overhead.
-
-        dtype_bytes: of an activation. weight_bytes: read for the weights together (None: stored in the same dtype).
-        """
-        peak = self.matmul_flops_per_second / (1.0 + self.half_width / work.width)
-        compute = 2.0 * rows * work.weight_elements / peak
-        nbytes = work.weight_elements * dtype_bytes if weight_bytes is None else weight_bytes
-        memory = nbytes / self.weight_bytes_per_second
-        high, low = max(compute, memory), min(compute, memory)
-        roofline = high * (1.0 + (low / high) ** self.sharpness) ** (1.0 / self.sharpness) if high else 0.0
-        return roofline + rows * work.activation_elements * dtype_bytes / self.activation_bytes_per_second
-
-
-@dataclass(frozen=True)
-class Processor:
-    """A GPU, or the CPU with all its cores.
-
-    step_overhead_seconds: fixed cost of one step (launches, interpreter). row_overhead_seconds: of one sampled
-    row. sample_element_seconds: of one logit (cast, argmax or draw). dequantise_bytes_per_second: 4- and 8-bit
-    weights, a byte of the dtype they become (0: such weights do not run here).
-    """
-
-    rates: dict[str, Rates]
-    step_overhead_seconds: float = 0.0
-    row_overhead_seconds: float = 0.0
-    sample_element_seconds: float = 0.0
-    dequantise_bytes_per_second: float = 0.0
-
-    def rates_of(self, dtype: str) -> Rates:
-        """Raises ConfigError where the dtype was not measured."""
-        if dtype not in self.rates:
-            raise ConfigError(
-                f"the hardware profile has no rates for {dtype}", f"it has {', '.join(self.rates)}; measure again"
-            )
-        return self.rates[dtype]
+# compute: the processor that runs the model's linear layers; host_attention: the CPU attending beside it;
+# host_copy: a copy thread, which is what h2d and d2h are on a machine whose accelerator is emulated.
+LANES = ("compute", "host_attention", "host_copy", "h2d", "d2h", "disk_read", "disk_write")
 
 
 @dataclass(frozen=True)
@@ -110,7 +31,9 @@ class Hardware:
     gpu, h2d, d2h are None where there is none; host_copy is a copy thread's memcpy, which stands for the links of an
     emulated accelerator. duplex_share: speed that h2d and d2h keep while both run.
     contention[a][b]: share of its own speed that lane a keeps while lane b runs, for a, b of ``LANES``; absent is 1.
-    noise: relative spread of repeated readings, by lane. sources: where numbers that were not measured come from.
+    noise: relative spread of repeated readings, by what was read. measured: date. fingerprint: of the machine and
+    software measured. sources: where numbers that were not measured come from.
+    Raises ConfigError for a number that cannot be.
     """
 
     name: str
@@ -129,4 +52,66 @@ class Hardware:
     contention: dict[str, dict[str, float]] = field(default_factory=dict)
     noise: dict[str, float] = field(default_factory=dict)
     measured: str = ""
+    fingerprint: str = ""
     sources: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        require_range(self, ("cpu_memory_bytes", "cores"), 1)
+        require_range(self, ("gpu_memory_bytes", "disk_bytes"), 0)
+        require_range(self, ("duplex_share",), 0, 1, above=True)
+        if self.gpu is not None:
+            absent = [name for name in ("gpu_memory_bytes", "h2d", "d2h") if not getattr(self, name)]
+            if absent:
+                raise ConfigError(f"there is a gpu, but no {absent[0]}", REMEDY)
+        for processor in filter(None, (self.cpu, self.gpu)):
+            for dtype in processor.rates:
+                if dtype not in DTYPES:
+                    raise ConfigError(f"rates of an unknown dtype {dtype!r}", nearest_name(dtype, DTYPES))
+        for lane, shares in self.contention.items():
+            for beside, share in shares.items():
+                for name in (lane, beside):
+                    if name not in LANES:
+                        raise ConfigError(f"contention of an unknown lane {name!r}", nearest_name(name, LANES))
+                require_number(f"contention.{lane}.{beside}", share, 0, 1, above=True)
+        for name, spread in self.noise.items():
+            require_number(f"noise.{name}", spread, 0)
+
+    def keeps(self, lane: str, beside: str) -> float:
+        """Share of its own speed that ``lane`` keeps while ``beside`` runs, both of ``LANES``."""
+        return self.contention.get(lane, {}).get(beside, 1.0)
+
+    # Documents ----------------------------------------------------------------------------------------
+
+    @classmethod
+    def load(cls, path: str | Path) -> Hardware:
+        """Read a hardware document. Raises ConfigError, naming file and key, on anything it should not hold."""
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise ConfigError(
+                f"hardware file {path} does not exist",
+                "measure this machine with flexrun profile, or take a file of configs/hardware/",
+            ) from error
+        except OSError as error:
+            raise ConfigError(f"hardware file {path} cannot be read: {error.strerror}", "check the path") from error
+        except ValueError as error:  # not JSON, or not even text
+            raise ConfigError(f"hardware file {path} is not JSON: {error}", REMEDY) from error
+        return build(cls, values, f"hardware {path}")
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False)
+
+    def save(self, path: str | Path) -> None:
+        """Write the document, whole or not at all. Raises ConfigError where that is impossible."""
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(self.to_json() + "\n", encoding="utf-8")
+            temporary.replace(path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise ConfigError(
+                f"hardware file {path} cannot be written: {error.strerror}", "name a file that can be"
+            ) from error
