@@ -39,7 +39,9 @@ class Policy:
     attention_micro_batch: sequences attended together; each micro-batch has one home tier for its KV.
     token_micro_batch: rows of one linear-layer call inside a module.
     kv_tokens: tokens the KV cache has room for (0: sequences_in_flight times the longest request).
-    weights, kv: Placement fractions.
+    weights, kv: Placement fractions. hidden: where the rows of a pass wait between modules; ``gpu`` is the compute
+        device, whichever it is.
+    weight_bits, kv_bits: 16 keeps the model's dtype, 8 and 4 are group-wise compressed.
     cpu_attention_share: share of host-resident KV micro-batches attended in place on the CPU
         (the rest is copied to the GPU and attended there). Meaningless without a GPU.
     """
@@ -51,7 +53,10 @@ class Policy:
     kv_tokens: int = 0
     weights: Placement = field(default_factory=Placement)
     kv: Placement = field(default_factory=Placement)
+    hidden: Placement = field(default_factory=lambda: Placement(gpu=1.0, cpu=0.0))
     cpu_attention_share: float = 1.0
+    weight_bits: int = 16
+    kv_bits: int = 16
 
     def __post_init__(self):
         for name in ("sequences_in_flight", "tokens_per_pass", "attention_micro_batch", "token_micro_batch"):
@@ -62,11 +67,20 @@ class Policy:
             raise ConfigError(f"policy kv_tokens={self.kv_tokens!r} must be a whole number; 0 sizes it by the requests")
         if not 0.0 <= self.cpu_attention_share <= 1.0:
             raise ConfigError(f"policy cpu_attention_share={self.cpu_attention_share} is outside [0, 1]")
-        if self.kv.disk:
-            raise UnsupportedError(
-                "policy places KV cache on disk, which this version does not run",
-                "place it on cpu or gpu, or lower sequences_in_flight",
-            )
+        for name in ("weight_bits", "kv_bits"):
+            if getattr(self, name) not in (16, 8, 4):
+                raise ConfigError(f"policy {name}={getattr(self, name)!r} must be 16, 8 or 4")
+
+    def check_runnable(self) -> None:
+        """Raise UnsupportedError for what can be planned but is not run in this version."""
+        for asked, what, remedy in (
+            (self.kv.disk, "places KV cache on disk", "place it on cpu or gpu, or lower sequences_in_flight"),
+            (self.hidden.gpu < 1, "keeps hidden states off the compute device", "set hidden.gpu to 1"),
+            (self.weight_bits < 16, f"stores weights in {self.weight_bits} bits", "set weight_bits to 16"),
+            (self.kv_bits < 16, f"stores KV cache in {self.kv_bits} bits", "set kv_bits to 16"),
+        ):
+            if asked:
+                raise UnsupportedError(f"the policy {what}, which this version plans but does not run", remedy)
 
     @classmethod
     def from_json(cls, path: str | Path) -> Policy:

@@ -6,16 +6,20 @@ this one account, so that a plan's bytes are the run's bytes.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from flexrun.config import Policy
-from flexrun.core import DTYPES, PAGE_BYTES, Lane, Tier, align_up
+from flexrun.core import PAGE_BYTES, Lane, Tier, align_up
 from flexrun.errors import BudgetError
 from flexrun.models.rope import rope_table_bytes
 from flexrun.models.spec import ModelSpec, PackedTensor
-from flexrun.schedule import WeightUnit
+from flexrun.schedule import Scheduler
+from flexrun.steps import ModelWork, WeightUnit
 
 SMALL_TENSOR_BYTES = 64 << 10  # norms and biases: never worth a transfer
+EXPERT_UNIT_BYTES = 96 << 20  # routed experts that move together: a copy this large runs at the link's full rate
+COMPRESSION_GROUP = 64  # elements that share a 16-bit scale and a 16-bit minimum
 LOGITS_ROWS = 128  # rows of logits computed and sampled at once, so that a large vocabulary stays bounded
 KV_SLOTS = 2  # device staging slots for host-resident KV
 
@@ -80,7 +84,7 @@ def place_weights(spec: ModelSpec, policy: Policy, *, on_device: bool) -> Weight
     credit = {Tier.GPU: 0.0, Tier.CPU: 0.0}
     placed = []
     for layer, tensor in spec.tensors_by_layer():
-        nbytes = tensor.elements * spec.dtype_bytes
+        nbytes = stored_bytes(spec, tensor, policy.weight_bits)
         if nbytes < SMALL_TENSOR_BYTES or (tensor.module == "embedding" and tensor.name != "token_embedding.weight"):
             tier = compute_tier
         elif tensor.module == "embedding" and not spec.tie_word_embeddings:
@@ -100,6 +104,18 @@ def place_weights(spec: ModelSpec, policy: Policy, *, on_device: bool) -> Weight
     return WeightPlacement(tuple(placed), _units(spec, placed, on_device), embedding_on_disk)
 
 
+def stored_bytes(spec: ModelSpec, tensor: PackedTensor, bits: int) -> int:
+    """Bytes of a tensor as it is stored: matrices in ``bits`` bits with their group scales, the rest in the dtype."""
+    if bits == 16 or len(tensor.shape) < 2 or tensor.module == "embedding":
+        return tensor.elements * spec.dtype_bytes
+    return compressed_bytes(tensor.elements, bits)
+
+
+def compressed_bytes(elements: int, bits: int) -> int:
+    """Group-wise compression (FlexGen, section 5): ``bits`` an element, a scale and a minimum a group."""
+    return elements * bits // 8 + -(-elements // COMPRESSION_GROUP) * 4
+
+
 def unit_of(spec: ModelSpec, placed: PlacedTensor) -> tuple[int, str] | None:
     """(layer, module) of the unit a tensor moves with; None for an embedding that is gathered by rows.
 
@@ -108,19 +124,84 @@ def unit_of(spec: ModelSpec, placed: PlacedTensor) -> tuple[int, str] | None:
     if placed.tensor.module == "embedding":
         tied = spec.tie_word_embeddings and placed.tensor.name == "token_embedding.weight"
         return (spec.num_layers, "head") if tied else None
-    return placed.layer, placed.tensor.module
+    module = placed.tensor.module
+    if module == "experts":
+        module = f"experts.{expert_number(placed.tensor) // _experts_a_unit(spec)}"
+    return placed.layer, module
+
+
+def expert_number(tensor: PackedTensor) -> int:
+    """Which routed expert a tensor of module ``experts`` belongs to (``expert.7.down.weight`` -> 7)."""
+    return int(tensor.name.split(".", 2)[1])
+
+
+def _experts_a_unit(spec: ModelSpec) -> int:
+    one = sum(inputs * outputs for inputs, outputs in spec.linear_shapes("expert")) * spec.dtype_bytes
+    return max(EXPERT_UNIT_BYTES // one, 1)
 
 
 def _units(spec: ModelSpec, tensors: list[PlacedTensor], on_device: bool) -> tuple[WeightUnit, ...]:
-    keys = [(layer, module) for layer in range(spec.num_layers) for module in ("attention", "mlp")]
-    moved = {key: {Tier.DISK: 0, Tier.CPU: 0, Tier.GPU: 0} for key in [*keys, (spec.num_layers, "head")]}
+    moved: dict[tuple[int, str], dict[Tier, int]] = {}
+    experts: dict[tuple[int, str], set[int]] = {}
     for placed in tensors:
         key = unit_of(spec, placed)
-        if key is not None:
-            moved[key][placed.tier] += align_up(placed.nbytes)
+        if key is None:
+            continue
+        sums = moved.setdefault(key, {Tier.DISK: 0, Tier.CPU: 0, Tier.GPU: 0})
+        sums[placed.tier] += align_up(placed.nbytes)
+        if placed.tensor.module == "experts":
+            experts.setdefault(key, set()).add(expert_number(placed.tensor))
+    head = (spec.num_layers, "head")  # a tied one was met with the embedding
+    sums = moved.pop(head, {Tier.DISK: 0, Tier.CPU: 0, Tier.GPU: 0})
     return tuple(
-        WeightUnit(index, layer, module, sums[Tier.DISK], sums[Tier.CPU] if on_device else 0)
-        for index, ((layer, module), sums) in enumerate(moved.items())
+        WeightUnit(
+            index,
+            layer,
+            module,
+            sums[Tier.DISK],
+            sums[Tier.CPU] if on_device else 0,
+            len(experts.get((layer, module), ())),
+        )
+        for index, ((layer, module), sums) in enumerate([*moved.items(), (head, sums)])
+    )
+
+
+def model_work(spec: ModelSpec) -> ModelWork:
+    """FLOPs and bytes a token of each kind of step."""
+
+    def flops(part: str, layer: int = 0) -> int:
+        return 2 * sum(inputs * outputs for inputs, outputs in spec.linear_shapes(part, layer))
+
+    experts = spec.experts
+    return ModelWork(
+        attention_inputs_flops_per_token=flops("attention_inputs"),
+        attend_flops_per_pair=spec.decode_attention_flops_per_pair,
+        attention_output_flops_per_token=flops("attention_output"),
+        mlp_flops_per_token=tuple(flops("mlp", layer) for layer in range(spec.num_layers)),
+        logits_flops_per_row=flops("head"),
+        kv_bytes_per_token=spec.kv_bytes_per_token,
+        query_bytes_per_token=spec.query_size * spec.dtype_bytes,
+        hidden_bytes_per_token=spec.hidden_size * spec.dtype_bytes,
+        embedding_row_bytes=spec.embedding_size * spec.dtype_bytes,
+        flops_per_expert_and_token=flops("expert") * experts.experts_per_token / experts.num_experts
+        if experts
+        else 0.0,
+    )
+
+
+def build_scheduler(
+    spec: ModelSpec, placement: WeightPlacement, account: MemoryAccount, *, on_device: bool
+) -> Scheduler:
+    """The scheduler of a run; the executor and the simulator build theirs here, so that both see the same steps."""
+    return Scheduler(
+        placement.units,
+        model_work(spec),
+        spec.num_layers,
+        compute_lane=Lane.GPU if on_device else Lane.CPU,
+        host_ring_bytes=account.host_ring_bytes,
+        device_ring_bytes=account.device_ring_bytes,
+        read_embedding_rows=placement.embedding_on_disk,
+        kv_slots=KV_SLOTS,
     )
 
 
@@ -137,15 +218,17 @@ def kv_micro_batches(policy: Policy, kv_tokens: int, *, on_device: bool) -> tupl
     """The policy's KV fractions as whole micro-batches of equal room, GPU-resident ones first."""
     count = max(-(-policy.sequences_in_flight // policy.attention_micro_batch), 1)
     capacity_tokens = -(-kv_tokens // count)
-    if not on_device:
-        return (KVMicroBatch(Tier.CPU, capacity_tokens, Lane.CPU),) * count
-    on_gpu = int(count * policy.kv.gpu + 1e-9)
-    on_cpu_lane = round((count - on_gpu) * policy.cpu_attention_share)
-    return (
-        (KVMicroBatch(Tier.GPU, capacity_tokens, Lane.GPU),) * on_gpu
-        + (KVMicroBatch(Tier.CPU, capacity_tokens, Lane.CPU),) * on_cpu_lane
-        + (KVMicroBatch(Tier.CPU, capacity_tokens, Lane.GPU),) * (count - on_gpu - on_cpu_lane)
-    )
+    on_gpu = int(count * policy.kv.gpu + 1e-9) if on_device else 0
+    on_disk = min(math.ceil(count * policy.kv.disk - 1e-9), count - on_gpu)
+    on_host = count - on_gpu - on_disk
+
+    def homes(tier: Tier, number: int) -> tuple[KVMicroBatch, ...]:
+        on_cpu_lane = round(number * policy.cpu_attention_share) if on_device else number
+        lanes = (Lane.CPU,) * on_cpu_lane + (Lane.GPU,) * (number - on_cpu_lane)
+        return tuple(KVMicroBatch(tier, capacity_tokens, lane) for lane in lanes)
+
+    on_device_ones = (KVMicroBatch(Tier.GPU, capacity_tokens, Lane.GPU),) * on_gpu
+    return on_device_ones + homes(Tier.CPU, on_host) + homes(Tier.DISK, on_disk)
 
 
 def rotary_positions(micro_batches: tuple[KVMicroBatch, ...]) -> int:
@@ -165,28 +248,39 @@ class MemoryAccount:
         return sum(self.bytes_by_kind.get(tier, {}).values())
 
 
+def pass_row_bytes(spec: ModelSpec) -> int:
+    """Activations of one token row that live through a pass: hidden state, branch, query, key, value, rotary rows."""
+    return (2 * spec.hidden_size + spec.qkv_size + spec.attended_size) * spec.dtype_bytes + spec.head_dim * 4 * 2
+
+
+def _widest_inner_size(spec: ModelSpec) -> int:
+    experts = spec.experts
+    return max(
+        spec.intermediate_size, *((experts.intermediate_size, experts.shared_intermediate_size) if experts else (0,))
+    )
+
+
 def workspace_bytes(spec: ModelSpec, policy: Policy) -> int:
     """Activations of the largest pass: rows that live through it, plus the widest micro-batch inside a module."""
-    element = DTYPES[spec.dtype].itemsize
-    tokens, rows = policy.tokens_per_pass, min(policy.token_micro_batch, policy.tokens_per_pass)
-    query = spec.num_heads * spec.head_dim
-    qkv = query + 2 * spec.num_kv_heads * spec.head_dim
-    through_pass = tokens * (2 * spec.hidden_size + qkv + query) * element + tokens * spec.head_dim * 4 * 2
-    inside = rows * (2 * spec.hidden_size + max(qkv, 3 * spec.intermediate_size)) * element
+    rows = min(policy.token_micro_batch, policy.tokens_per_pass)
+    inside = rows * (2 * spec.hidden_size + max(spec.qkv_size, 3 * _widest_inner_size(spec))) * spec.dtype_bytes
     logits_rows = min(LOGITS_ROWS, policy.sequences_in_flight)
-    logits = logits_rows * (spec.vocab_size * 3 * 4 + spec.hidden_size * element)
+    logits = logits_rows * (spec.vocab_size * 3 * 4 + spec.hidden_size * spec.dtype_bytes)
+    through_pass = policy.tokens_per_pass * pass_row_bytes(spec)
     return align_up(through_pass + max(inside, logits))
 
 
 def offloaded_query_bytes(spec: ModelSpec, policy: Policy) -> int:
     """Host rows of q, k, v and attention output for micro-batches that the CPU attends beside a device."""
-    width = 2 * spec.num_heads * spec.head_dim + 2 * spec.num_kv_heads * spec.head_dim
-    return align_up(policy.tokens_per_pass * width * DTYPES[spec.dtype].itemsize)
+    width = spec.qkv_size + spec.attended_size
+    return align_up(policy.tokens_per_pass * width * spec.dtype_bytes)
 
 
-def kv_bytes_per_token(spec: ModelSpec) -> int:
+def kv_bytes_per_token(spec: ModelSpec, bits: int = 16) -> int:
     """All layers, keys and values."""
-    return spec.num_layers * spec.kv_elements_per_token * DTYPES[spec.dtype].itemsize
+    if bits == 16:
+        return spec.num_layers * spec.kv_bytes_per_token
+    return spec.num_layers * compressed_bytes(spec.kv_elements_per_token, bits)
 
 
 def ring_bytes(placement: WeightPlacement, spare: tuple[int | None, int | None] = (None, None)) -> tuple[int, int]:
@@ -217,26 +311,25 @@ def memory_account(
     libraries (about 0.3 GiB) are outside the account.
     """
     micro_batches = kv_micro_batches(policy, kv_tokens, on_device=on_device)
-    token_bytes = kv_bytes_per_token(spec)
-    kv = dict.fromkeys((Tier.GPU, Tier.CPU), 0)
+    token_bytes = kv_bytes_per_token(spec, policy.kv_bits)
+    kv = dict.fromkeys(Tier, 0)
     for micro_batch in micro_batches:
         kv[micro_batch.home] += align_up(micro_batch.capacity_tokens * token_bytes)
-    kinds = {
-        Tier.GPU: {"weights": placement.bytes_on(Tier.GPU), "kv": kv[Tier.GPU]},
-        Tier.CPU: {"weights": placement.bytes_on(Tier.CPU), "kv": kv[Tier.CPU]},
-        Tier.DISK: {"weights": sum(align_up(placed.nbytes) for placed in placement.tensors)},
-    }
+    kinds = {tier: {"weights": placement.bytes_on(tier), "kv": kv[tier]} for tier in (Tier.GPU, Tier.CPU)}
+    kinds[Tier.DISK] = {"weights": sum(align_up(placed.nbytes) for placed in placement.tensors), "kv": kv[Tier.DISK]}
     kinds[Tier.GPU if on_device else Tier.CPU]["workspace"] = workspace_bytes(spec, policy)
     kinds[Tier.CPU]["rotary"] = align_up(rope_table_bytes(spec, rotary_positions(micro_batches)))
     if placement.embedding_on_disk:
-        row_bytes = spec.embedding_tensors()[0].shape[1] * DTYPES[spec.dtype].itemsize
+        row_bytes = spec.embedding_size * spec.dtype_bytes
         kinds[Tier.CPU]["embedding_rows"] = align_up(policy.tokens_per_pass * row_bytes)
+    slot_bytes = align_up(micro_batches[0].capacity_tokens * token_bytes // spec.num_layers)
+    if kv[Tier.DISK]:
+        kinds[Tier.CPU]["kv_staging"] = KV_SLOTS * slot_bytes
     if on_device:
-        host_homes = [micro_batch for micro_batch in micro_batches if micro_batch.home is Tier.CPU]
-        if any(micro_batch.attend_lane is Lane.GPU for micro_batch in host_homes):
-            slot_bytes = align_up(host_homes[0].capacity_tokens * token_bytes // spec.num_layers)
+        lanes = {micro_batch.attend_lane for micro_batch in micro_batches if micro_batch.home is not Tier.GPU}
+        if Lane.GPU in lanes:
             kinds[Tier.GPU]["kv_staging"] = KV_SLOTS * slot_bytes
-        if any(micro_batch.attend_lane is Lane.CPU for micro_batch in host_homes):
+        if Lane.CPU in lanes:
             kinds[Tier.CPU]["offloaded_query"] = offloaded_query_bytes(spec, policy)
     used = {tier: sum(parts.values()) for tier, parts in kinds.items()}
     spare = tuple(

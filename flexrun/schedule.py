@@ -7,111 +7,13 @@ ahead as the ring that receives them has room, also across the border between tw
 
 from __future__ import annotations
 
-import enum
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flexrun.core import Lane, Tier
 from flexrun.errors import BudgetError
-
-
-class StepKind(str, enum.Enum):
-    READ_WEIGHTS = "read_weights"  # disk -> host ring
-    COPY_WEIGHTS = "copy_weights"  # host -> device ring
-    READ_ROWS = "read_rows"  # rows of an embedding table that lives on disk
-    EMBED = "embed"
-    ATTENTION_INPUTS = "attention_inputs"  # norm, qkv projection, rotary
-    OFFLOAD_QUERY = "offload_query"  # device -> host: q, k, v of a micro-batch attended on the CPU
-    LOAD_KV = "load_kv"  # host -> device: a host-resident micro-batch that is attended on the device
-    SAVE_KV = "save_kv"  # device -> host: the new k, v rows of such a micro-batch
-    ATTEND = "attend"
-    RETURN_ATTENDED = "return_attended"  # host -> device
-    ATTENTION_OUTPUT = "attention_output"
-    MLP = "mlp"
-    LOGITS = "logits"
-
-
-Dependency = tuple[Lane, int]  # the order-th step of a lane
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One piece of work on one lane.
-
-    order: position of the step in its lane, counted over the whole run.
-    unit: index of the weight unit read, copied or used (-1: none). offset: its byte offset in the ring
-    that the step fills or uses (KV copies: the staging slot). source_offset: where a copied unit waits in the
-    host ring.
-    bytes moved and flops done are totals of the step. depends_on: (lane, order) pairs that must be finished.
-    """
-
-    kind: StepKind
-    lane: Lane
-    order: int
-    pass_index: int
-    depends_on: tuple[Dependency, ...]
-    layer: int = -1
-    micro_batch: int = -1
-    unit: int = -1
-    offset: int = 0
-    source_offset: int = 0
-    bytes: int = 0
-    flops: int = 0
-
-
-@dataclass(frozen=True)
-class WeightUnit:
-    """The weights one module of one layer needs, and how many of their bytes must move in each pass.
-
-    disk_bytes: read from disk (4 KiB-aligned tensors). host_bytes: copied from host RAM to the device (0 without one).
-    """
-
-    index: int
-    layer: int
-    module: str
-    disk_bytes: int = 0
-    host_bytes: int = 0
-
-
-@dataclass(frozen=True)
-class ModelWork:
-    """FLOPs of each kind of step, so that a step can say what it costs. Multiply-add counts as two."""
-
-    attention_inputs_flops_per_token: int
-    attend_flops_per_pair: int  # a (query token, kv token) pair, all heads
-    attention_output_flops_per_token: int
-    mlp_flops_per_token: int
-    logits_flops_per_row: int
-    kv_bytes_per_token: int  # one layer
-    query_bytes_per_token: int  # q of one layer
-    hidden_bytes_per_token: int
-    embedding_row_bytes: int
-
-
-@dataclass(frozen=True)
-class MicroBatchShape:
-    """The sequences of one attention micro-batch in one pass.
-
-    query_tokens rows of the pass attend kv_tokens cached tokens in query_kv_pairs (query, kv) pairs.
-    home: tier of the KV slab. attend_lane: where softmax(QK^T)V runs.
-    """
-
-    index: int
-    query_tokens: int
-    kv_tokens: int
-    query_kv_pairs: int
-    home: Tier
-    attend_lane: Lane
-
-
-@dataclass(frozen=True)
-class PassShape:
-    index: int
-    tokens: int
-    logits_rows: int
-    micro_batches: tuple[MicroBatchShape, ...]
-    more: bool  # another pass follows: read its first weights ahead
+from flexrun.steps import Dependency, MicroBatchShape, ModelWork, PassShape, Step, StepKind, WeightUnit
 
 
 class Ring:
@@ -163,13 +65,22 @@ class _Loaded:
     device_region: list | None = None
 
 
+class _Slots:
+    """Staging slots taken in turn, and the last step that uses each."""
+
+    def __init__(self, count: int):
+        self.users: list[Dependency | None] = [None] * count
+        self.following = 0
+
+
 class Scheduler:
     """Emits the steps of one pass after another.
 
-    units: every weight unit in the order of use: for each layer "attention" then "mlp", last "head".
+    units: every weight unit in the order of use: for each layer "attention", "mlp", then groups of routed experts
+    (any other name); last "head".
     compute_lane: Lane.GPU when weights are copied to a device, Lane.CPU when host tensors are used in place.
     read_embedding_rows: the token embedding lives on disk and is gathered row by row.
-    kv_slots: device staging slots for host-resident KV that is attended on the device.
+    kv_slots: staging slots on the device for host-resident KV attended there, and on the host for KV from disk.
     """
 
     def __init__(
@@ -185,6 +96,10 @@ class Scheduler:
         kv_slots: int = 2,
     ):
         self.units = {(unit.layer, unit.module): unit for unit in units}
+        self._later_modules: dict[int, list[str]] = {}  # of each layer, what runs after its attention
+        for unit in units:
+            if unit.module not in ("attention", "head"):
+                self._later_modules.setdefault(unit.layer, []).append(unit.module)
         self.work = work
         self.num_layers = num_layers
         self.compute_lane = compute_lane
@@ -198,8 +113,7 @@ class Scheduler:
         self._read_cursor = 0  # counts units over all passes
         self._copy_cursor = 0
         self._orders = dict.fromkeys(Lane, 0)
-        self._kv_slot_users: list[Dependency | None] = [None] * kv_slots
-        self._next_kv_slot = 0
+        self._device_slots, self._host_slots = _Slots(kv_slots), _Slots(kv_slots)
         self._kv_saved: dict[tuple[int, int], Dependency] = {}  # (layer, micro-batch) -> its newest rows are home
         self._steps: list[Step] = []
         self._shape: PassShape | None = None
@@ -240,7 +154,14 @@ class Scheduler:
                 flops=tokens * work.attention_output_flops_per_token,
             )
             self._release(attention, last)
-            self._run_module(StepKind.MLP, layer, "mlp", tokens * work.mlp_flops_per_token)
+            for module in self._later_modules.get(layer, ("mlp",)):
+                experts = self.units[layer, module].experts if module != "mlp" else 0
+                if experts:
+                    self._run_module(
+                        StepKind.EXPERTS, layer, module, int(tokens * experts * work.flops_per_expert_and_token)
+                    )
+                else:
+                    self._run_module(StepKind.MLP, layer, module, tokens * work.mlp_flops_per_token[layer])
         # The next pass overwrites the rows that the last layer's copies read, so the pass ends after them.
         flops = shape.logits_rows * work.logits_flops_per_row
         self._run_module(StepKind.LOGITS, self.num_layers, "head", flops, tuple(busy_buffers))
@@ -270,28 +191,53 @@ class Scheduler:
         new_bytes = micro_batch.query_tokens * work.kv_bytes_per_token
         query_bytes = micro_batch.query_tokens * work.query_bytes_per_token
         flops = micro_batch.query_kv_pairs * work.attend_flops_per_pair
-        if not self.on_device or micro_batch.home is Tier.GPU:
+        if micro_batch.home is Tier.GPU or (micro_batch.home is Tier.CPU and not self.on_device):
             return self._emit(StepKind.ATTEND, self.compute_lane, (inputs,), bytes=kv_bytes, flops=flops, **where)
-        if micro_batch.attend_lane is Lane.CPU:
-            down = self._emit(StepKind.OFFLOAD_QUERY, Lane.D2H, (inputs,), bytes=query_bytes + new_bytes, **where)
-            busy.append(down)
-            done = self._emit(StepKind.ATTEND, Lane.CPU, (down,), bytes=kv_bytes, flops=flops, **where)
-            return self._emit(StepKind.RETURN_ATTENDED, Lane.H2D, (done,), bytes=query_bytes, **where)
-        slot = self._next_kv_slot
-        self._next_kv_slot = (slot + 1) % len(self._kv_slot_users)
         key = (layer, micro_batch.index)
-        waits = [dep for dep in (self._kv_slot_users[slot], self._kv_saved.get(key)) if dep is not None]
-        load = self._emit(
-            StepKind.LOAD_KV, Lane.H2D, tuple(waits), offset=slot, bytes=max(kv_bytes - new_bytes, 0), **where
+        there = max(kv_bytes - new_bytes, 0)  # what earlier passes left
+        read, slot = (), 0
+        if micro_batch.home is Tier.DISK:
+            slot, waits = self._take_slot(self._host_slots, key)
+            read = (self._emit(StepKind.READ_KV, Lane.DISK_READ, waits, offset=slot, bytes=there, **where),)
+        if not self.on_device or micro_batch.attend_lane is Lane.CPU:
+            down, lane = inputs, self.compute_lane
+            if self.on_device:
+                down = self._emit(StepKind.OFFLOAD_QUERY, Lane.D2H, (inputs,), bytes=query_bytes + new_bytes, **where)
+                lane = Lane.CPU
+                busy.append(down)
+            done = self._emit(StepKind.ATTEND, lane, (down, *read), offset=slot, bytes=kv_bytes, flops=flops, **where)
+            if read:
+                self._host_slots.users[slot] = done
+                self._write_back(key, down, new_bytes, busy, where)
+            if not self.on_device:
+                return done
+            return self._emit(StepKind.RETURN_ATTENDED, Lane.H2D, (done,), bytes=query_bytes, **where)
+        device_slot, waits = self._take_slot(self._device_slots, key)
+        load = self._emit(StepKind.LOAD_KV, Lane.H2D, (*waits, *read), offset=device_slot, bytes=there, **where)
+        attended = self._emit(
+            StepKind.ATTEND, self.compute_lane, (inputs, load), offset=device_slot, bytes=kv_bytes, flops=flops, **where
         )
-        step = self._emit(
-            StepKind.ATTEND, self.compute_lane, (inputs, load), offset=slot, bytes=kv_bytes, flops=flops, **where
-        )
-        self._kv_slot_users[slot] = step
+        self._device_slots.users[device_slot] = attended
         saved = self._emit(StepKind.SAVE_KV, Lane.D2H, (inputs,), bytes=new_bytes, **where)
-        self._kv_saved[key] = saved
         busy.append(saved)
-        return step
+        if read:
+            self._host_slots.users[slot] = load
+            self._write_back(key, saved, new_bytes, busy, where)
+        else:
+            self._kv_saved[key] = saved
+        return attended
+
+    def _take_slot(self, slots: _Slots, key: tuple[int, int]) -> tuple[int, tuple[Dependency, ...]]:
+        """The next staging slot, and what must be over before it is filled with the KV of ``key``."""
+        slot = slots.following
+        slots.following = (slot + 1) % len(slots.users)
+        waits = (slots.users[slot], self._kv_saved.get(key))
+        return slot, tuple(wait for wait in waits if wait is not None)
+
+    def _write_back(self, key: tuple[int, int], ready: Dependency, nbytes: int, busy: list, where: dict) -> None:
+        written = self._emit(StepKind.WRITE_KV, Lane.DISK_WRITE, (ready,), bytes=nbytes, **where)
+        self._kv_saved[key] = written
+        busy.append(written)
 
     # Weights ------------------------------------------------------------------------------------------
 

@@ -57,10 +57,25 @@ def test_the_attention_share_is_a_fraction(share):
         Policy(cpu_attention_share=share)
 
 
-def test_kv_on_disk_is_refused_by_name():
-    with pytest.raises(UnsupportedError, match="KV cache on disk") as error:
-        Policy(kv=Placement(0.0, 0.5, 0.5))
-    assert "sequences_in_flight" in error.value.hint
+@pytest.mark.parametrize(
+    ("planned", "named"),
+    [
+        ({"kv": Placement(0.0, 0.5, 0.5)}, "KV cache on disk"),
+        ({"hidden": Placement(0.5, 0.5, 0.0)}, "hidden states"),
+        ({"weight_bits": 4}, "weights in 4 bits"),
+        ({"kv_bits": 8}, "KV cache in 8 bits"),
+    ],
+)
+def test_what_is_planned_but_not_run_is_refused_by_name(planned, named):
+    Policy().check_runnable()
+    with pytest.raises(UnsupportedError, match=named) as error:
+        Policy(**planned).check_runnable()
+    assert error.value.hint
+
+
+def test_bits_are_sixteen_eight_or_four():
+    with pytest.raises(ConfigError, match="weight_bits"):
+        Policy(weight_bits=3)
 
 
 def test_a_policy_is_frozen():

@@ -9,10 +9,10 @@ import threading
 import pytest
 import torch
 
-from flexrun.core import PAGE_BYTES
-from flexrun.errors import ExecutionError
 from flexrun import disk_io
+from flexrun.core import PAGE_BYTES
 from flexrun.disk_io import DirectFile, RowFile, blocks_of
+from flexrun.errors import ExecutionError
 from flexrun.offload.tiers import Buffer
 
 PAGES = 9

@@ -31,6 +31,7 @@ FLOORS = {
     "outputs": 1,
     "workload": 1,
     "schedule": 0,
+    "steps": 0,
     "native": 0,
     "machine": 0,
     "disk_io": 0,
@@ -38,7 +39,16 @@ FLOORS = {
     "core": 0,
     "errors": 0,
 }
-GROUND_ORDER = {"errors": 0, "core": 1, "schedule": 2, "native": 2, "machine": 2, "disk_io": 2, "gguf_header": 2}  # inside floor 0
+GROUND_ORDER = {  # inside floor 0
+    "errors": 0,
+    "core": 1,
+    "steps": 2,
+    "schedule": 3,
+    "native": 2,
+    "machine": 2,
+    "disk_io": 2,
+    "gguf_header": 2,
+}
 FACES = {"__init__", "__main__"}  # flexrun/__init__.py shows LLM and its company; __main__ calls cli
 LINES = 400
 

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from flexrun.core import Lane, Tier
 from flexrun.errors import BudgetError
-from flexrun.schedule import MicroBatchShape, ModelWork, PassShape, Ring, Scheduler, Step, StepKind, WeightUnit
+from flexrun.schedule import Ring, Scheduler
+from flexrun.steps import MicroBatchShape, ModelWork, PassShape, Step, StepKind, WeightUnit
 
-WORK = ModelWork(2, 3, 5, 7, 11, 13, 17, 19, 23)
+WORK = ModelWork(2, 3, 5, (7,) * 8, 11, 13, 17, 19, 23)
 DISK_STEPS_UNDER_WAY = 3
 HOST, DEVICE = "host ring", "device ring"
 COMPUTE_WITH_WEIGHTS = (StepKind.ATTENTION_INPUTS, StepKind.ATTENTION_OUTPUT, StepKind.MLP, StepKind.LOGITS)

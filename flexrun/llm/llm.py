@@ -209,6 +209,7 @@ class LLM:
         if workload is None:
             workload = Workload.uniform(self._max_num_seqs or LAZY_SEQUENCES, self.max_model_len - 1, 1)
         policy, kv_tokens = self._settle(workload, cpu_budget)
+        policy.check_runnable()
         engine = self._engine
         if engine is not None:
             serves = engine.kv.largest_sequence_tokens >= workload.longest_tokens and engine.kv_tokens >= kv_tokens

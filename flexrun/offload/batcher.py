@@ -14,7 +14,7 @@ from flexrun.errors import RequestError
 from flexrun.offload.kv_store import KVStore
 from flexrun.offload.sequence import Group, Sequence
 from flexrun.outputs import RequestOutput
-from flexrun.schedule import MicroBatchShape, PassShape
+from flexrun.steps import MicroBatchShape, PassShape
 
 REFUSED_AT_ONCE = 256  # hand refusals on before drawing further: a pile of them must not pile up here
 
@@ -161,8 +161,18 @@ class Batcher:
             query, kv = rows[:, 1], rows[:, 3]
             place = self._kv.micro_batches[index]
             pairs = int((query * (kv - query) + query * (query + 1) // 2).sum())
+            single = query == 1
             shapes.append(
-                MicroBatchShape(int(index), stop - start, int(kv.sum()), pairs, place.home, place.attend_lane)
+                MicroBatchShape(
+                    int(index),
+                    stop - start,
+                    int(kv.sum()),
+                    pairs,
+                    place.home,
+                    place.attend_lane,
+                    decode_tokens=int(single.sum()),
+                    decode_kv_tokens=int(kv[single].sum()),
+                )
             )
         more = bool(self._waiting) or not self._exhausted or len(sampled) < len(parts)
         more = more or any(not sequence.certainly_ends() for sequence in sampled)

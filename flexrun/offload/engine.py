@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from flexrun.config import Policy
-from flexrun.core import DTYPES, Event, Lane, Tier, align_up
+from flexrun.core import DTYPES, Event, Tier, align_up
 from flexrun.models.ops import can_pack, pack_matrix
 from flexrun.models.rope import rope_table_bytes, rope_tables
 from flexrun.models.spec import ModelSpec
@@ -21,9 +21,8 @@ from flexrun.offload.sequence import Group, Sequence
 from flexrun.offload.tiers import MemoryTier
 from flexrun.offload.weight_store import WeightStore
 from flexrun.outputs import RequestOutput
-from flexrun.placement import MemoryAccount, WeightPlacement, kv_micro_batches, rotary_positions
+from flexrun.placement import MemoryAccount, WeightPlacement, build_scheduler, kv_micro_batches, rotary_positions
 from flexrun.sampling import sample
-from flexrun.schedule import ModelWork, Scheduler
 from flexrun.weights.packed import PackedWeights
 
 
@@ -73,15 +72,7 @@ class Engine:
         pack = pack_matrix if can_pack(DTYPES[spec.dtype]) else None
         self.weights = WeightStore(spec, packed, placement, account, host, device, direct=direct, pack=pack)
         self.kv = KVStore(spec, kv_micro_batches(policy, kv_tokens, on_device=on_device), host, device)
-        self._scheduler = Scheduler(
-            placement.units,
-            _model_work(spec),
-            spec.num_layers,
-            compute_lane=Lane.GPU if on_device else Lane.CPU,
-            host_ring_bytes=account.host_ring_bytes,
-            device_ring_bytes=account.device_ring_bytes,
-            read_embedding_rows=placement.embedding_on_disk,
-        )
+        self._scheduler = build_scheduler(spec, placement, account, on_device=on_device)
         positions = rotary_positions(self.kv.micro_batches)
         self._rotary_bytes = align_up(rope_table_bytes(spec, positions))
         host.reserve("rotary", self._rotary_bytes)
@@ -154,18 +145,3 @@ class Engine:
         self.weights.close()
         self.tiers[Tier.CPU].release("rotary", self._rotary_bytes)
         self._rotary_bytes = 0
-
-
-def _model_work(spec: ModelSpec) -> ModelWork:
-    projections = 2 * spec.hidden_size
-    return ModelWork(
-        attention_inputs_flops_per_token=projections * spec.qkv_size,
-        attend_flops_per_pair=4 * spec.query_size,
-        attention_output_flops_per_token=projections * spec.query_size,
-        mlp_flops_per_token=spec.flops_per_token("mlp"),
-        logits_flops_per_row=spec.flops_per_token("head"),
-        kv_bytes_per_token=spec.kv_bytes_per_token,
-        query_bytes_per_token=spec.query_size * spec.dtype_bytes,
-        hidden_bytes_per_token=spec.hidden_size * spec.dtype_bytes,
-        embedding_row_bytes=spec.embedding_size * spec.dtype_bytes,
-    )

@@ -22,7 +22,8 @@ from flexrun.offload.lanes import LaneWorker, Progress, event_of
 from flexrun.offload.tiers import MemoryTier
 from flexrun.offload.weight_store import TOKEN_EMBEDDING, WeightStore
 from flexrun.placement import LOGITS_ROWS, offloaded_query_bytes, workspace_bytes
-from flexrun.schedule import Scheduler, Step, StepKind
+from flexrun.schedule import Scheduler
+from flexrun.steps import Step, StepKind
 
 READ_THREADS = 3  # enough requests in flight to fill one SSD; each costs little CPU
 

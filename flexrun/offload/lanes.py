@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from flexrun.core import Event, Lane
 from flexrun.errors import ExecutionError, FlexrunError
-from flexrun.schedule import Step
+from flexrun.steps import Step
 
 
 class Progress:

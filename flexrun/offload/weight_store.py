@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from flexrun.core import DTYPES, Tier, align_up
-from flexrun.models.spec import ModelSpec
 from flexrun.disk_io import Block, DirectFile, RowFile, blocks_of
+from flexrun.models.spec import ModelSpec
 from flexrun.offload.tiers import Buffer, MemoryTier
 from flexrun.placement import MemoryAccount, PlacedTensor, WeightPlacement, unit_of
-from flexrun.schedule import Step
+from flexrun.steps import Step
 from flexrun.weights.packed import PackedWeights
 
 TOKEN_EMBEDDING = "token_embedding.weight"

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from flexrun import LLM, SamplingParams
 from flexrun.config import Placement, Policy
 from flexrun.core import Lane
-from flexrun.errors import BudgetError, ConfigError, ExecutionError, RequestError, UnsupportedError
 from flexrun.disk_io import DirectFile
+from flexrun.errors import BudgetError, ConfigError, ExecutionError, RequestError, UnsupportedError
 from flexrun.outputs import Request
 
 GREEDY = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)

@@ -10,8 +10,8 @@ import pytest
 
 from flexrun.config import Placement, Policy
 from flexrun.core import Lane, Tier
-from flexrun.errors import ExecutionError
 from flexrun.disk_io import DirectFile
+from flexrun.errors import ExecutionError
 from flexrun.offload.engine import Engine
 from flexrun.placement import memory_account, place_weights
 from flexrun.weights.packed import PackedWeights

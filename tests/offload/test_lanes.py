@@ -12,7 +12,7 @@ import pytest
 from flexrun.core import Lane
 from flexrun.errors import BudgetError, ExecutionError
 from flexrun.offload.lanes import LaneWorker, Progress
-from flexrun.schedule import Step, StepKind
+from flexrun.steps import Step, StepKind
 
 WAIT_SECONDS = 20
 

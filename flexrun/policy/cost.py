@@ -1,0 +1,221 @@
+"""Seconds of each kind of step on a given machine: what the simulator schedules and the linear program sums up.
+
+Beyond FlexGen's model (arXiv 2303.06865, section 4.3) it counts: reading weights and KV out of the compute device's own
+memory, embeddings and head, fixed overheads, dequantisation, attention on the device over KV that lives elsewhere,
+MLA and routed experts, and ragged lengths.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from flexrun.config import Policy
+from flexrun.core import Lane, Tier
+from flexrun.hardware import Hardware, LinearWork, Processor, Transfer
+from flexrun.models.spec import ModelSpec
+from flexrun.placement import LOGITS_ROWS, WeightPlacement, kv_bytes_per_token
+from flexrun.steps import MicroBatchShape, PassShape, Step, StepKind
+
+ROW_READ_SECONDS = 4e-6  # one embedding row out of the page cache
+SEQUENCE_SECONDS = 6e-6  # planning one sequence's part of a pass, appending and decoding its token
+PASS_SECONDS = 3e-4  # planning a pass, apart from its sequences
+
+
+class StepCosts:
+    """Durations of the steps of one model under one policy on one machine, each as if its lane ran alone."""
+
+    def __init__(
+        self, spec: ModelSpec, policy: Policy, placement: WeightPlacement, hardware: Hardware, *, on_device: bool
+    ):
+        """on_device: the policy uses a GPU; where ``hardware`` has none, the CPU and its copy threads emulate it."""
+        self.spec, self.policy, self.placement, self.hardware = spec, policy, placement, hardware
+        self.on_device = on_device
+        self.device: Processor = hardware.gpu if on_device and hardware.gpu else hardware.cpu
+        self.h2d: Transfer = hardware.h2d or hardware.host_copy
+        self.d2h: Transfer = hardware.d2h or hardware.host_copy
+        self.kv_bytes = kv_bytes_per_token(spec, policy.kv_bits) / spec.num_layers
+        self._rates = self.device.rates_of(spec.dtype)
+        self._work = lru_cache(maxsize=None)(lambda part, layer: LinearWork.of(spec.linear_shapes(part, layer)))
+        self._absorption = LinearWork.of(spec.decode_absorption_shapes)
+        self._expansion = LinearWork.of(spec.prefill_expansion_shapes)
+        self._linear = lru_cache(maxsize=4096)(self._linear_seconds)
+        self._seconds = {
+            StepKind.READ_ROWS: lambda step, shape: shape.tokens * ROW_READ_SECONDS,
+            StepKind.EMBED: lambda step, shape: self.embed_seconds(shape.tokens),
+            StepKind.ATTENTION_INPUTS: lambda step, shape: self.attention_inputs_seconds(shape),
+            StepKind.ATTEND: self._attend_step,
+            StepKind.ATTENTION_OUTPUT: lambda step, shape: self._linear("attention_output", 0, shape.tokens),
+            StepKind.MLP: lambda step, shape: self._linear("mlp", step.layer, shape.tokens),
+            StepKind.EXPERTS: lambda step, shape: self.experts_seconds(
+                placement.units[step.unit].experts, shape.tokens
+            ),
+            StepKind.LOGITS: lambda step, shape: self.logits_seconds(shape.logits_rows),
+        }
+
+    def seconds(self, step: Step, shape: PassShape) -> float:
+        """Duration of one step of a pass of ``shape``."""
+        seconds = self._seconds.get(step.kind)
+        return seconds(step, shape) if seconds else self.transfer(step.lane).seconds(step.bytes)
+
+    def transfer(self, lane: Lane) -> Transfer:
+        """What moves bytes on a lane."""
+        return {
+            Lane.H2D: self.h2d,
+            Lane.D2H: self.d2h,
+            Lane.DISK_READ: self.hardware.disk_read,
+            Lane.DISK_WRITE: self.hardware.disk_write,
+        }[lane]
+
+    def between_passes_seconds(self, sequences: int) -> float:
+        """What the engine does between two passes, on no lane."""
+        return PASS_SECONDS + sequences * SEQUENCE_SECONDS
+
+    # Compute ------------------------------------------------------------------------------------------
+
+    def _chunks(self, tokens: int) -> list[tuple[int, int]]:
+        """(calls, rows of each) of a module over the pass."""
+        rows = min(self.policy.token_micro_batch, tokens)
+        full, rest = divmod(tokens, rows) if rows else (0, 0)
+        return [(full, rows), *([(1, rest)] if rest else [])]
+
+    def _linear_seconds(self, part: str, layer: int, tokens: int) -> float:
+        work = self._work(part, layer)
+        dtype_bytes = self.spec.dtype_bytes
+        calls = self._chunks(tokens)
+        seconds = sum(
+            count * (self._rates.linear_seconds(rows, work, dtype_bytes) + self.device.step_overhead_seconds)
+            for count, rows in calls
+        )
+        return seconds + self.dequantise_seconds(work.weight_elements)
+
+    def dequantise_seconds(self, elements: float) -> float:
+        """Bringing compressed weights back to the dtype, once a module and pass."""
+        if self.policy.weight_bits == 16:
+            return 0.0
+        return elements * self.spec.dtype_bytes / self.device.dequantise_bytes_per_second
+
+    def embed_seconds(self, tokens: int) -> float:
+        moved = 2 * tokens * self.spec.hidden_size * self.spec.dtype_bytes
+        return moved / self._rates.activation_bytes_per_second + self.device.step_overhead_seconds
+
+    def attention_inputs_seconds(self, shape: PassShape) -> float:
+        """Norm, projections, rotary, storing K and V; for MLA also the absorbed or expanded products."""
+        seconds = self._linear("attention_inputs", 0, shape.tokens)
+        seconds += shape.tokens * self.spec.kv_bytes_per_token / self._rates.activation_bytes_per_second
+        if self.spec.latent is not None:
+            decode = sum(micro_batch.decode_tokens for micro_batch in shape.micro_batches)
+            for work, rows in ((self._absorption, decode), (self._expansion, shape.tokens - decode)):
+                if rows:
+                    seconds += self._rates.linear_seconds(rows, work, self.spec.dtype_bytes)
+        return seconds
+
+    def experts_seconds(self, experts: int, tokens: int) -> float:
+        """``experts`` routed experts of one layer, each over its share of the pass's tokens.
+
+        An expert that no token chose is not computed; with t tokens that is (1 - k/E)^t of them.
+        """
+        routed = self.spec.experts
+        share = routed.experts_per_token / routed.num_experts
+        hit = 1.0 - (1.0 - share) ** tokens
+        rows = max(tokens * share / hit, 1.0)
+        work = self._work("expert", next(iter(range(self.spec.num_layers))))
+        one = self._rates.linear_seconds(rows, work, self.spec.dtype_bytes) + self.device.step_overhead_seconds
+        return experts * hit * (one + self.dequantise_seconds(work.weight_elements))
+
+    def logits_seconds(self, rows: int) -> float:
+        """Head and sampling, in blocks of LOGITS_ROWS rows."""
+        if not rows:
+            return self.device.step_overhead_seconds
+        work = self._work("head", 0)
+        full, rest = divmod(rows, LOGITS_ROWS)
+        seconds = sum(
+            count * self._rates.linear_seconds(block, work, self.spec.dtype_bytes)
+            for count, block in ((full, LOGITS_ROWS), (1, rest))
+            if count and block
+        )
+        sampling = self.spec.vocab_size * self.device.sample_element_seconds + self.device.row_overhead_seconds
+        return seconds + rows * sampling + self.device.step_overhead_seconds
+
+    def attend_seconds(self, processor: Processor, layer: int, micro_batch: MicroBatchShape) -> float:
+        """softmax(QK^T)V of one micro-batch in one layer: decoding rows are bound by reading KV (or, with MLA, by its
+        products), prompts by their products."""
+        spec, rates = self.spec, processor.rates_of(self.spec.dtype)
+        flops_per_second = rates.prefill_attention_flops_per_second
+        window = spec.layer_windows[layer]
+        decode_pairs = micro_batch.decode_kv_tokens
+        prefill_pairs = micro_batch.query_kv_pairs - decode_pairs
+        prefill_tokens = micro_batch.query_tokens - micro_batch.decode_tokens
+        if window:
+            decode_pairs = min(decode_pairs, micro_batch.decode_tokens * window)
+            prefill_pairs = min(prefill_pairs, prefill_tokens * window)
+        read = decode_pairs * self.kv_bytes / rates.decode_kv_bytes_per_second
+        decode = max(read, decode_pairs * spec.decode_attention_flops_per_pair / flops_per_second)
+        prefill = prefill_pairs * spec.prefill_attention_flops_per_pair / flops_per_second
+        return decode + prefill + processor.step_overhead_seconds
+
+    def _attend_step(self, step: Step, shape: PassShape) -> float:
+        micro_batch = next(each for each in shape.micro_batches if each.index == step.micro_batch)
+        on_host = self.on_device and step.lane is Lane.CPU
+        return self.attend_seconds(self.hardware.cpu if on_host else self.device, step.layer, micro_batch)
+
+    # Sums of a pass -----------------------------------------------------------------------------------
+
+    def compute_seconds(self, shape: PassShape) -> float:
+        """Everything of a pass that runs on the compute lane whatever the KV placement is: all but attention."""
+        spec = self.spec
+        total = self.embed_seconds(shape.tokens) + self.logits_seconds(shape.logits_rows)
+        total += spec.num_layers * (
+            self.attention_inputs_seconds(shape) + self._linear("attention_output", 0, shape.tokens)
+        )
+        for layer, count in self._layer_kinds():
+            total += count * self._linear("mlp", layer, shape.tokens)
+            if spec.is_sparse(layer):
+                total += count * self.experts_seconds(spec.experts.num_experts, shape.tokens)
+        return total
+
+    def _layer_kinds(self) -> list[tuple[int, int]]:
+        """(a layer, how many are like it): dense ones and sparse ones."""
+        sparse = [layer for layer in range(self.spec.num_layers) if self.spec.is_sparse(layer)]
+        dense = [layer for layer in range(self.spec.num_layers) if not self.spec.is_sparse(layer)]
+        return [(layers[0], len(layers)) for layers in (dense, sparse) if layers]
+
+    def attend_pass_seconds(self, processor: Processor, micro_batch: MicroBatchShape) -> float:
+        """One micro-batch through all layers."""
+        windows: dict[int, list[int]] = {}
+        for layer, window in enumerate(self.spec.layer_windows):
+            windows.setdefault(window, []).append(layer)
+        return sum(len(layers) * self.attend_seconds(processor, layers[0], micro_batch) for layers in windows.values())
+
+    def lane_seconds(self, shape: PassShape) -> dict[Lane, float]:
+        """Seconds each lane works in one pass: the durations of all its steps, without any waiting."""
+        spec, layers = self.spec, self.spec.num_layers
+        compute = Lane.GPU if self.on_device else Lane.CPU
+        seconds = dict.fromkeys(Lane, 0.0)
+        seconds[compute] = self.compute_seconds(shape)
+        for unit in self.placement.units:
+            if unit.disk_bytes:
+                seconds[Lane.DISK_READ] += self.hardware.disk_read.seconds(unit.disk_bytes)
+            if self.on_device and unit.disk_bytes + unit.host_bytes:
+                seconds[Lane.H2D] += self.h2d.seconds(unit.disk_bytes + unit.host_bytes)
+        if self.placement.embedding_on_disk:
+            seconds[Lane.DISK_READ] += shape.tokens * ROW_READ_SECONDS
+        query_bytes = spec.query_size * spec.dtype_bytes
+        for micro_batch in shape.micro_batches:
+            new_bytes = micro_batch.query_tokens * self.kv_bytes
+            there_bytes = max(micro_batch.kv_tokens * self.kv_bytes - new_bytes, 0)
+            lane = compute if not self.on_device or micro_batch.home is Tier.GPU else micro_batch.attend_lane
+            processor = self.device if lane is compute else self.hardware.cpu
+            seconds[lane] += self.attend_pass_seconds(processor, micro_batch)
+            if micro_batch.home is Tier.DISK:
+                seconds[Lane.DISK_READ] += layers * self.hardware.disk_read.seconds(there_bytes)
+                seconds[Lane.DISK_WRITE] += layers * self.hardware.disk_write.seconds(new_bytes)
+            if not self.on_device or micro_batch.home is Tier.GPU:
+                continue
+            if lane is Lane.CPU:
+                moved = micro_batch.query_tokens * query_bytes
+                seconds[Lane.D2H] += layers * self.d2h.seconds(moved + new_bytes)
+                seconds[Lane.H2D] += layers * self.h2d.seconds(moved)
+            else:
+                seconds[Lane.H2D] += layers * self.h2d.seconds(there_bytes)
+                seconds[Lane.D2H] += layers * self.d2h.seconds(new_bytes)
+        return seconds

@@ -1,0 +1,118 @@
+"""The nouns of a schedule: what a step is, what a pass carries, what a model asks of each.
+
+A step depends only on steps emitted before it, and each lane runs its steps in the order of emission.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from flexrun.core import Lane, Tier
+
+
+class StepKind(str, enum.Enum):
+    READ_WEIGHTS = "read_weights"  # disk -> host ring
+    COPY_WEIGHTS = "copy_weights"  # host -> device ring
+    READ_ROWS = "read_rows"  # rows of an embedding table that lives on disk
+    EMBED = "embed"
+    ATTENTION_INPUTS = "attention_inputs"  # norm, qkv projection, rotary
+    OFFLOAD_QUERY = "offload_query"  # device -> host: q, k, v of a micro-batch attended on the CPU
+    LOAD_KV = "load_kv"  # host -> device: a host-resident micro-batch that is attended on the device
+    SAVE_KV = "save_kv"  # device -> host: the new k, v rows of such a micro-batch
+    READ_KV = "read_kv"  # disk -> host staging: a disk-resident micro-batch
+    WRITE_KV = "write_kv"  # host -> disk: its new rows
+    ATTEND = "attend"
+    RETURN_ATTENDED = "return_attended"  # host -> device
+    ATTENTION_OUTPUT = "attention_output"
+    MLP = "mlp"
+    EXPERTS = "experts"
+    LOGITS = "logits"
+
+
+Dependency = tuple[Lane, int]  # the order-th step of a lane
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One piece of work on one lane.
+
+    order: position of the step in its lane, counted over the whole run.
+    unit: index of the weight unit read, copied or used (-1: none). offset: its byte offset in the ring
+    that the step fills or uses (KV copies: the staging slot). source_offset: where a copied unit waits in the
+    host ring.
+    bytes moved and flops done are totals of the step. depends_on: (lane, order) pairs that must be finished.
+    """
+
+    kind: StepKind
+    lane: Lane
+    order: int
+    pass_index: int
+    depends_on: tuple[Dependency, ...]
+    layer: int = -1
+    micro_batch: int = -1
+    unit: int = -1
+    offset: int = 0
+    source_offset: int = 0
+    bytes: int = 0
+    flops: int = 0
+
+
+@dataclass(frozen=True)
+class WeightUnit:
+    """The weights one module of one layer needs, and how many of their bytes must move in each pass.
+
+    disk_bytes: read from disk (4 KiB-aligned tensors). host_bytes: copied from host RAM to the device (0 without one).
+    experts: routed experts among them; the rest of a sparse layer is in its "attention" and "mlp" units.
+    """
+
+    index: int
+    layer: int
+    module: str
+    disk_bytes: int = 0
+    host_bytes: int = 0
+    experts: int = 0
+
+
+@dataclass(frozen=True)
+class ModelWork:
+    """FLOPs of each kind of step, so that a step can say what it costs. Multiply-add counts as two."""
+
+    attention_inputs_flops_per_token: int
+    attend_flops_per_pair: int  # a (query token, kv token) pair, all heads
+    attention_output_flops_per_token: int
+    mlp_flops_per_token: tuple[int, ...]  # one a layer; of a sparse layer without its routed experts
+    logits_flops_per_row: int
+    kv_bytes_per_token: int  # one layer
+    query_bytes_per_token: int  # q of one layer
+    hidden_bytes_per_token: int
+    embedding_row_bytes: int
+    flops_per_expert_and_token: float = 0.0  # of one routed expert, averaged over all tokens of a pass
+
+
+@dataclass(frozen=True)
+class MicroBatchShape:
+    """The sequences of one attention micro-batch in one pass.
+
+    query_tokens rows of the pass attend kv_tokens cached tokens in query_kv_pairs (query, kv) pairs.
+    home: tier of the KV slab. attend_lane: where softmax(QK^T)V runs.
+    decode_tokens of the query_tokens are single tokens of decoding sequences, over decode_kv_tokens cached ones.
+    """
+
+    index: int
+    query_tokens: int
+    kv_tokens: int
+    query_kv_pairs: int
+    home: Tier
+    attend_lane: Lane
+    decode_tokens: int = 0
+    decode_kv_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class PassShape:
+    index: int
+    tokens: int
+    logits_rows: int
+    micro_batches: tuple[MicroBatchShape, ...]
+    more: bool  # another pass follows: read its first weights ahead
