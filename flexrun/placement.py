@@ -19,6 +19,8 @@ from flexrun.steps import ModelWork, WeightUnit
 
 SMALL_TENSOR_BYTES = 64 << 10  # norms and biases: never worth a transfer
 EXPERT_UNIT_BYTES = 96 << 20  # routed experts that move together: a copy this large runs at the link's full rate
+EXPERT_UNITS = 16  # at most so many of them a layer
+RING_BYTES = 4 << 30  # rings of models with huge layers need not hold three of them
 COMPRESSION_GROUP = 64  # elements that share a 16-bit scale and a 16-bit minimum
 LOGITS_ROWS = 128  # rows of logits computed and sampled at once, so that a large vocabulary stays bounded
 KV_SLOTS = 2  # device staging slots for host-resident KV
@@ -137,7 +139,7 @@ def expert_number(tensor: PackedTensor) -> int:
 
 def _experts_a_unit(spec: ModelSpec) -> int:
     one = sum(inputs * outputs for inputs, outputs in spec.linear_shapes("expert")) * spec.dtype_bytes
-    return max(EXPERT_UNIT_BYTES // one, 1)
+    return max(EXPERT_UNIT_BYTES // one, -(-spec.experts.num_experts // EXPERT_UNITS))
 
 
 def _units(spec: ModelSpec, tensors: list[PlacedTensor], on_device: bool) -> tuple[WeightUnit, ...]:
@@ -243,6 +245,7 @@ class MemoryAccount:
     bytes_by_kind: dict[Tier, dict[str, int]] = field(default_factory=dict)
     host_ring_bytes: int = 0
     device_ring_bytes: int = 0
+    wanted_ring_bytes: tuple[int, int] = (0, 0)  # (host, device) with room to spare
 
     def total(self, tier: Tier) -> int:
         return sum(self.bytes_by_kind.get(tier, {}).values())
@@ -266,8 +269,14 @@ def workspace_bytes(spec: ModelSpec, policy: Policy) -> int:
     inside = rows * (2 * spec.hidden_size + max(spec.qkv_size, 3 * _widest_inner_size(spec))) * spec.dtype_bytes
     logits_rows = min(LOGITS_ROWS, policy.sequences_in_flight)
     logits = logits_rows * (spec.vocab_size * 3 * 4 + spec.hidden_size * spec.dtype_bytes)
-    through_pass = policy.tokens_per_pass * pass_row_bytes(spec)
+    through_pass = (policy.tokens_per_pass - hidden_rows_elsewhere(policy)) * pass_row_bytes(spec)
     return align_up(through_pass + max(inside, logits))
+
+
+def hidden_rows_elsewhere(policy: Policy) -> int:
+    """Rows of a full pass that wait off the compute device, two micro-batches of them being worked on excepted."""
+    at_work = 2 * min(policy.token_micro_batch, policy.tokens_per_pass)
+    return int((1.0 - policy.hidden.gpu) * max(policy.tokens_per_pass - at_work, 0))
 
 
 def offloaded_query_bytes(spec: ModelSpec, policy: Policy) -> int:
@@ -290,7 +299,7 @@ def ring_bytes(placement: WeightPlacement, spare: tuple[int | None, int | None] 
     """
     rings = []
     for layer_bytes, unit_bytes, room in zip(placement.max_layer_stream_bytes, placement.max_unit_stream_bytes, spare):
-        wanted = max(3 * layer_bytes, unit_bytes)
+        wanted = max(min(3 * layer_bytes, max(8 * unit_bytes, RING_BYTES)), unit_bytes)
         rings.append(max(min(wanted, wanted if room is None else room // PAGE_BYTES * PAGE_BYTES), unit_bytes))
     return rings[0], rings[1]
 
@@ -318,6 +327,9 @@ def memory_account(
     kinds = {tier: {"weights": placement.bytes_on(tier), "kv": kv[tier]} for tier in (Tier.GPU, Tier.CPU)}
     kinds[Tier.DISK] = {"weights": sum(align_up(placed.nbytes) for placed in placement.tensors), "kv": kv[Tier.DISK]}
     kinds[Tier.GPU if on_device else Tier.CPU]["workspace"] = workspace_bytes(spec, policy)
+    if rows := hidden_rows_elsewhere(policy):
+        tier = Tier.DISK if policy.hidden.disk > policy.hidden.cpu else Tier.CPU
+        kinds[tier]["hidden"] = align_up(rows * pass_row_bytes(spec))
     kinds[Tier.CPU]["rotary"] = align_up(rope_table_bytes(spec, rotary_positions(micro_batches)))
     if placement.embedding_on_disk:
         row_bytes = spec.embedding_size * spec.dtype_bytes
@@ -337,6 +349,6 @@ def memory_account(
         for tier, budget in ((Tier.CPU, cpu_budget_bytes), (Tier.GPU, gpu_budget_bytes))
     )
     host_ring, device_ring = ring_bytes(placement, spare)
-    kinds[Tier.CPU]["ring"] = host_ring
-    kinds[Tier.GPU]["ring"] = device_ring if on_device else 0
-    return MemoryAccount(kinds, host_ring, device_ring if on_device else 0)
+    device_ring = device_ring if on_device else 0
+    kinds[Tier.CPU]["ring"], kinds[Tier.GPU]["ring"] = host_ring, device_ring
+    return MemoryAccount(kinds, host_ring, device_ring, ring_bytes(placement))

@@ -186,6 +186,10 @@ class StepCosts:
             windows.setdefault(window, []).append(layer)
         return sum(len(layers) * self.attend_seconds(processor, layers[0], micro_batch) for layers in windows.values())
 
+    def hidden_bytes(self, tokens: int) -> int:
+        """Bytes that cross the link each way in a pass whose hidden states all wait off the device."""
+        return 2 * self.spec.num_layers * tokens * self.spec.hidden_size * self.spec.dtype_bytes
+
     def lane_seconds(self, shape: PassShape) -> dict[Lane, float]:
         """Seconds each lane works in one pass: the durations of all its steps, without any waiting."""
         spec, layers = self.spec, self.spec.num_layers
@@ -199,6 +203,10 @@ class StepCosts:
                 seconds[Lane.H2D] += self.h2d.seconds(unit.disk_bytes + unit.host_bytes)
         if self.placement.embedding_on_disk:
             seconds[Lane.DISK_READ] += shape.tokens * ROW_READ_SECONDS
+        hidden_bytes = self.hidden_bytes(shape.tokens) * (1.0 - self.policy.hidden.gpu)
+        if hidden_bytes and self.on_device:  # in and out of the device around both modules of each layer
+            seconds[Lane.H2D] += self.h2d.seconds(hidden_bytes)
+            seconds[Lane.D2H] += self.d2h.seconds(hidden_bytes)
         query_bytes = spec.query_size * spec.dtype_bytes
         for micro_batch in shape.micro_batches:
             new_bytes = micro_batch.query_tokens * self.kv_bytes

@@ -1,0 +1,19 @@
+"""Which ways of placing tensors the search may use: what this version runs, or everything that can be planned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Features:
+    """weight_bits, kv_bits: choices, best accuracy first; the search takes fewer bits only where they are offered."""
+
+    kv_on_disk: bool = False
+    hidden_off_device: bool = False
+    weight_bits: tuple[int, ...] = (16,)
+    kv_bits: tuple[int, ...] = (16,)
+
+
+RUNNABLE = Features()
+PLANNABLE = Features(kv_on_disk=True, hidden_off_device=True)

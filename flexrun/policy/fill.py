@@ -1,0 +1,97 @@
+"""Gives the weights the room that everything else of a policy leaves, fastest tier first; says what is short if none."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from flexrun.config import Placement, Policy
+from flexrun.core import Tier, format_bytes
+from flexrun.errors import BudgetError
+from flexrun.models.spec import ModelSpec
+from flexrun.policy.layout import Budgets, Layout
+from flexrun.workload import Workload
+
+STEP = 1 / 128  # whole tensors take a little more or less than a fraction says
+FLAGS = {Tier.GPU: "--gpu-memory", Tier.CPU: "--cpu-memory", Tier.DISK: "--disk-memory"}
+
+
+class NoFit(BudgetError):
+    """No policy fits the budgets; the message says which is short and by how much."""
+
+
+def fill_weights(
+    spec: ModelSpec, policy: Policy, workload: Workload, budgets: Budgets, *, keep: bool = False
+) -> Layout | None:
+    """The layout of ``policy`` with as many weights as fit on the GPU, then in RAM; None where none fit.
+
+    Reading ahead comes before residence: weights are resident beside full rings, and rings shrink only where nothing
+    else fits. keep: take the policy's weights as they are.
+    """
+    if keep:
+        layout = Layout.of(spec, policy, workload, budgets)
+        return layout if layout.fits else None
+    layout = _with_weights(spec, policy, workload, budgets, 0.0, 0.0)
+    if not layout.fits:
+        return None
+    if budgets.on_device:
+        layout = _fullest(layout, workload, Tier.GPU)
+    return _fullest(layout, workload, Tier.CPU)
+
+
+def _fullest(layout: Layout, workload: Workload, tier: Tier) -> Layout:
+    """The layout with the largest share of the weights on ``tier`` that fits; more of them leave the disk."""
+    for full_ring in (True, False):
+        share = _share(layout, tier, full_ring)
+        while share > 0:
+            weights = layout.policy.weights
+            gpu, cpu = (share, 0.0) if tier is Tier.GPU else (weights.gpu, share)
+            filled = _with_weights(layout.spec, layout.policy, workload, layout.budgets, gpu, cpu)
+            if filled.fits and (not full_ring or _ring_is_full(filled, tier)):
+                return filled
+            share = max(share - STEP, 0.0)
+        if full_ring and _ring_is_full(layout, tier):
+            return layout
+    return layout
+
+
+def _with_weights(spec, policy, workload, budgets, gpu: float, cpu: float) -> Layout:
+    weights = Placement(gpu, cpu, max(1.0 - gpu - cpu, 0.0))
+    return Layout.of(spec, dataclasses.replace(policy, weights=weights), workload, budgets)
+
+
+def _ring_is_full(layout: Layout, tier: Tier) -> bool:
+    account, device = layout.account, tier is Tier.GPU
+    return (account.device_ring_bytes if device else account.host_ring_bytes) >= account.wanted_ring_bytes[device]
+
+
+def _share(layout: Layout, tier: Tier, full_ring: bool) -> float:
+    """Share of the weights that fits on a tier beside all else; its ring shrinks with the share that streams."""
+    kinds, account = layout.account.bytes_by_kind[tier], layout.account
+    room = layout.budgets.of(tier) - sum(size for kind, size in kinds.items() if kind != "ring")
+    weights = sum(placed.nbytes for placed in layout.placement.tensors if placed.tier is Tier.DISK)
+    left = layout.policy.weights.disk
+    if weights <= room:
+        return left
+    ring = account.wanted_ring_bytes[tier is Tier.GPU] if full_ring else 0
+    return max((room - ring) / max(weights - ring, 1), 0.0) * left
+
+
+def refuse(spec: ModelSpec, policy: Policy, workload: Workload, budgets: Budgets) -> None:
+    """Raise NoFit: the smallest form of the policy, and the budget it exceeds."""
+    smallest = dataclasses.replace(policy, weights=Placement(0.0, 0.0, 1.0))
+    layout = Layout.of(spec, smallest, workload, budgets)
+    for tier in Tier:
+        excess = layout.excess_bytes(tier)
+        if excess:
+            parts = ", ".join(
+                f"{kind} {format_bytes(size)}" for kind, size in layout.account.bytes_by_kind[tier].items() if size
+            )
+            raise NoFit(
+                f"{tier.value} memory is short by {format_bytes(excess)}: even with every weight on disk the run needs "
+                f"{format_bytes(layout.account.total(tier))} ({parts}) and has {format_bytes(budgets.of(tier))}",
+                f"raise {FLAGS[tier]}, lower --max-tokens or --max-model-len, or use a smaller dtype",
+            )
+    raise NoFit(
+        "no policy with the settings that were given fits the budgets",
+        "leave more of them to the search, or raise --cpu-memory or --gpu-memory",
+    )

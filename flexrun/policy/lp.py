@@ -1,0 +1,218 @@
+"""The placement as a linear program: fractions of weights, KV cache and hidden states that end the job soonest.
+
+For each kind of pass k a job has, T_k is at least the time of every lane, and each lane's time is linear in the
+fractions; the peak of each tier stays under its budget; the sum of count_k * T_k is minimal. FlexGen's program
+(arXiv 2303.06865, section 4.3) with KV that may be attended on either processor, and passes that mix prefill and decode.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pulp
+
+from flexrun.config import Placement, Policy
+from flexrun.core import Lane, Tier
+from flexrun.hardware import Hardware
+from flexrun.models.spec import ModelSpec
+from flexrun.placement import (
+    KV_SLOTS,
+    WeightPlacement,
+    kv_bytes_per_token,
+    offloaded_query_bytes,
+    pass_row_bytes,
+    ring_bytes,
+    workspace_bytes,
+)
+from flexrun.policy.cost import StepCosts
+from flexrun.policy.features import Features
+from flexrun.policy.kinds import PassKind
+from flexrun.policy.layout import Budgets
+
+GIB = 1 << 30
+KV_HOMES = ("gpu", "cpu_to_gpu", "cpu_on_cpu", "disk_to_gpu", "disk_on_cpu")  # home and where it is attended
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Best fractions of one program. kv: by KV_HOMES. prices: seconds of the job saved by one more byte of a tier."""
+
+    seconds: float
+    weights: Placement
+    kv: Mapping[str, float]
+    hidden: Placement
+    prices: Mapping[Tier, float]
+
+    @property
+    def kv_placement(self) -> Placement:
+        return placement_of(
+            self.kv["gpu"],
+            self.kv["cpu_to_gpu"] + self.kv["cpu_on_cpu"],
+            self.kv["disk_to_gpu"] + self.kv["disk_on_cpu"],
+        )
+
+    @property
+    def cpu_attention_share(self) -> float:
+        off_device = 1.0 - self.kv["gpu"]
+        return (self.kv["cpu_on_cpu"] + self.kv["disk_on_cpu"]) / off_device if off_device > 1e-9 else 1.0
+
+
+def placement_of(gpu: float, cpu: float, disk: float) -> Placement:
+    """Fractions that sum to 1 exactly, whatever the solver's rounding left."""
+    parts = [max(part, 0.0) for part in (gpu, cpu, disk)]
+    total = sum(parts)
+    return Placement(*(part / total for part in parts))
+
+
+def solve_placement(
+    spec: ModelSpec,
+    policy: Policy,
+    kinds: Sequence[PassKind],
+    kv_room_tokens: int,
+    hardware: Hardware,
+    budgets: Budgets,
+    streamed: WeightPlacement,
+    features: Features,
+    fixed: Mapping[str, object],
+) -> Solution | None:
+    """Best placement for a policy's discrete part, or None where no placement fits.
+
+    streamed: the weights with all of them on the slowest tier, for their sizes. fixed: policy fields to keep.
+    """
+    program = _Program(spec, policy, kinds, kv_room_tokens, hardware, budgets, streamed)
+    program.restrict(features, fixed)
+    return program.solve()
+
+
+class _Program:
+    def __init__(self, spec, policy, kinds, kv_room_tokens, hardware, budgets, streamed):
+        self.spec, self.policy, self.hardware, self.budgets = spec, policy, hardware, budgets
+        self.kinds = kinds
+        self.costs = StepCosts(spec, policy, streamed, hardware, on_device=budgets.on_device)
+        self.problem = pulp.LpProblem("placement", pulp.LpMinimize)
+        self.weights = self._fractions("weights", ("gpu", "cpu", "disk"))
+        self.kv = self._fractions("kv", KV_HOMES)
+        self.hidden = self._fractions("hidden", ("gpu", "cpu", "disk"))
+        self.times = [pulp.LpVariable(f"seconds_{number}", 0) for number in range(len(kinds))]
+        self.problem += pulp.lpSum(kind.count * time for kind, time in zip(kinds, self.times))
+        self._add_memory(kv_room_tokens, streamed)
+        self._add_lanes(streamed)
+
+    def _fractions(self, kind: str, places: Sequence[str]) -> dict[str, pulp.LpVariable]:
+        variables = {place: pulp.LpVariable(f"{kind}_{place}", 0, 1) for place in places}
+        self.problem += pulp.lpSum(variables.values()) == 1, f"{kind}_total"
+        return variables
+
+    def restrict(self, features: Features, fixed: Mapping[str, object]) -> None:
+        """Switch off what the machine or the version has not, and keep what the user decided."""
+        off = []
+        if not self.budgets.on_device:
+            off += [self.weights["gpu"], self.kv["gpu"], self.kv["cpu_to_gpu"], self.kv["disk_to_gpu"]]
+        if not features.kv_on_disk and "kv" not in fixed:
+            off += [self.kv["disk_to_gpu"], self.kv["disk_on_cpu"]]
+        if (not features.hidden_off_device and "hidden" not in fixed) or not self.budgets.on_device:
+            off += [self.hidden["cpu"], self.hidden["disk"]]
+        for variable in off:
+            self.problem += variable == 0
+        kv, share = self.kv, fixed.get("cpu_attention_share")
+        if share is not None and self.budgets.on_device:
+            on_cpu = kv["cpu_on_cpu"] + kv["disk_on_cpu"]
+            self.problem += on_cpu == share * (on_cpu + kv["cpu_to_gpu"] + kv["disk_to_gpu"])
+        for name, variables in (("weights", self.weights), ("hidden", self.hidden)):
+            for tier in ("gpu", "cpu", "disk") if name in fixed else ():
+                self.problem += variables[tier] == getattr(fixed[name], tier)
+        if "kv" in fixed:
+            self.problem += kv["gpu"] == fixed["kv"].gpu
+            self.problem += kv["disk_to_gpu"] + kv["disk_on_cpu"] == fixed["kv"].disk
+
+    # Memory -------------------------------------------------------------------------------------------
+
+    def _add_memory(self, kv_room_tokens: int, streamed: WeightPlacement) -> None:
+        spec, policy, budgets, weights, kv = self.spec, self.policy, self.budgets, self.weights, self.kv
+        weight_bytes = sum(placed.nbytes for placed in streamed.tensors)
+        kv_bytes = kv_room_tokens * kv_bytes_per_token(spec, policy.kv_bits)
+        host_ring, device_ring = ring_bytes(streamed)
+        staging = KV_SLOTS * kv_bytes / (max(self.micro_batches, 1) * spec.num_layers)
+        rows = policy.tokens_per_pass * pass_row_bytes(spec)
+        fixed_work = max(workspace_bytes(spec, policy) - rows, 0)
+        host_kv = kv["cpu_to_gpu"] + kv["cpu_on_cpu"]
+        disk_kv = kv["disk_to_gpu"] + kv["disk_on_cpu"]
+        host = weight_bytes * weights["cpu"] + kv_bytes * host_kv + host_ring * weights["disk"] + staging * disk_kv
+        if budgets.on_device:
+            streams = weights["cpu"] + weights["disk"]
+            device = weight_bytes * weights["gpu"] + kv_bytes * kv["gpu"] + device_ring * streams + fixed_work
+            device += staging * (kv["cpu_to_gpu"] + kv["disk_to_gpu"]) + rows * self.hidden["gpu"]
+            self.problem += device * (1 / GIB) <= budgets.gpu_bytes / GIB, "gpu_memory"
+            host += rows * self.hidden["cpu"] + offloaded_query_bytes(spec, policy) * kv["cpu_on_cpu"]
+        else:
+            host += fixed_work + rows
+        self.problem += host * (1 / GIB) <= budgets.cpu_bytes / GIB, "cpu_memory"
+        if budgets.disk_bytes is not None:
+            disk = weight_bytes + kv_bytes * disk_kv  # every packed weight stays on disk, wherever it runs from
+            self.problem += disk * (1 / GIB) <= budgets.disk_bytes / GIB, "disk_memory"
+
+    @property
+    def micro_batches(self) -> int:
+        return math.ceil(self.policy.sequences_in_flight / self.policy.attention_micro_batch)
+
+    # Lanes --------------------------------------------------------------------------------------------
+
+    def _add_lanes(self, streamed: WeightPlacement) -> None:
+        moved = sum(max(unit.disk_bytes, unit.host_bytes) for unit in streamed.units)
+        for number, (kind, time) in enumerate(zip(self.kinds, self.times)):
+            for lane, seconds in self._lanes(kind, moved).items():
+                self.problem += time >= seconds, f"{lane.value}_{number}"
+
+    def _lanes(self, kind: PassKind, moved_bytes: float) -> dict[Lane, pulp.LpAffineExpression]:
+        spec, costs, kv, weights = self.spec, self.costs, self.kv, self.weights
+        shape, whole = kind.shape, kind.shape.micro_batches[0]
+        layers = spec.num_layers
+        new_bytes = layers * whole.query_tokens * costs.kv_bytes
+        there_bytes = max(layers * whole.kv_tokens * costs.kv_bytes - new_bytes, 0)
+        query_bytes = layers * whole.query_tokens * spec.query_size * spec.dtype_bytes
+        disk_read, disk_write = self.hardware.disk_read.bytes_per_second, self.hardware.disk_write.bytes_per_second
+        on_cpu = kv["cpu_on_cpu"] + kv["disk_on_cpu"]
+        on_disk = kv["disk_to_gpu"] + kv["disk_on_cpu"]
+        read = moved_bytes * weights["disk"] + there_bytes * on_disk
+        lanes = {
+            Lane.DISK_READ: read * (1 / disk_read),
+            Lane.DISK_WRITE: (new_bytes * on_disk) * (1 / disk_write),
+        }
+        compute = costs.compute_seconds(shape)
+        if not self.budgets.on_device:
+            lanes[Lane.CPU] = pulp.LpAffineExpression(
+                constant=compute + costs.attend_pass_seconds(self.hardware.cpu, whole)
+            )
+            return lanes
+        to_gpu = kv["cpu_to_gpu"] + kv["disk_to_gpu"]
+        hidden_bytes = costs.hidden_bytes(shape.tokens) * (self.hidden["cpu"] + self.hidden["disk"])
+        h2d = moved_bytes * (weights["cpu"] + weights["disk"]) + there_bytes * to_gpu + query_bytes * on_cpu
+        d2h = new_bytes * (to_gpu + on_cpu) + query_bytes * on_cpu + hidden_bytes
+        lanes[Lane.GPU] = compute + costs.attend_pass_seconds(costs.device, whole) * (kv["gpu"] + to_gpu)
+        lanes[Lane.CPU] = costs.attend_pass_seconds(self.hardware.cpu, whole) * on_cpu
+        lanes[Lane.H2D] = (h2d + hidden_bytes) * (1 / costs.h2d.bytes_per_second)
+        lanes[Lane.D2H] = d2h * (1 / costs.d2h.bytes_per_second)
+        return lanes
+
+    def solve(self) -> Solution | None:
+        status = self.problem.solve(pulp.PULP_CBC_CMD(msg=False))
+        if pulp.LpStatus[status] != "Optimal":
+            return None
+        duals = {
+            tier: -(self.problem.constraints[f"{tier.value}_memory"].pi or 0.0) / GIB
+            for tier in Tier
+            if f"{tier.value}_memory" in self.problem.constraints
+        }
+
+        def found(variables: Mapping[str, pulp.LpVariable]) -> list[float]:
+            return [min(max(variable.value() or 0.0, 0.0), 1.0) for variable in variables.values()]
+
+        return Solution(
+            pulp.value(self.problem.objective),
+            placement_of(*found(self.weights)),
+            dict(zip(KV_HOMES, found(self.kv))),
+            placement_of(*found(self.hidden)),
+            duals,
+        )
