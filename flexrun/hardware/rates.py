@@ -57,6 +57,8 @@ class Rates:
     output.
     decode_kv_bytes_per_second: attention of single query tokens, a byte of K and V.
     prefill_attention_flops_per_second: attention of prompts, causal products counted only.
+    plain_weight_share: part of weight_bytes_per_second that remains for weights in the layout of a checkpoint, where
+    the matmul has a layout of its own that only weights resident on the CPU are brought into.
     """
 
     matmul_flops_per_second: float
@@ -66,6 +68,7 @@ class Rates:
     prefill_attention_flops_per_second: float
     half_width: float = 0.0
     sharpness: float = 4.0
+    plain_weight_share: float = 1.0
 
     def __post_init__(self):
         speeds = (
@@ -77,17 +80,27 @@ class Rates:
         )
         require_range(self, speeds, 0, above=True)
         require_range(self, ("half_width",), 0)
+        require_range(self, ("plain_weight_share",), 0, 1, above=True)
         require_range(self, ("sharpness",), 1)  # 1 adds compute and memory; below it, they would take longer than both
 
-    def linear_seconds(self, rows: int, work: LinearWork, dtype_bytes: int, weight_bytes: float | None = None) -> float:
+    def linear_seconds(
+        self,
+        rows: float,
+        work: LinearWork,
+        dtype_bytes: int,
+        weight_bytes: float | None = None,
+        *,
+        plain: bool = False,
+    ) -> float:
         """One call of a module over ``rows`` token rows, without its fixed overhead.
 
         dtype_bytes: of an activation. weight_bytes: read for the weights together (None: stored in the same dtype).
+        plain: the weights are streamed, or reside on a device, in the layout of the checkpoint.
         """
         peak = self.matmul_flops_per_second / (1.0 + self.half_width / work.width)
         compute = 2.0 * rows * work.weight_elements / peak
         nbytes = work.weight_elements * dtype_bytes if weight_bytes is None else weight_bytes
-        memory = nbytes / self.weight_bytes_per_second
+        memory = nbytes / (self.weight_bytes_per_second * (self.plain_weight_share if plain else 1.0))
         high, low = max(compute, memory), min(compute, memory)
         roofline = high * (1.0 + (low / high) ** self.sharpness) ** (1.0 / self.sharpness) if high else 0.0
         return roofline + rows * work.activation_elements * dtype_bytes / self.activation_bytes_per_second

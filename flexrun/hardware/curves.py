@@ -1,0 +1,105 @@
+"""Turns readings at several sizes into the few numbers of a smooth curve, and says how well the curve fits them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy
+from scipy.optimize import least_squares, nnls
+
+from flexrun.errors import ExecutionError
+from flexrun.hardware.rates import LinearWork, Rates, Transfer
+
+# (low, high) of what is searched for, far beyond any machine of today
+_SPEED = (1e6, 1e17)
+_HALF_WIDTH = (0.0, 8192.0)
+_SHARPNESS = (1.0, 16.0)
+_PLAIN_SHARE = (0.1, 1.0)
+
+
+@dataclass(frozen=True)
+class LinearReading:
+    """One timed call of a module, without its fixed overhead. plain: see ``Rates.linear_seconds``."""
+
+    rows: int
+    work: LinearWork
+    seconds: float
+    plain: bool = False
+
+
+@dataclass(frozen=True)
+class LinearFit:
+    """``rates`` fitted for ``Rates.linear_seconds`` alone: what they say of attention means nothing.
+
+    residual: root mean square of the relative errors.
+    """
+
+    rates: Rates
+    residual: float
+
+
+def fit_transfer(readings: Sequence[tuple[float, float]]) -> tuple[Transfer, float]:
+    """Latency and speed from (bytes, seconds), and the root mean square of the relative errors.
+
+    Least squares on relative errors, neither number negative. Raises ExecutionError where time does not grow with size.
+    """
+    sizes, seconds = numpy.array(readings, dtype=float).T
+    largest = sizes.max()
+    matrix = numpy.stack([1.0 / seconds, sizes / largest / seconds], axis=1)
+    (latency, seconds_of_largest), norm = nnls(matrix, numpy.ones(len(seconds)))
+    if not seconds_of_largest:
+        raise ExecutionError(
+            "transfers of any size took the same time, so no speed can be told", "close other programs, measure again"
+        )
+    return Transfer(largest / seconds_of_largest, latency), float(norm / math.sqrt(len(seconds)))
+
+
+def fit_linear(readings: Sequence[LinearReading], dtype_bytes: int) -> LinearFit:
+    """The curve of ``Rates.linear_seconds`` through readings of one dtype, by least squares on log errors.
+
+    A soft loss counts errors beyond a tenth less, so that one disturbed reading does not bend the curve.
+    """
+    seconds = numpy.log([reading.seconds for reading in readings])
+    has_plain = len({reading.plain for reading in readings}) == 2
+    names, start, low, high = zip(*_parameters(readings, dtype_bytes, has_plain))
+
+    def errors(point: numpy.ndarray) -> numpy.ndarray:
+        rates = _rates_at(dict(zip(names, point)))
+        modelled = [rates.linear_seconds(each.rows, each.work, dtype_bytes, plain=each.plain) for each in readings]
+        return numpy.log(modelled) - seconds
+
+    start = numpy.clip(start, numpy.add(low, 1e-6), numpy.subtract(high, 1e-6))  # strictly inside, as is required
+    solution = least_squares(
+        errors, start, bounds=(low, high), loss="soft_l1", f_scale=0.1, x_scale="jac", max_nfev=200
+    )
+    residual = float(numpy.sqrt(numpy.mean(errors(solution.x) ** 2)))
+    return LinearFit(_rates_at(dict(zip(names, solution.x))), residual)
+
+
+def _parameters(readings, dtype_bytes, has_plain):
+    """(name, start, low, high) of what is searched for: logs of speeds, the width in thousands, 1 / sharpness."""
+    flops = max(2.0 * reading.rows * reading.work.weight_elements / reading.seconds for reading in readings)
+    nbytes = max(reading.work.weight_elements * dtype_bytes / reading.seconds for reading in readings)
+    low, high = (math.log(bound) for bound in _SPEED)
+    yield "matmul", math.log(1.2 * flops), low, high
+    yield "weight", math.log(1.2 * nbytes), low, high
+    yield "activation", math.log(2.0 * nbytes), low, high
+    yield "half_width", 0.1, _HALF_WIDTH[0] / 1000, _HALF_WIDTH[1] / 1000
+    yield "smoothness", 1 / 3, 1 / _SHARPNESS[1], 1 / _SHARPNESS[0]
+    if has_plain:
+        yield "plain_share", 0.7, *_PLAIN_SHARE
+
+
+def _rates_at(point: dict[str, float]) -> Rates:
+    return Rates(
+        matmul_flops_per_second=math.exp(point["matmul"]),
+        weight_bytes_per_second=math.exp(point["weight"]),
+        activation_bytes_per_second=math.exp(point["activation"]),
+        decode_kv_bytes_per_second=1.0,
+        prefill_attention_flops_per_second=1.0,
+        half_width=1000 * point["half_width"],
+        sharpness=1 / point["smoothness"],
+        plain_weight_share=point.get("plain_share", 1.0),
+    )
