@@ -1,4 +1,4 @@
-"""The model families, one declarative row each.
+"""The dense model families, one declarative row each, and the way from a config.json to its row.
 
 To add a dense family, add a row and a parity test: docs/add_a_family.md. Defaults are those of the transformers
 configuration class; sizes have none and must be in config.json.
@@ -10,52 +10,20 @@ from collections.abc import Mapping
 
 from flexrun.core import nearest_name
 from flexrun.errors import ConfigError, UnsupportedError
-from flexrun.models.family import Family, From
+from flexrun.models.family import ATTENTION_BIASES, HEAD_NORMS, LLAMA_LAYER, Family, From, like_llama
 from flexrun.models.read_config import build_spec
+from flexrun.models.sparse_families import SPARSE_FAMILIES
 from flexrun.models.spec import ModelSpec
 
-_LLAMA_LAYER = {
-    "attention_norm": "input_layernorm",
-    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "output": "self_attn.o_proj",
-    "mlp_norm": "post_attention_layernorm",
-    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
-    "down": "mlp.down_proj",
-}
-_LLAMA_MODEL = {"token_embedding": "model.embed_tokens", "final_norm": "model.norm", "lm_head": "lm_head"}
-_HEAD_NORMS = {"query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm"}
 _BRANCH_NORMS = {
     "attention_branch_norm": "post_attention_layernorm",
     "mlp_branch_norm": "post_feedforward_layernorm",
 }
-_GEMMA_LAYER = {**_LLAMA_LAYER, **_BRANCH_NORMS, "mlp_norm": "pre_feedforward_layernorm"}
-_OLMO2_LAYER = {stem: source for stem, source in _LLAMA_LAYER.items() if stem not in ("attention_norm", "mlp_norm")} | {
+_GEMMA_LAYER = {**LLAMA_LAYER, **_BRANCH_NORMS, "mlp_norm": "pre_feedforward_layernorm"}
+_OLMO2_LAYER = {stem: source for stem, source in LLAMA_LAYER.items() if stem not in ("attention_norm", "mlp_norm")} | {
     **_BRANCH_NORMS,
-    **_HEAD_NORMS,
+    **HEAD_NORMS,
 }
-_LLAMA_DEFAULTS = {
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10_000.0,
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "mlp_bias": False,
-}
-
-
-def _llama(architecture: str, model_type: str, defaults: Mapping, **differences) -> Family:
-    settings = {
-        "layer": _LLAMA_LAYER,
-        "model": _LLAMA_MODEL,
-        "layer_prefix": "model.layers.{layer}.",
-        "source_prefixes": (("model.", ""),),
-        "defaults": {**_LLAMA_DEFAULTS, **defaults},
-        **differences,
-    }
-    return Family(architecture, model_type, **settings)
-
-
-_ALL_ATTENTION_BIASES = {"qkv_bias": From("attention_bias"), "output_bias": From("attention_bias")}
 _WINDOW_DEFAULTS = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
 
 _GEMMA = {
@@ -65,7 +33,7 @@ _GEMMA = {
     "logits_softcap": From("final_logit_softcapping"),
     "embedding_scale": "sqrt_hidden",
     "renamed": {"hidden_act": "hidden_activation"},
-    **_ALL_ATTENTION_BIASES,
+    **ATTENTION_BIASES,
 }
 _GEMMA_DEFAULTS = {
     "tie_word_embeddings": True,
@@ -83,7 +51,7 @@ _GEMMA3_DEFAULTS = {
     "rope_local_base_freq": 10_000.0,
     "sliding_window_pattern": 6,
 }
-_GEMMA3 = {**_GEMMA, "layer": {**_GEMMA_LAYER, **_HEAD_NORMS}, "rope_per_layer_type": True}
+_GEMMA3 = {**_GEMMA, "layer": {**_GEMMA_LAYER, **HEAD_NORMS}, "rope_per_layer_type": True}
 
 _OPT_LAYER = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -126,10 +94,10 @@ _OPT = {
     },
 }
 
-FAMILIES: tuple[Family, ...] = (
-    _llama("LlamaForCausalLM", "llama", {}, mlp_bias=From("mlp_bias"), **_ALL_ATTENTION_BIASES),
-    _llama("MistralForCausalLM", "mistral", {"sliding_window": 4096}, windows="all"),
-    _llama(
+DENSE_FAMILIES: tuple[Family, ...] = (
+    like_llama("LlamaForCausalLM", "llama", {}, mlp_bias=From("mlp_bias"), **ATTENTION_BIASES),
+    like_llama("MistralForCausalLM", "mistral", {"sliding_window": 4096}, windows="all"),
+    like_llama(
         "SmolLM3ForCausalLM",
         "smollm3",
         {
@@ -142,18 +110,18 @@ FAMILIES: tuple[Family, ...] = (
         mlp_bias=From("mlp_bias"),
         windows="nope",
         nope_layers=True,
-        **_ALL_ATTENTION_BIASES,
+        **ATTENTION_BIASES,
     ),
-    _llama("Qwen2ForCausalLM", "qwen2", _WINDOW_DEFAULTS, qkv_bias=True, windows="upper"),
-    _llama(
+    like_llama("Qwen2ForCausalLM", "qwen2", _WINDOW_DEFAULTS, qkv_bias=True, windows="upper"),
+    like_llama(
         "Qwen3ForCausalLM",
         "qwen3",
         {"head_dim": 128, **_WINDOW_DEFAULTS},
-        layer={**_LLAMA_LAYER, **_HEAD_NORMS},
+        layer={**LLAMA_LAYER, **HEAD_NORMS},
         windows="upper",
-        **_ALL_ATTENTION_BIASES,
+        **ATTENTION_BIASES,
     ),
-    _llama(
+    like_llama(
         "Gemma2ForCausalLM",
         "gemma2",
         {
@@ -166,8 +134,8 @@ FAMILIES: tuple[Family, ...] = (
         attention_softcap=From("attn_logit_softcapping"),
         **_GEMMA,
     ),
-    _llama("Gemma3ForCausalLM", "gemma3_text", _GEMMA3_DEFAULTS, **_GEMMA3),
-    _llama(
+    like_llama("Gemma3ForCausalLM", "gemma3_text", _GEMMA3_DEFAULTS, **_GEMMA3),
+    like_llama(
         "Gemma3ForConditionalGeneration",  # its text part; nested text configs leave out what equals the default
         "gemma3",
         {
@@ -197,26 +165,26 @@ FAMILIES: tuple[Family, ...] = (
             "ignored_sources": ("*vision_tower.*", "*multi_modal_projector.*"),
         },
     ),
-    _llama(
+    like_llama(
         "Phi3ForCausalLM",
         "phi3",
         {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096, "sliding_window": None},
-        layer={**_LLAMA_LAYER, "qkv": "self_attn.qkv_proj", "gate_up": "mlp.gate_up_proj"},
+        layer={**LLAMA_LAYER, "qkv": "self_attn.qkv_proj", "gate_up": "mlp.gate_up_proj"},
         windows="all",
         rope={
             "kinds": {"default": "default", "longrope": "longrope", "su": "longrope", "yarn": "longrope"},
             "partial": True,
         },
     ),
-    _llama(
+    like_llama(
         "Olmo2ForCausalLM",
         "olmo2",
         {"rms_norm_eps": 1e-5},
         layer=_OLMO2_LAYER,
         query_key_norm_width="full",
-        **_ALL_ATTENTION_BIASES,
+        **ATTENTION_BIASES,
     ),
-    _llama(
+    like_llama(
         "GraniteForCausalLM",
         "granite",
         {"embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 1.0, "attention_multiplier": 1.0},
@@ -225,7 +193,7 @@ FAMILIES: tuple[Family, ...] = (
         embedding_scale=From("embedding_multiplier"),
         logits_divisor=From("logits_scaling"),
         residual_scale=From("residual_multiplier"),
-        **_ALL_ATTENTION_BIASES,
+        **ATTENTION_BIASES,
     ),
     Family(
         "GPTNeoXForCausalLM",
@@ -262,7 +230,7 @@ FAMILIES: tuple[Family, ...] = (
         mlp_bias=True,
         qkv_assembler="neox_qkv",
         rope={"partial": True, "theta_key": "rotary_emb_base", "partial_key": "rotary_pct"},
-        **_ALL_ATTENTION_BIASES,
+        **ATTENTION_BIASES,
     ),
     Family(
         "OPTForCausalLM",
@@ -289,13 +257,16 @@ FAMILIES: tuple[Family, ...] = (
     ),
 )
 
-SUPPORTED_ARCHITECTURES: tuple[str, ...] = tuple(dict.fromkeys(family.architecture for family in FAMILIES))
+FAMILIES = DENSE_FAMILIES + SPARSE_FAMILIES
+SUPPORTED_ARCHITECTURES: tuple[str, ...] = tuple(dict.fromkeys(family.architecture for family in DENSE_FAMILIES))
+PLANNED_ARCHITECTURES: tuple[str, ...] = tuple(dict.fromkeys(family.architecture for family in SPARSE_FAMILIES))
 
 
 def spec_from_config(config: Mapping, dtype: str | None = None) -> ModelSpec:
     """The ModelSpec of a Hugging Face config.json given as a dict.
 
-    dtype: ``float32``, ``bfloat16``, ``float16``; None or ``"auto"``: the config's own, else float32.
+    dtype: ``float32``, ``bfloat16``, ``float16``; None or ``"auto"``: the config's own, else float32. The spec of a
+    model that can be planned but not run says why in ``unrunnable``.
     Raises UnsupportedError naming the architecture, option or value that does not run, ConfigError for a config that
     lacks what its architecture needs or contradicts itself.
     """
@@ -311,7 +282,8 @@ def _rows_of(config: Mapping) -> list[Family]:
         if rows and len(names) == 1:
             return rows
         raise UnsupportedError(
-            f"architecture {', '.join(map(str, names))}", nearest_name(str(names[0]), SUPPORTED_ARCHITECTURES)
+            f"architecture {', '.join(map(str, names))}",
+            nearest_name(str(names[0]), SUPPORTED_ARCHITECTURES + PLANNED_ARCHITECTURES),
         )
     model_type = config.get("model_type")
     if model_type is None:

@@ -1,4 +1,4 @@
-"""The shape of a family row: everything by which one model family differs from Llama, as data.
+"""The shape of a family row: everything by which one model family differs from Llama, as data. And Llama itself.
 
 A setting is either the value itself or ``From("key")``: the config.json key that decides it.
 """
@@ -17,6 +17,23 @@ class From:
 
 
 @dataclass(frozen=True)
+class ExpertKeys:
+    """The config keys that shape a family's sparse layers; ``num_experts`` has several spellings.
+
+    Shared experts have a width of their own (``shared_intermediate_size``) or are ``num_shared_experts`` routed ones.
+    layers: which ones are sparse: ``all``; ``after`` (every moe_layer_freq-th, from first_k_dense_replace on); ``step``
+    (every decoder_sparse_step-th but mlp_only_layers).
+    """
+
+    num_experts: tuple[str, ...]
+    intermediate_size: str = "moe_intermediate_size"
+    experts_per_token: str = "num_experts_per_tok"
+    shared_intermediate_size: str | None = None
+    num_shared_experts: str | None = None
+    layers: str = "all"
+
+
+@dataclass(frozen=True)
 class Family:
     """One row. ``when``: config values that select this row among those of one architecture."""
 
@@ -26,7 +43,8 @@ class Family:
     model: Mapping[str, str]  # packed stem -> checkpoint stem, outside the layers
     layer_prefix: str
     source_prefixes: tuple[tuple[str, str], ...] = ()  # (usual, other): prefixes a checkpoint may carry instead
-    ignored_sources: tuple[str, ...] = ("*.rotary_emb.inv_freq",)  # patterns; old files carry the rope buffers
+    # patterns, with {num_layers}; old files carry the rope buffers
+    ignored_sources: tuple[str, ...] = ("*.rotary_emb.inv_freq",)
     when: Mapping = field(default_factory=dict)
     defaults: Mapping = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)  # our config key -> this family's
@@ -58,9 +76,49 @@ class Family:
     logits_divisor: float | From = 1.0
     embedding_scale: float | From | str = 1.0  # "sqrt_hidden": sqrt(hidden_size) rounded to the model's dtype
     residual_scale: float | From = 1.0
+    experts: ExpertKeys | None = None
+    latent_attention: bool = False
 
     @property
     def config_keys(self) -> frozenset[str]:
-        """The config keys this row itself reads through From."""
+        """The config keys this row itself reads, among those that a row which does not would refuse."""
         values = (getattr(self, item.name) for item in fields(self))
-        return frozenset(value.key for value in values if isinstance(value, From))
+        keys = {value.key for value in values if isinstance(value, From)} | set(self.when)
+        if self.experts is not None:
+            keys |= {*self.experts.num_experts, "quantization_config"}
+        if self.latent_attention:
+            keys |= {"kv_lora_rank", "rope_interleave"}
+        return frozenset(keys)
+
+
+LLAMA_LAYER = {
+    "attention_norm": "input_layernorm",
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "output": "self_attn.o_proj",
+    "mlp_norm": "post_attention_layernorm",
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": "mlp.down_proj",
+}
+HEAD_NORMS = {"query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm"}
+ATTENTION_BIASES = {"qkv_bias": From("attention_bias"), "output_bias": From("attention_bias")}
+
+
+def like_llama(architecture: str, model_type: str, defaults: Mapping, **differences) -> Family:
+    """The row of a family that names its tensors as Llama does, but for ``differences``."""
+    settings = {
+        "layer": LLAMA_LAYER,
+        "model": {"token_embedding": "model.embed_tokens", "final_norm": "model.norm", "lm_head": "lm_head"},
+        "layer_prefix": "model.layers.{layer}.",
+        "source_prefixes": (("model.", ""),),
+        "defaults": {
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 10_000.0,
+            "tie_word_embeddings": False,
+            "attention_bias": False,
+            "mlp_bias": False,
+            **defaults,
+        },
+        **differences,
+    }
+    return Family(architecture, model_type, **settings)

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
 
 from flexrun.models.tensors import PackedTensor
 
 if TYPE_CHECKING:
     from flexrun.models.spec import ModelSpec
+
+
+class _ExpertTensor(NamedTuple):
+    """What one tensor of a routed expert has in common in all layers; its sources lack ``model.layers.<layer>``."""
+
+    name: str
+    shape: tuple[int, ...]
+    source_tails: tuple[str, ...]
+    source_shapes: tuple[tuple[int, ...], ...]
+    assemble: str
+    groups: int
 
 
 class Layout:
@@ -20,16 +32,21 @@ class Layout:
         self._model_sources = dict(spec.model_sources)
 
     def layer(self, layer: int) -> Iterator[PackedTensor]:
-        """Those of module ``attention`` first, then those of ``mlp``."""
+        """Those of module ``attention`` first, then those of ``mlp``, then those of ``experts``."""
         spec, hidden = self._spec, self._spec.hidden_size
         yield from self._norm("attention", "attention_norm", hidden, layer)
-        yield from self._attention(layer)
+        yield from self._latent_attention(layer) if spec.latent else self._attention(layer)
         yield from self._norm("attention", "attention_branch_norm", hidden, layer)
         yield from self._norm("mlp", "residual_norm", hidden, layer)
         yield from self._norm("mlp", "mlp_norm", hidden, layer)
-        yield from self._gated("mlp", "", spec.intermediate_size, layer)
+        if spec.is_sparse(layer):
+            yield from self._router_and_shared_experts(layer)
+        else:
+            yield from self._gated("", spec.intermediate_size, layer)
         yield from self._norm("mlp", "mlp_branch_norm", hidden, layer)
         yield from self._norm("mlp", "output_norm", hidden, layer)
+        if spec.is_sparse(layer):
+            yield from self._routed_experts(layer)
 
     def embedding(self) -> Iterator[PackedTensor]:
         spec = self._spec
@@ -55,14 +72,77 @@ class Layout:
         yield from self._linear("attention", "qkv", qkv_rows, hidden, spec.qkv_bias, layer, spec.qkv_assembler)
         yield from self._norm("attention", "query_norm", spec.head_dim if per_head else spec.query_size, layer)
         yield from self._norm("attention", "key_norm", spec.head_dim if per_head else spec.kv_size, layer)
+        if "sinks" in self._layer_sources:  # a logit a head, which takes its share of the softmax and gives no value
+            (source,), shape = self._stems("sinks", layer), (spec.num_heads,)
+            yield PackedTensor("sinks", "attention", shape, (source,), (shape,))
         yield from self._linear("attention", "output", (hidden,), spec.query_size, spec.output_bias, layer)
 
-    def _gated(self, module: str, prefix: str, inner: int, layer: int) -> Iterator[PackedTensor]:
+    def _latent_attention(self, layer: int) -> Iterator[PackedTensor]:
+        """``kv_b`` has for each head nope_head_dim rows that make its keys of the latent, then those of its values."""
+        spec, hidden, latent = self._spec, self._spec.hidden_size, self._spec.latent
+        if latent.q_lora_rank:
+            yield from self._linear("attention", "q_a", (latent.q_lora_rank,), hidden, spec.qkv_bias, layer)
+            yield from self._norm("attention", "q_a_norm", latent.q_lora_rank, layer)
+            yield from self._linear("attention", "q_b", (spec.query_size,), latent.q_lora_rank, False, layer)
+        else:
+            yield from self._linear("attention", "q", (spec.query_size,), hidden, False, layer)
+        kv_rows, expanded = (spec.kv_elements_per_token,), latent.nope_head_dim + latent.value_head_dim
+        yield from self._linear("attention", "kv_a", kv_rows, hidden, spec.qkv_bias, layer)
+        yield from self._norm("attention", "kv_a_norm", latent.kv_lora_rank, layer)
+        yield from self._linear("attention", "kv_b", (spec.num_heads * expanded,), latent.kv_lora_rank, False, layer)
+        yield from self._linear("attention", "output", (hidden,), spec.attended_size, spec.output_bias, layer)
+
+    def _router_and_shared_experts(self, layer: int) -> Iterator[PackedTensor]:
+        """``shared_router`` weighs the shared experts; the correction of the router's scores only ranks the experts."""
+        spec, experts, hidden = self._spec, self._spec.experts, self._spec.hidden_size
+        yield from self._linear("mlp", "router", (experts.num_experts,), hidden, spec.mlp_bias, layer)
+        if "router_correction" in self._layer_sources:
+            (source,), shape = self._stems("router_correction", layer), (experts.num_experts,)
+            yield PackedTensor("router.correction", "mlp", shape, (source,), (shape,))
+        if experts.shared_intermediate_size:
+            yield from self._gated("shared_", experts.shared_intermediate_size, layer)
+            if "shared_router" in self._layer_sources:
+                yield from self._linear("mlp", "shared_router", (1,), hidden, False, layer)
+
+    def _gated(self, prefix: str, inner: int, layer: int) -> Iterator[PackedTensor]:
         """The matrices into and out of ``inner`` channels; ``prefix`` tells those of shared experts apart."""
         spec, hidden = self._spec, self._spec.hidden_size
         stem, rows = ("gate_up", (inner, inner)) if spec.gated else ("up", (inner,))
-        yield from self._linear(module, prefix + stem, rows, hidden, spec.mlp_bias, layer)
-        yield from self._linear(module, prefix + "down", (hidden,), inner, spec.mlp_bias, layer)
+        yield from self._linear("mlp", prefix + stem, rows, hidden, spec.mlp_bias, layer)
+        yield from self._linear("mlp", prefix + "down", (hidden,), inner, spec.mlp_bias, layer)
+
+    def _routed_experts(self, layer: int) -> Iterator[PackedTensor]:
+        prefix, tensors = self._expert_tensors
+        prefix = prefix.format(layer=layer)
+        for name, shape, tails, source_shapes, assemble, groups in tensors:
+            sources = tuple([prefix + tail for tail in tails])
+            yield PackedTensor(name, "experts", shape, sources, source_shapes, assemble, groups)
+
+    @cached_property
+    def _expert_tensors(self) -> tuple[str, list[_ExpertTensor]]:
+        """The common start of the experts' sources, and their tensors: layers share them, for there may be 30,000."""
+        prefix = self._layer_sources["expert_down"][0].partition("{layer}")[0] + "{layer}"
+        return prefix, [
+            tensor for expert in range(self._spec.experts.num_experts) for tensor in self._expert(expert, len(prefix))
+        ]
+
+    def _expert(self, expert: int, prefix_length: int) -> Iterator[_ExpertTensor]:
+        spec, hidden, inner = self._spec, self._spec.hidden_size, self._spec.experts.intermediate_size
+        for stem, rows, columns in (("gate_up", (inner, inner), hidden), ("down", (hidden,), inner)):
+            sources = self._layer_sources[f"expert_{stem}"]
+            tails = [source.replace("{expert}", str(expert))[prefix_length:] for source in sources]
+            fused = "{expert}" not in sources[0]
+            for part, tail in (("weight", (columns,)), ("bias", ()))[: 2 if spec.mlp_bias else 1]:
+                name, shape = f"expert.{expert}.{stem}.{part}", (sum(rows), *tail)
+                if fused:
+                    whole = (spec.experts.num_experts, *reversed(shape))
+                    names = (tails[0] + ("_bias" if part == "bias" else ""),)
+                    assemble = "fused_expert_pairs" if stem == "gate_up" else "fused_expert"
+                    yield _ExpertTensor(name, shape, names, (whole,), assemble, expert)
+                else:
+                    names = tuple(f"{tail}.{part}" for tail in tails)
+                    shapes = tuple((count, *tail) for count in rows)
+                    yield _ExpertTensor(name, shape, names, shapes, "concat", 1)
 
     def _stems(self, stem: str, layer: int | None) -> tuple[str, ...]:
         if layer is None:

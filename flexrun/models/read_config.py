@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -10,7 +11,7 @@ from flexrun.core import DTYPES, nearest_name
 from flexrun.errors import ConfigError, UnsupportedError
 from flexrun.models.family import Family, From
 from flexrun.models.rope_config import layer_type_rope_specs, rope_spec
-from flexrun.models.spec import NO_ROPE, ModelSpec, RopeSpec
+from flexrun.models.spec import NO_ROPE, Experts, LatentAttention, ModelSpec, RopeSpec
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -47,6 +48,7 @@ _REFUSED: dict[str, tuple] = {
     ),
     "position_embedding_type": (None, "rope", "rotary"),
 }  # fmt: skip
+PLANNED_QUANTIZATIONS = ("fp8", "mxfp4")  # checkpoints that can be planned, in the dtype of their model
 _HINT = "this version would compute something else than the model's authors; it runs no such option"
 
 
@@ -76,24 +78,29 @@ def build_spec(family: Family, config: Mapping, dtype: str | None) -> ModelSpec:
         return given
 
     num_layers, hidden_size, num_heads = size("num_hidden_layers"), size("hidden_size"), size("num_attention_heads")
-    head_dim = _head_dim(settings, hidden_size, num_heads)
+    latent = _latent_attention(settings, size) if family.latent_attention else None
+    head_dim = latent.nope_head_dim + latent.rope_head_dim if latent else _head_dim(settings, hidden_size, num_heads)
     num_kv_heads = num_heads if settings.get("num_key_value_heads") is None else size("num_key_value_heads")
     if num_heads % num_kv_heads:
         raise ConfigError(f"num_attention_heads={num_heads} is not a multiple of num_key_value_heads={num_kv_heads}")
     if family.qkv_assembler == "neox_qkv" and num_kv_heads != num_heads:
         raise UnsupportedError(f"num_key_value_heads={num_kv_heads} in {family.architecture}")
-    dtype = dtype or _config_dtype(config, inner)
+    experts, sparse_layers = _experts(family, settings, size, num_layers)
+    dtype = dtype or _config_dtype(config, settings)
     if dtype not in DTYPES:
         raise UnsupportedError(f"dtype {dtype!r}", nearest_name(dtype, DTYPES))
     max_position_embeddings = size("max_position_embeddings")
     layer_types, windows = _windows(family, settings, num_layers)
-    ropes, layer_ropes = _ropes(family, settings, head_dim, num_layers, layer_types)
+    rotated_dim = latent.rope_head_dim if latent else head_dim
+    ropes, layer_ropes = _ropes(family, settings, rotated_dim, num_layers, layer_types)
     if family.query_pre_attention_scalar is not None:
         attention_scale = number(family.query_pre_attention_scalar) ** -0.5
     elif family.attention_scale is not None:
         attention_scale = number(family.attention_scale)
     else:
         attention_scale = head_dim**-0.5
+    if latent:
+        attention_scale *= _latent_attention_factor(ropes[0])
 
     def outer(key: str):
         return config[key] if key in config else settings.get(key)
@@ -138,11 +145,79 @@ def build_spec(family: Family, config: Mapping, dtype: str | None) -> ModelSpec:
         logits_softcap=number(family.logits_softcap, 0.0),
         qkv_assembler=family.qkv_assembler,
         source_prefixes=family.source_prefixes,
-        ignored_sources=family.ignored_sources,
+        ignored_sources=tuple(pattern.format(num_layers=num_layers) for pattern in family.ignored_sources),
         eos_token_ids=_token_ids(outer("eos_token_id")),
         bos_token_id=next(iter(_token_ids(outer("bos_token_id"))), None),
         pad_token_id=next(iter(_token_ids(outer("pad_token_id"))), None),
+        experts=experts,
+        sparse_layers=sparse_layers,
+        latent=latent,
+        unrunnable=_unrunnable(family, config, settings, experts),
     )
+
+
+def _experts(
+    family: Family, settings: Mapping, size: Callable[[str], int], num_layers: int
+) -> tuple[Experts | None, tuple[bool, ...]]:
+    """The routed experts and, one a layer, whether the layer has them; (None, ()) where no layer does."""
+    keys = family.experts
+    if keys is None:
+        return None, ()
+    number_key = next((key for key in keys.num_experts if settings.get(key) is not None), keys.num_experts[0])
+    num_experts, per_token, inner = size(number_key), size(keys.experts_per_token), size(keys.intermediate_size)
+    if per_token > num_experts:
+        raise ConfigError(f"{keys.experts_per_token}={per_token} is more than {number_key}={num_experts}")
+    shared = 0
+    if keys.shared_intermediate_size is not None:
+        shared = size(keys.shared_intermediate_size)
+    elif keys.num_shared_experts is not None and settings.get(keys.num_shared_experts):
+        shared = inner * size(keys.num_shared_experts)
+    sparse = tuple(_is_sparse(keys.layers, settings, size, layer) for layer in range(num_layers))
+    return (Experts(num_experts, per_token, inner, shared), sparse) if any(sparse) else (None, ())
+
+
+def _is_sparse(rule: str, settings: Mapping, size: Callable[[str], int], layer: int) -> bool:
+    if rule == "after":
+        first = size("first_k_dense_replace") if settings["first_k_dense_replace"] else 0
+        return layer >= first and layer % size("moe_layer_freq") == 0
+    if rule == "step":
+        dense = settings["mlp_only_layers"] or []
+        if not isinstance(dense, list):
+            raise ConfigError(f"the model's config.json gives mlp_only_layers={dense!r}; a list of layers is needed")
+        return layer not in dense and (layer + 1) % size("decoder_sparse_step") == 0
+    return True
+
+
+def _latent_attention(settings: Mapping, size: Callable[[str], int]) -> LatentAttention:
+    return LatentAttention(
+        q_lora_rank=0 if settings.get("q_lora_rank") is None else size("q_lora_rank"),
+        kv_lora_rank=size("kv_lora_rank"),
+        nope_head_dim=size("qk_nope_head_dim"),
+        rope_head_dim=size("qk_rope_head_dim"),
+        value_head_dim=size("v_head_dim"),
+    )
+
+
+def _latent_attention_factor(rope: RopeSpec) -> float:
+    """Where YaRN gives ``mscale_all_dim`` it scales the scores: once for the query, once for the key (DeepSeek)."""
+    if not rope.mscale_all_dim or not rope.factor or rope.factor <= 1:
+        return 1.0
+    return (0.1 * rope.mscale_all_dim * math.log(rope.factor) + 1.0) ** 2
+
+
+def _unrunnable(family: Family, config: Mapping, settings: Mapping, experts: Experts | None) -> tuple[str, ...]:
+    quantization = config.get("quantization_config") or settings.get("quantization_config")
+    reasons = {
+        "mixture of experts": experts is not None,
+        "multi-head latent attention": family.latent_attention,
+        "attention sinks": "sinks" in family.layer,
+    }
+    if quantization:
+        method = quantization.get("quant_method")
+        if method not in PLANNED_QUANTIZATIONS:
+            raise UnsupportedError(f"config option quantization_config (quant_method {method!r})", _HINT)
+        reasons[f"{method} checkpoint"] = True
+    return tuple(reason for reason, applies in reasons.items() if applies)
 
 
 def _refuse_options(family: Family, config: Mapping, settings: Mapping) -> None:
@@ -168,8 +243,8 @@ def _head_dim(settings: Mapping, hidden_size: int, num_heads: int) -> int:
     return head_dim
 
 
-def _config_dtype(config: Mapping, inner: Mapping) -> str:
-    for place in (config, inner):
+def _config_dtype(config: Mapping, settings: Mapping) -> str:
+    for place in (config, settings):
         for key in ("dtype", "torch_dtype"):
             if place.get(key):
                 return str(place[key]).removeprefix("torch.")

@@ -85,7 +85,7 @@ class ModelSpec:
 
     Which norms a layer has is told by ``norms`` (see decoder.py for where each one sits):
     ``attention_norm``, ``attention_branch_norm``, ``residual_norm``, ``mlp_norm``, ``mlp_branch_norm``,
-    ``output_norm``, ``query_norm``, ``key_norm``, ``final_norm``.
+    ``output_norm``, ``query_norm``, ``key_norm``, ``q_a_norm``, ``kv_a_norm``, ``final_norm``.
     """
 
     architecture: str
@@ -191,7 +191,11 @@ class ModelSpec:
     # ---------------------------------------------------------------- tensors
 
     def layer_tensors(self, layer: int) -> tuple[PackedTensor, ...]:
-        """Every tensor of one layer: those of module ``attention`` first, then those of ``mlp``."""
+        """Every tensor of one layer: those of module ``attention``, then of ``mlp``, then of ``experts``.
+
+        In a sparse layer ``mlp`` holds the router and the shared experts, and ``experts`` the routed ones one after
+        another: ``expert.7.gate_up.weight``, ``expert.7.down.weight``.
+        """
         return self._layers[layer]
 
     @cached_property
@@ -265,53 +269,99 @@ class ModelSpec:
     def weight_bytes(self) -> int:
         return self.parameter_count * self.dtype_bytes
 
+    @cached_property
+    def active_parameter_count(self) -> int:
+        """Parameters that one token meets: all but the routed experts it is not sent to."""
+        if self.experts is None:
+            return self.parameter_count
+        routed = sum(tensor.elements for _, tensor in self._tensors_by_layer if tensor.module == "experts")
+        idle_experts = self.experts.num_experts - self.experts.experts_per_token
+        return self.parameter_count - routed * idle_experts // self.experts.num_experts
+
     def linear_shapes(self, part: str, layer: int = 0) -> tuple[tuple[int, int], ...]:
         """(inputs, outputs) of each matrix that a token row meets in one part of a layer, in order of use.
 
-        part: ``attention_inputs``, ``attention_output``, ``mlp``, or ``head`` (of the model). Norms have no matrix.
+        part: ``attention_inputs``, ``attention_output``, ``mlp`` (of a sparse layer: router and shared experts),
+        ``expert`` (one routed expert; () where there are none) or ``head`` (of the model). Norms have no matrix.
+        Between the projections of latent attention and its cache stand decode_absorption_shapes or
+        prefill_expansion_shapes.
         """
-        hidden, inner = self.hidden_size, self.intermediate_size
+        hidden, experts, latent = self.hidden_size, self.experts, self.latent
         if part == "attention_inputs":
-            return ((hidden, self.qkv_size),)
+            if latent is None:
+                return ((hidden, self.qkv_size),)
+            rank = latent.q_lora_rank
+            query = ((hidden, rank), (rank, self.query_size)) if rank else ((hidden, self.query_size),)
+            return (*query, (hidden, self.kv_elements_per_token))
         if part == "attention_output":
             return ((self.attended_size, hidden),)
         if part == "mlp":
-            return ((hidden, inner * (2 if self.gated else 1)), (inner, hidden))
+            if not self.is_sparse(layer):
+                return self._mlp_shapes(self.intermediate_size)
+            shared = self._mlp_shapes(experts.shared_intermediate_size) if experts.shared_intermediate_size else ()
+            shared_router = ((hidden, 1),) if shared and "shared_router" in dict(self.layer_sources) else ()
+            return ((hidden, experts.num_experts), *shared, *shared_router)
+        if part == "expert":
+            return self._mlp_shapes(experts.intermediate_size) if experts else ()
         if part == "head":
             project_out = ((hidden, self.embedding_size),) if self.embedding_size != hidden else ()
             return (*project_out, (self.embedding_size, self.vocab_size))
-        raise KeyError(f"no part {part!r}: attention_inputs, attention_output, mlp or head")
+        raise KeyError(f"no part {part!r}: attention_inputs, attention_output, mlp, expert or head")
+
+    def _mlp_shapes(self, inner: int) -> tuple[tuple[int, int], ...]:
+        return ((self.hidden_size, inner * (2 if self.gated else 1)), (inner, self.hidden_size))
 
     def flops_per_token(self, module: str, layer: int = 0) -> int:
-        """FLOPs of the matrix products of one module for one token: ``attention``, ``mlp`` (of one layer) or ``head``.
+        """FLOPs of the matrix products of one module for one token, two a multiply-add.
 
-        Two FLOPs a multiply-add. Attention over the cache is attention_flops_per_token.
+        module: ``attention``, ``mlp``, ``experts`` (those the token is sent to), or ``head``. Attention over the cache
+        is attention_flops_per_token.
         """
-        parts = {"attention": ("attention_inputs", "attention_output"), "mlp": ("mlp",), "head": ("head",)}
-        if module not in parts:
-            raise KeyError(f"no module {module!r}: {', '.join(parts)}")
-        shapes = [shape for part in parts[module] for shape in self.linear_shapes(part, layer)]
+        if module == "attention":
+            shapes = self.linear_shapes("attention_inputs") + self.linear_shapes("attention_output")
+            shapes += self.decode_absorption_shapes  # as many as those of prefill_expansion_shapes
+        elif module == "experts":
+            shapes = self.linear_shapes("expert") * self.experts.experts_per_token if self.is_sparse(layer) else ()
+        elif module in ("mlp", "head"):
+            shapes = self.linear_shapes(module, layer)
+        else:
+            raise KeyError(f"no module {module!r}: attention, mlp, experts or head")
         return 2 * sum(inputs * outputs for inputs, outputs in shapes)
 
     @property
     def decode_attention_flops_per_pair(self) -> int:
-        """FLOPs of score and weighted value of one (query token, cached token) pair of one layer, all heads."""
-        return 4 * self.query_size
+        """FLOPs of score and weighted value of one (query token, cached token) pair of one layer, all heads.
+
+        Latent attention scores the latent and its rotated key with the absorbed query, and sums latents.
+        """
+        if self.latent is None:
+            return 4 * self.query_size
+        return 2 * self.num_heads * (2 * self.latent.kv_lora_rank + self.latent.rope_head_dim)
 
     @property
     def prefill_attention_flops_per_pair(self) -> int:
-        """The same for the tokens of a prompt."""
-        return 4 * self.query_size
+        """The same for the tokens of a prompt, whose keys and values are there for each head."""
+        return 2 * (self.query_size + self.attended_size)
 
     @property
     def decode_absorption_shapes(self) -> tuple[tuple[int, int], ...]:
-        """Matrices that a decoded token meets between the projections and the cache of one layer, (inputs, outputs)."""
-        return ()
+        """Matrices between the projections of a decoded token and a latent cache, (inputs, outputs); else ().
+
+        The two halves of ``kv_b``, one head beside the other: the query comes to the latent's space, the sum of
+        latents leaves it.
+        """
+        if self.latent is None:
+            return ()
+        rank, heads = self.latent.kv_lora_rank, self.num_heads
+        return ((heads * self.latent.nope_head_dim, rank), (rank, heads * self.latent.value_head_dim))
 
     @property
     def prefill_expansion_shapes(self) -> tuple[tuple[int, int], ...]:
-        """Matrices that expand a prompt token's latent to keys and values, (inputs, outputs)."""
-        return ()
+        """The matrix that expands the latent of a prompt token to keys and values, (inputs, outputs); else ()."""
+        if self.latent is None:
+            return ()
+        rank, expanded = self.latent.kv_lora_rank, self.latent.nope_head_dim + self.latent.value_head_dim
+        return ((rank, self.num_heads * expanded),)
 
     def attention_flops_per_token(self, context_tokens: int) -> int:
         """FLOPs of scores and weighted values of one layer for one query over ``context_tokens`` keys."""

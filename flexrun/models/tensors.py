@@ -20,7 +20,8 @@ class PackedTensor:
     sources: checkpoint tensor names in the Hugging Face naming, with the layer filled in.
     source_shapes: what the checkpoint must hold, one shape a source.
     assemble: key into ASSEMBLERS.
-    groups: what the assembler needs beside the tensors (``"neox_qkv"``: the number of heads).
+    groups: what the assembler needs beside the tensors (``"neox_qkv"``: the number of heads; ``"fused_expert"``:
+        which expert).
     """
 
     name: str
@@ -62,7 +63,21 @@ def _neox_qkv(tensors: Sequence[Tensor], groups: int, dtype: torch.dtype) -> Ten
     return by_head.transpose(0, 1).reshape(fused.shape).to(dtype)
 
 
+def _fused_expert(tensors: Sequence[Tensor], groups: int, dtype: torch.dtype) -> Tensor:
+    """gpt-oss stores all experts in one tensor, [experts, inputs, outputs] or [experts, outputs]."""
+    (fused,) = tensors
+    return fused[groups].t().to(dtype)
+
+
+def _fused_expert_pairs(tensors: Sequence[Tensor], groups: int, dtype: torch.dtype) -> Tensor:
+    """The same where the outputs are gate 0, up 0, gate 1, up 1, ...; the decoder wants all gates, then all ups."""
+    packed = _fused_expert(tensors, groups, dtype)
+    return torch.cat((packed[0::2], packed[1::2]))
+
+
 ASSEMBLERS: dict[str, Callable[[Sequence[Tensor], int, torch.dtype], Tensor]] = {
     "concat": _concat,
     "neox_qkv": _neox_qkv,
+    "fused_expert": _fused_expert,
+    "fused_expert_pairs": _fused_expert_pairs,
 }
