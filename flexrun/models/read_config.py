@@ -152,7 +152,7 @@ def build_spec(family: Family, config: Mapping, dtype: str | None) -> ModelSpec:
         experts=experts,
         sparse_layers=sparse_layers,
         latent=latent,
-        unrunnable=_unrunnable(family, config, settings, experts),
+        unrunnable=_unrunnable(family, config, settings),
     )
 
 
@@ -205,10 +205,11 @@ def _latent_attention_factor(rope: RopeSpec) -> float:
     return (0.1 * rope.mscale_all_dim * math.log(rope.factor) + 1.0) ** 2
 
 
-def _unrunnable(family: Family, config: Mapping, settings: Mapping, experts: Experts | None) -> tuple[str, ...]:
+def _unrunnable(family: Family, config: Mapping, settings: Mapping) -> tuple[str, ...]:
+    """What of this model the decoder does not compute yet."""
     quantization = config.get("quantization_config") or settings.get("quantization_config")
     reasons = {
-        "mixture of experts": experts is not None,
+        "mixture of experts": family.experts is not None,
         "multi-head latent attention": family.latent_attention,
         "attention sinks": "sinks" in family.layer,
     }

@@ -159,7 +159,7 @@ SPARSE_FAMILIES: tuple[Family, ...] = (
             **_ATTENTION,
             "sinks": "self_attn.sinks",
             "router": "mlp.router",
-            "expert_gate_up": "mlp.experts.gate_up_proj",  # all experts in one tensor
+            "expert_gate_up": "mlp.experts.gate_up_proj",  # all experts in one (4-bit: _blocks, _scales)
             "expert_down": "mlp.experts.down_proj",
         },
         experts=ExpertKeys(("num_local_experts",), intermediate_size="intermediate_size"),

@@ -247,7 +247,7 @@ FP8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128,
             {"quantization_config": {"quant_method": "mxfp4"}},
             ("mixture of experts", "attention sinks", "mxfp4 checkpoint"),
         ),
-        ("deepseek_v2", {"first_k_dense_replace": 9}, ("multi-head latent attention",)),
+        ("deepseek_v2", {"first_k_dense_replace": 9}, ("mixture of experts", "multi-head latent attention")),
     ],
 )
 def test_why_a_model_is_planned_only(tiny, name, change, expected):
@@ -257,9 +257,11 @@ def test_why_a_model_is_planned_only(tiny, name, change, expected):
         assert changed.weight_bytes == plain.weight_bytes
 
 
-def test_a_model_whose_layers_are_all_dense_runs(tiny):
+def test_all_layers_may_be_dense(tiny):
     spec = spec_from_config({**tiny("qwen3_moe")[0], "mlp_only_layers": [0, 1, 2, 3]})
-    assert (spec.unrunnable, spec.experts, spec.sparse_layers) == ((), None, ())
+    assert (spec.experts, spec.sparse_layers, spec.linear_shapes("expert")) == (None, (), ())
+    assert spec.active_parameter_count == spec.parameter_count
+    assert spec.linear_shapes("mlp", 2) == ((48, 2 * 77), (77, 48))
 
 
 def test_gpt_oss_is_bfloat16_beside_its_4_bit_experts():
