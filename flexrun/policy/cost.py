@@ -7,7 +7,7 @@ MLA and routed experts, and ragged lengths.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from flexrun.config import Policy
 from flexrun.core import Lane, Tier
@@ -167,24 +167,40 @@ class StepCosts:
         total += spec.num_layers * (
             self.attention_inputs_seconds(shape) + self._linear("attention_output", 0, shape.tokens)
         )
-        for layer, count in self._layer_kinds():
+        for layer, count in self._layer_kinds:
             total += count * self._linear("mlp", layer, shape.tokens)
             if spec.is_sparse(layer):
                 total += count * self.experts_seconds(spec.experts.num_experts, shape.tokens)
         return total
 
+    @cached_property
     def _layer_kinds(self) -> list[tuple[int, int]]:
         """(a layer, how many are like it): dense ones and sparse ones."""
         sparse = [layer for layer in range(self.spec.num_layers) if self.spec.is_sparse(layer)]
         dense = [layer for layer in range(self.spec.num_layers) if not self.spec.is_sparse(layer)]
         return [(layers[0], len(layers)) for layers in (dense, sparse) if layers]
 
-    def attend_pass_seconds(self, processor: Processor, micro_batch: MicroBatchShape) -> float:
-        """One micro-batch through all layers."""
+    @cached_property
+    def _window_kinds(self) -> list[tuple[int, int]]:
+        """(a layer, how many have its attention window)."""
         windows: dict[int, list[int]] = {}
         for layer, window in enumerate(self.spec.layer_windows):
             windows.setdefault(window, []).append(layer)
-        return sum(len(layers) * self.attend_seconds(processor, layers[0], micro_batch) for layers in windows.values())
+        return [(layers[0], len(layers)) for layers in windows.values()]
+
+    @cached_property
+    def _weight_seconds(self) -> dict[Lane, float]:
+        """Moving the weights of one pass."""
+        units, read = self.placement.units, self.hardware.disk_read
+        moved = [unit.disk_bytes + unit.host_bytes for unit in units] if self.on_device else []
+        return {
+            Lane.DISK_READ: sum(read.seconds(unit.disk_bytes) for unit in units if unit.disk_bytes),
+            Lane.H2D: sum(self.h2d.seconds(nbytes) for nbytes in moved if nbytes),
+        }
+
+    def attend_pass_seconds(self, processor: Processor, micro_batch: MicroBatchShape) -> float:
+        """One micro-batch through all layers."""
+        return sum(count * self.attend_seconds(processor, layer, micro_batch) for layer, count in self._window_kinds)
 
     def hidden_bytes(self, tokens: int) -> int:
         """Bytes that cross the link each way in a pass whose hidden states all wait off the device."""
@@ -196,11 +212,8 @@ class StepCosts:
         compute = Lane.GPU if self.on_device else Lane.CPU
         seconds = dict.fromkeys(Lane, 0.0)
         seconds[compute] = self.compute_seconds(shape)
-        for unit in self.placement.units:
-            if unit.disk_bytes:
-                seconds[Lane.DISK_READ] += self.hardware.disk_read.seconds(unit.disk_bytes)
-            if self.on_device and unit.disk_bytes + unit.host_bytes:
-                seconds[Lane.H2D] += self.h2d.seconds(unit.disk_bytes + unit.host_bytes)
+        for lane, moving in self._weight_seconds.items():
+            seconds[lane] += moving
         if self.placement.embedding_on_disk:
             seconds[Lane.DISK_READ] += shape.tokens * ROW_READ_SECONDS
         hidden_bytes = self.hidden_bytes(shape.tokens) * (1.0 - self.policy.hidden.gpu)

@@ -1,4 +1,4 @@
-"""Gives the weights the room that everything else of a policy leaves, fastest tier first; says what is short if none."""
+"""Gives the weights the room that all else of a policy leaves, fastest tier first; says what is short if none."""
 
 from __future__ import annotations
 

@@ -1,14 +1,15 @@
 """How long a whole job takes under a policy: its passes, a simulated timeline of some of them, and the sum.
 
 A job has up to millions of passes that change slowly. Long jobs are forecast from evenly drawn rows: the start and
-the tail of a job once, its steady middle as often as it comes. Of the passes looked at, windows are simulated step by
-step; between windows the ratio of simulated time to the busiest lane's time is interpolated.
+the tail of a job once, its steady middle as often as it comes. Of the passes looked at, some of each kind are simulated
+step by step; the others take the ratio of simulated time to the busiest lane's time from those of their kind.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy
 
@@ -22,18 +23,17 @@ from flexrun.policy.simulator import simulate_layout
 from flexrun.steps import PassShape
 from flexrun.workload import Workload
 
-WINDOW_PASSES = 3  # simulated together; the first only fills the pipeline
-
 
 @dataclass(frozen=True)
 class Effort:
-    """How much of a job is looked at: passes planned in full, and steps simulated."""
+    """How much of a job is looked at: passes planned in full, steps simulated, layers of a deep model simulated."""
 
     passes: int = 1200
-    steps: int = 40_000
+    steps: int = 16_000
+    layers: int = 1 << 20
 
 
-QUICK = Effort(passes=250, steps=4_000)  # for ranking many policies
+QUICK = Effort(passes=200, steps=3_000, layers=8)  # for ranking many policies
 FULL = Effort()
 
 
@@ -78,21 +78,21 @@ def forecast(layout: Layout, workload: Workload, hardware: Hardware, effort: Eff
     rows = len(workload)
     costs = StepCosts(layout.spec, layout.policy, layout.placement, hardware, on_device=layout.on_device)
     shrink = passes_guess(layout.policy, workload) / effort.passes
-    if shrink <= 1 or rows < 4:
-        return _forecast_rows(layout, workload, costs, hardware, effort)
+    rows_a_slot = 3 * layout.policy.sequences_in_flight  # a start, a steady middle and a tail
+    large_rows = min(max(int(rows / max(shrink, 1.0)), rows_a_slot, 2), rows)
+    large, ratio = _forecast_rows(layout, drawn(workload, large_rows), costs, hardware, effort)
+    if large_rows == rows:
+        return large
     # T(small) holds start and tail; T(large) - T(small) is the steady middle of the rows between.
-    large_rows = max(int(rows / shrink), min(rows, 3 * layout.policy.sequences_in_flight), 2)
     small_rows = max(large_rows // 2, 1)
-    if large_rows >= rows:
-        return _forecast_rows(layout, workload, costs, hardware, effort)
-    large = _forecast_rows(layout, drawn(workload, large_rows), costs, hardware, effort)
-    small = _forecast_rows(layout, drawn(workload, small_rows), costs, hardware, effort)
-    times = (rows - large_rows) / (large_rows - small_rows)
-    return _combine(workload, large, small, times)
+    small, _ = _forecast_rows(layout, drawn(workload, small_rows), costs, hardware, effort, ratio)
+    return _combine(workload, large, small, (rows - large_rows) / (large_rows - small_rows))
 
 
 def drawn(workload: Workload, count: int) -> Workload:
     """``count`` rows at even distances, in order."""
+    if count == len(workload):
+        return workload
     rows = ((numpy.arange(count) + 0.5) * len(workload) / count).astype(numpy.int64)
     return Workload(workload.prompt_tokens[rows], workload.max_tokens[rows])
 
@@ -122,47 +122,76 @@ def passes_guess(policy: Policy, workload: Workload) -> float:
     return max(generated / slots, (prompts + generated) / policy.tokens_per_pass)
 
 
+Ratio = Callable[[numpy.ndarray], numpy.ndarray]  # lane seconds [passes, lanes] -> simulated / busiest lane's time
+
+
 def _forecast_rows(
-    layout: Layout, workload: Workload, costs: StepCosts, hardware: Hardware, effort: Effort
-) -> Forecast:
-    """Forecast of exactly these rows."""
+    layout: Layout,
+    workload: Workload,
+    costs: StepCosts,
+    hardware: Hardware,
+    effort: Effort,
+    ratio: Ratio | None = None,
+) -> tuple[Forecast, Ratio]:
+    """Forecast of exactly these rows, and what the simulation added to the busiest lane along the job.
+
+    ratio: taken as it is, where the same policy was simulated already.
+    """
     passes = list(job_passes(workload, layout.policy, layout.micro_batches))
-    lanes = [costs.lane_seconds(shape) for shape in passes]
-    pass_seconds = _pass_seconds(layout, hardware, passes, lanes, effort)
-    prefill = decode = 0.0
-    for shape, seconds in zip(passes, pass_seconds):
-        share = sum(micro_batch.decode_tokens for micro_batch in shape.micro_batches) / shape.tokens
-        decode += seconds * share
-        prefill += seconds * (1 - share)
-    return Forecast(
-        prefill + decode,
-        prefill,
+    lanes = numpy.array([list(costs.lane_seconds(shape).values()) for shape in passes])
+    if ratio is None:
+        ratio = _simulated_ratio(layout, hardware, passes, lanes, effort)
+    # Moving hidden states is not scheduled yet: it counts where its lane alone would take longer.
+    pass_seconds = lanes.max(axis=1) * numpy.maximum(ratio(lanes), 1.0)
+    decode_tokens = [sum(part.decode_tokens for part in shape.micro_batches) / shape.tokens for shape in passes]
+    decode = float((pass_seconds * decode_tokens).sum())
+    total = float(pass_seconds.sum())
+    job = Forecast(
+        total,
+        total - decode,
         decode,
         len(passes),
         int(workload.prompt_tokens.sum()),
         int(workload.max_tokens.sum()),
-        {lane: sum(each[lane] for each in lanes) for lane in Lane},
+        dict(zip(Lane, lanes.sum(axis=0).tolist())),
     )
+    return job, ratio
 
 
-def _pass_seconds(
-    layout: Layout, hardware: Hardware, passes: Sequence[PassShape], lanes: list[dict[Lane, float]], effort: Effort
-) -> numpy.ndarray:
-    """Seconds of each pass, simulated or interpolated."""
-    busiest = numpy.array([max(each.values()) for each in lanes])
+def _simulated_ratio(
+    layout: Layout, hardware: Hardware, passes: Sequence[PassShape], lanes: numpy.ndarray, effort: Effort
+) -> Ratio:
+    """Simulate all passes, or some that differ as much as possible, each behind the pass that fills the pipeline."""
     units = sum(1 for unit in layout.placement.units if unit.disk_bytes + unit.host_bytes)
     steps_a_pass = layout.spec.num_layers * (3 + 3 * len(layout.micro_batches)) + 2 * units
-    affordable = max(effort.steps // steps_a_pass, 2 * WINDOW_PASSES)
-    if affordable >= len(passes):
-        # Moving hidden states is not scheduled yet: it counts where its lane alone would take longer.
-        return numpy.maximum(simulate_layout(layout, hardware, passes).pass_seconds, busiest)
-    windows = max(affordable // WINDOW_PASSES, 2)
-    starts = numpy.unique(numpy.linspace(0, len(passes) - WINDOW_PASSES, windows).astype(int))
+    if steps_a_pass * len(passes) <= effort.steps:
+        simulated = numpy.array(simulate_layout(layout, hardware, passes).pass_seconds)
+        return lambda _: simulated / lanes.max(axis=1)
+    if layout.spec.num_layers > effort.layers:
+        layout = layout.shallow(effort.layers)
+        steps_a_pass = steps_a_pass * effort.layers // layout.spec.num_layers
+    costs = StepCosts(layout.spec, layout.policy, layout.placement, hardware, on_device=layout.on_device)
+    chosen = _most_different(lanes, max(effort.steps // (2 * steps_a_pass), 4))
     ratios = []
-    for start in starts:
-        window = slice(start, start + WINDOW_PASSES)
-        simulated = simulate_layout(layout, hardware, passes[window]).pass_seconds
-        warm = slice(start + 1, start + WINDOW_PASSES)
-        ratios.append(sum(simulated[1:]) / busiest[warm].sum())
-    places = starts + WINDOW_PASSES / 2
-    return busiest * numpy.maximum(numpy.interp(numpy.arange(len(passes)), places, ratios), 1.0)
+    for place in chosen:
+        window = passes[max(place - 1, 0) : place + 1]
+        seconds = simulate_layout(layout, hardware, window).pass_seconds[-1]
+        ratios.append(seconds / max(costs.lane_seconds(window[-1]).values()))
+    return partial(_of_nearest, known=lanes[chosen], ratios=numpy.array(ratios))
+
+
+def _most_different(lanes: numpy.ndarray, count: int) -> list[int]:
+    """Passes that leave no other far away: each next one is the farthest from those chosen (Gonzalez 1985)."""
+    chosen = [int(lanes.max(axis=1).argmax())]
+    distances = numpy.abs(lanes - lanes[chosen[0]]).sum(axis=1)
+    while len(chosen) < min(count, len(lanes)) and distances.max() > 0:
+        chosen.append(int(distances.argmax()))
+        distances = numpy.minimum(distances, numpy.abs(lanes - lanes[chosen[-1]]).sum(axis=1))
+    return chosen
+
+
+def _of_nearest(lanes: numpy.ndarray, known: numpy.ndarray, ratios: numpy.ndarray) -> numpy.ndarray:
+    """For each pass the ratio of the known ones, weighted by how near their lanes' times are (Shepard 1968)."""
+    distances = numpy.abs(lanes[:, None, :] - known[None, :, :]).sum(axis=2)
+    weights = 1.0 / (distances + 1e-6 * lanes.max()) ** 3
+    return (weights * ratios).sum(axis=1) / weights.sum(axis=1)

@@ -24,10 +24,14 @@ def pass_kinds(passes: Iterable[PassShape], times: float = 1.0) -> list[PassKind
     """
     groups: dict[str, list[PassShape]] = {}
     for shape in passes:
-        decode = sum(micro_batch.decode_tokens for micro_batch in shape.micro_batches)
-        name = "decode" if decode == shape.tokens else "mixed" if 2 * decode >= shape.tokens else "prefill"
-        groups.setdefault(name, []).append(shape)
+        groups.setdefault(kind_of(shape), []).append(shape)
     return [PassKind(_mean(shapes), times * len(shapes)) for shapes in groups.values()]
+
+
+def kind_of(shape: PassShape) -> str:
+    """``decode``, ``mixed`` or ``prefill``, by what most of its tokens are."""
+    decode = sum(micro_batch.decode_tokens for micro_batch in shape.micro_batches)
+    return "decode" if decode == shape.tokens else "mixed" if 2 * decode >= shape.tokens else "prefill"
 
 
 def _mean(shapes: list[PassShape]) -> PassShape:

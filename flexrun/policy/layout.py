@@ -1,7 +1,8 @@
-"""A policy made concrete: which tensor, which micro-batch and how many bytes go where, for one model and its budgets."""
+"""A policy made concrete: which tensor, which micro-batch and how many bytes go where, for one model and budgets."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from flexrun.config import Policy
@@ -26,6 +27,21 @@ class Budgets:
     cpu_bytes: int
     gpu_bytes: int = 0
     disk_bytes: int | None = None
+
+    def shallow(self, layers: int) -> Layout:
+        """The same layout of a model with only its last ``layers`` layers: to simulate what every layer repeats.
+
+        KV room and rings stay as they are, so the account is not that of the smaller model.
+        """
+        spec = self.spec
+        parts = {
+            name: getattr(spec, name)[-layers:]
+            for name in ("layer_windows", "layer_ropes", "sparse_layers")
+            if getattr(spec, name)
+        }
+        spec = dataclasses.replace(spec, num_layers=layers, **parts)
+        placement = place_weights(spec, self.policy, on_device=self.on_device)
+        return dataclasses.replace(self, spec=spec, placement=placement)
 
     @property
     def on_device(self) -> bool:
@@ -64,6 +80,21 @@ class Layout:
         )
         micro_batches = kv_micro_batches(policy, kv_tokens, on_device=on_device)
         return cls(spec, policy, budgets, kv_tokens, placement, micro_batches, account)
+
+    def shallow(self, layers: int) -> Layout:
+        """The same layout of a model with only its last ``layers`` layers: to simulate what every layer repeats.
+
+        KV room and rings stay as they are, so the account is not that of the smaller model.
+        """
+        spec = self.spec
+        parts = {
+            name: getattr(spec, name)[-layers:]
+            for name in ("layer_windows", "layer_ropes", "sparse_layers")
+            if getattr(spec, name)
+        }
+        spec = dataclasses.replace(spec, num_layers=layers, **parts)
+        placement = place_weights(spec, self.policy, on_device=self.on_device)
+        return dataclasses.replace(self, spec=spec, placement=placement)
 
     @property
     def on_device(self) -> bool:

@@ -2,7 +2,7 @@
 
 For each kind of pass k a job has, T_k is at least the time of every lane, and each lane's time is linear in the
 fractions; the peak of each tier stays under its budget; the sum of count_k * T_k is minimal. FlexGen's program
-(arXiv 2303.06865, section 4.3) with KV that may be attended on either processor, and passes that mix prefill and decode.
+(arXiv 2303.06865, section 4.3) with KV attended on either processor, and passes that mix prefill and decode.
 """
 
 from __future__ import annotations
@@ -162,10 +162,10 @@ class _Program:
     def _add_lanes(self, streamed: WeightPlacement) -> None:
         moved = sum(max(unit.disk_bytes, unit.host_bytes) for unit in streamed.units)
         for number, (kind, time) in enumerate(zip(self.kinds, self.times)):
-            for lane, seconds in self._lanes(kind, moved).items():
-                self.problem += time >= seconds, f"{lane.value}_{number}"
+            for name, seconds in self._lanes(kind, moved).items():
+                self.problem += time >= seconds, f"{name}_{number}"
 
-    def _lanes(self, kind: PassKind, moved_bytes: float) -> dict[Lane, pulp.LpAffineExpression]:
+    def _lanes(self, kind: PassKind, moved_bytes: float) -> dict[str, pulp.LpAffineExpression]:
         spec, costs, kv, weights = self.spec, self.costs, self.kv, self.weights
         shape, whole = kind.shape, kind.shape.micro_batches[0]
         layers = spec.num_layers
@@ -177,12 +177,12 @@ class _Program:
         on_disk = kv["disk_to_gpu"] + kv["disk_on_cpu"]
         read = moved_bytes * weights["disk"] + there_bytes * on_disk
         lanes = {
-            Lane.DISK_READ: read * (1 / disk_read),
-            Lane.DISK_WRITE: (new_bytes * on_disk) * (1 / disk_write),
+            Lane.DISK_READ.value: read * (1 / disk_read),
+            Lane.DISK_WRITE.value: (new_bytes * on_disk) * (1 / disk_write),
         }
         compute = costs.compute_seconds(shape)
         if not self.budgets.on_device:
-            lanes[Lane.CPU] = pulp.LpAffineExpression(
+            lanes[Lane.CPU.value] = pulp.LpAffineExpression(
                 constant=compute + costs.attend_pass_seconds(self.hardware.cpu, whole)
             )
             return lanes
@@ -190,10 +190,11 @@ class _Program:
         hidden_bytes = costs.hidden_bytes(shape.tokens) * (self.hidden["cpu"] + self.hidden["disk"])
         h2d = moved_bytes * (weights["cpu"] + weights["disk"]) + there_bytes * to_gpu + query_bytes * on_cpu
         d2h = new_bytes * (to_gpu + on_cpu) + query_bytes * on_cpu + hidden_bytes
-        lanes[Lane.GPU] = compute + costs.attend_pass_seconds(costs.device, whole) * (kv["gpu"] + to_gpu)
-        lanes[Lane.CPU] = costs.attend_pass_seconds(self.hardware.cpu, whole) * on_cpu
-        lanes[Lane.H2D] = (h2d + hidden_bytes) * (1 / costs.h2d.bytes_per_second)
-        lanes[Lane.D2H] = d2h * (1 / costs.d2h.bytes_per_second)
+        lanes[Lane.GPU.value] = compute + costs.attend_pass_seconds(costs.device, whole) * (kv["gpu"] + to_gpu)
+        # A layer's output projection waits for all its attention: the CPU's part and the GPU's matmuls take turns.
+        lanes["gpu_and_cpu"] = compute + costs.attend_pass_seconds(self.hardware.cpu, whole) * on_cpu
+        lanes[Lane.H2D.value] = (h2d + hidden_bytes) * (1 / costs.h2d.bytes_per_second)
+        lanes[Lane.D2H.value] = d2h * (1 / costs.d2h.bytes_per_second)
         return lanes
 
     def solve(self) -> Solution | None:

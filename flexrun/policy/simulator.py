@@ -6,6 +6,7 @@ processor or memory slow each other down: a step's speed is the product of what 
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -59,7 +60,8 @@ class _Clock:
         self._timeline = Timeline()
 
     def run(self, passes: Iterable[PassShape]) -> Timeline:
-        for shape in passes:
+        for index, shape in enumerate(passes):
+            shape = dataclasses.replace(shape, index=index)  # the scheduler counts passes from its first
             sequences = sum(micro_batch.decode_tokens for micro_batch in shape.micro_batches)
             between = self._costs.between_passes_seconds(sequences)
             self._waiting[self._compute].append((None, between))

@@ -1,0 +1,179 @@
+"""The discrete half of the search: for each choice of sequences in flight and pass size, its best placement."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from flexrun.config import Placement, Policy
+from flexrun.core import Tier
+from flexrun.hardware import Hardware
+from flexrun.models.spec import ModelSpec
+from flexrun.placement import WeightPlacement, kv_micro_batches, place_weights
+from flexrun.policy.features import Features
+from flexrun.policy.forecast import drawn, passes_guess
+from flexrun.policy.kinds import PassKind, pass_kinds
+from flexrun.policy.layout import Budgets, room_for
+from flexrun.policy.lp import Solution, solve_placement
+from flexrun.policy.passes import job_passes
+from flexrun.workload import Workload
+
+MAX_SEQUENCES = 8192
+USUAL_PASS_TOKENS = 2048
+PASS_TOKENS = (512, USUAL_PASS_TOKENS, 8192, 32768, 131072)
+LP_MICRO_BATCHES = 4  # assumed beside a device while only fractions are solved
+KIND_PASSES = 120  # passes looked at to see what kinds a job has
+CPU_ROWS, GPU_ROWS = 512, 2048  # of one linear-layer call: enough to reach the matmul rate
+PRICED_BYTES = 8 << 30
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A solved program; the fewer ``seconds``, the better."""
+
+    seconds: float
+    policy: Policy
+    solution: Solution
+
+
+class Programs:
+    """Solves programs for one job and remembers them. ``fixed``: policy fields the user decided."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        hardware: Hardware,
+        workload: Workload,
+        budgets: Budgets,
+        fixed: Mapping[str, Any],
+        features: Features,
+    ):
+        self.spec, self.hardware, self.workload, self.budgets = spec, hardware, workload, budgets
+        self.fixed, self.features = fixed, features
+        self._choices: dict[tuple, Choice | None] = {}
+        self._streamed: dict[int, WeightPlacement] = {}
+        self._kinds: dict[tuple, list[PassKind]] = {}
+
+    def __len__(self) -> int:
+        return len(self._choices)
+
+    def solve_all(self) -> list[Choice]:
+        """Solved programs, best first: a coarse grid, then the neighbourhood of the best."""
+        for sequences in self.sequence_counts():
+            self.solve(sequences, self.pass_tokens(sequences)[0])
+        for _ in range(2):
+            for choice in self.solved()[:2]:
+                sequences = choice.policy.sequences_in_flight
+                for tokens in self.pass_tokens(sequences):
+                    self.solve(sequences, tokens)
+                if "sequences_in_flight" not in self.fixed:
+                    for near in (sequences * 3 // 4, sequences * 5 // 4, sequences * 3 // 2):
+                        if 1 <= near <= self.most_sequences:
+                            self.solve(near, max(choice.policy.tokens_per_pass, near))
+        return self.solved()
+
+    def solved(self) -> list[Choice]:
+        return sorted((choice for choice in self._choices.values() if choice), key=lambda choice: choice.seconds)
+
+    @cached_property
+    def most_sequences(self) -> int:
+        return max(min(len(self.workload), MAX_SEQUENCES), 1)
+
+    def sequence_counts(self) -> list[int]:
+        if "sequences_in_flight" in self.fixed:
+            return [self.fixed["sequences_in_flight"]]
+        counts, count = [], self.most_sequences
+        while count >= 1:
+            counts.append(count)
+            count //= 2
+        return counts
+
+    def pass_tokens(self, sequences: int) -> list[int]:
+        """Pass sizes worth trying, the usual one first."""
+        if "tokens_per_pass" in self.fixed:
+            return [self.fixed["tokens_per_pass"]]
+        longest = int(self.workload.prompt_tokens.max(initial=1))
+        most = max(min(int(self.workload.prompt_tokens.sum()), sequences * longest), sequences, PASS_TOKENS[0])
+        sizes = {max(min(tokens, most), sequences) for tokens in PASS_TOKENS}
+        return sorted(sizes, key=lambda tokens: abs(tokens - max(USUAL_PASS_TOKENS, sequences)))
+
+    def solve(self, sequences: int, tokens: int) -> None:
+        for weight_bits in self._bits("weight_bits"):
+            for kv_bits in self._bits("kv_bits"):
+                key = (sequences, tokens, weight_bits, kv_bits)
+                if key not in self._choices:
+                    policy = self.discrete(sequences, tokens, weight_bits=weight_bits, kv_bits=kv_bits)
+                    self._choices[key] = self._program(policy)
+
+    def _bits(self, name: str) -> tuple[int, ...]:
+        return (self.fixed[name],) if name in self.fixed else getattr(self.features, name)
+
+    def discrete(self, sequences: int, tokens: int, **bits: int) -> Policy:
+        """The discrete part of a policy; what the user fixed wins."""
+        micro_batches = min(LP_MICRO_BATCHES, sequences) if self.budgets.on_device else 1
+        rows = GPU_ROWS if self.budgets.on_device and self.hardware.gpu else CPU_ROWS
+        fields = {
+            "sequences_in_flight": sequences,
+            "tokens_per_pass": tokens,
+            "token_micro_batch": min(rows, tokens),
+            "attention_micro_batch": -(-sequences // micro_batches),
+            **bits,
+            **self.fixed,
+        }
+        return Policy(**fields)
+
+    def _program(self, policy: Policy) -> Choice | None:
+        if policy.weight_bits not in self._streamed:
+            all_streamed = dataclasses.replace(policy, weights=Placement(0.0, 0.0, 1.0))
+            self._streamed[policy.weight_bits] = place_weights(
+                self.spec, all_streamed, on_device=self.budgets.on_device
+            )
+        solution = solve_placement(
+            self.spec,
+            policy,
+            self._pass_kinds(policy),
+            policy.kv_tokens or room_for(policy, self.workload),
+            self.hardware,
+            self.budgets,
+            self._streamed[policy.weight_bits],
+            self.features,
+            self.fixed,
+        )
+        return solution and Choice(solution.seconds, policy, solution)
+
+    def _pass_kinds(self, policy: Policy) -> list[PassKind]:
+        key = (policy.sequences_in_flight, policy.tokens_per_pass)
+        if key not in self._kinds:
+            rows = len(self.workload)
+            shrink = passes_guess(policy, self.workload) / KIND_PASSES
+            sample = self.workload
+            if shrink > 1:
+                sample = drawn(sample, min(max(int(rows / shrink), 2 * policy.sequences_in_flight, 2), rows))
+            one_place = dataclasses.replace(policy, attention_micro_batch=policy.sequences_in_flight)
+            room = max(sample.kv_tokens_of(policy.sequences_in_flight), policy.kv_tokens, sample.longest_tokens)
+            homes = kv_micro_batches(one_place, room, on_device=False)
+            self._kinds[key] = pass_kinds(job_passes(sample, one_place, homes), rows / max(len(sample), 1))
+        return self._kinds[key]
+
+    def gain(self, tier: Tier, choice: Choice, more_bytes: int = PRICED_BYTES) -> float:
+        """Share by which the job's throughput grows with ``more_bytes`` on a tier, more sequences in flight included.
+
+        By the programs, so before rounding: 0.31 is a third more tokens a second.
+        """
+        sizes = dataclasses.asdict(self.budgets)
+        name = f"{tier.value}_bytes"
+        sizes[name] = (sizes[name] or 0) + more_bytes
+        richer = Programs(self.spec, self.hardware, self.workload, Budgets(**sizes), self.fixed, self.features)
+        richer._streamed, richer._kinds = self._streamed, self._kinds
+        now = choice.policy
+        for sequences in {now.sequences_in_flight, *(now.sequences_in_flight * step // 4 for step in (5, 6, 8))}:
+            if sequences <= self.most_sequences and (
+                sequences == now.sequences_in_flight or "sequences_in_flight" not in self.fixed
+            ):
+                for programs in (self, richer):
+                    programs.solve(sequences, max(now.tokens_per_pass, sequences))
+        best = [programs.solved()[0].seconds for programs in (self, richer) if programs.solved()]
+        return best[0] / best[1] - 1.0 if len(best) == 2 else 0.0
