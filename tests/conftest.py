@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
 import gguf
 import pytest
@@ -12,6 +13,15 @@ from flexrun import placement
 from flexrun.models.families import spec_from_config
 from flexrun.weights.packed import open_packed
 from flexrun.weights.readers import open_checkpoint
+
+
+@pytest.fixture(scope="session", autouse=True)
+def planned_machine():
+    """Plans are made for one machine, whichever the tests run on, and nothing is measured on the way."""
+    with pytest.MonkeyPatch.context() as patch:
+        document = Path(__file__).parent.parent / "configs" / "hardware" / "laptop-cpu.json"
+        patch.setenv("FLEXRUN_HARDWARE", str(document))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -11,17 +11,21 @@ import torch
 from tqdm import tqdm
 
 from flexrun.config import Policy
-from flexrun.core import Tier, format_bytes, parse_bytes
-from flexrun.errors import BudgetError, ConfigError, FlexrunError, RequestError, UnsupportedError
+from flexrun.core import parse_bytes
+from flexrun.errors import ConfigError, FlexrunError, RequestError, UnsupportedError
+from flexrun.hardware import Hardware
 from flexrun.llm.intake import Intake, Prompt, as_chat_requests, as_request_error, as_requests
+from flexrun.llm.lengths import Lengths
+from flexrun.llm.machine_profile import settle_hardware
 from flexrun.llm.model_files import ModelFiles, cache_stem, open_model
 from flexrun.machine import available_cores, available_memory_bytes, peak_resident_bytes
 from flexrun.offload.engine import Engine
 from flexrun.offload.sequence import Group
 from flexrun.outputs import Request, RequestOutput
-from flexrun.placement import memory_account, place_weights
-from flexrun.policy import default_policy
-from flexrun.policy.defaults import room_for
+from flexrun.policy.explain import forecast_document, forecast_line
+from flexrun.policy.forecast import forecast
+from flexrun.policy.layout import Budgets, Layout
+from flexrun.policy.search import Plan, search
 from flexrun.report.trace import write_chrome_trace
 from flexrun.sampling import SamplingParams
 from flexrun.weights.catalog import default_cache_dir
@@ -41,6 +45,7 @@ class LLM:
     cpu_memory, gpu_memory: hard budgets for weights, KV cache and buffers, as bytes or text ("8GiB"). A
         ``gpu_memory`` above 0 with ``device="cpu"`` emulates an accelerator of that size.
     disk_dir: folder of the packed weight cache (default: inside cache_dir).
+    hardware: what to plan for, a Hardware or the path of its document (default: this machine, measured once).
     seed: seeds every request that brings none. trace: path of a Chrome trace written on close().
 
     Raises ConfigError, CheckpointError, UnsupportedError or BudgetError, each naming its remedy.
@@ -65,6 +70,8 @@ class LLM:
         threads: int | None = None,
         progress: bool = False,
         direct_io: bool = True,
+        hardware: Hardware | str | Path | None = None,
+        log: Callable[[str], None] | None = None,
     ):
         if device != "cpu":
             raise UnsupportedError(
@@ -85,6 +92,8 @@ class LLM:
             self._policy = Policy.from_json(self._policy)
         self._gpu_budget = parse_bytes(gpu_memory)
         self._cpu_budget = parse_bytes(cpu_memory) if cpu_memory is not None else None
+        self._hardware, self._log = hardware, log
+        self._cache_dir = cache_dir
         self._packed_dir = Path(disk_dir) if disk_dir else Path(cache_dir or default_cache_dir()) / "packed"
         self._max_num_seqs = max_num_seqs
         self._intake = Intake(self.files, seed)
@@ -94,6 +103,9 @@ class LLM:
         self._events: list = []
         self._generating = False
         self._run_seconds = 0.0  # of the engine at hand
+        self._plan: Plan | None = None
+        self._planned_rows = 0
+        self._answered = Lengths()
 
     # Generating ---------------------------------------------------------------------------------------
 
@@ -177,7 +189,9 @@ class LLM:
         self._generating = True
         outputs = self._engine.run(self._groups(iter(requests)), name_of, on_pass)
         try:
-            yield from outputs
+            for output in outputs:
+                self._answered.add(output)
+                yield output
         finally:
             self._generating = False
             outputs.close()
@@ -208,35 +222,14 @@ class LLM:
         cpu_budget = self._cpu_budget_bytes()
         if workload is None:
             workload = Workload.uniform(self._max_num_seqs or LAZY_SEQUENCES, self.max_model_len - 1, 1)
-        policy, kv_tokens = self._settle(workload, cpu_budget)
-        policy.check_runnable()
         engine = self._engine
-        if engine is not None:
-            serves = engine.kv.largest_sequence_tokens >= workload.longest_tokens and engine.kv_tokens >= kv_tokens
-            if serves and not engine.failed:
-                return engine.policy
-            self._retire_engine()
-        on_device = self._gpu_budget > 0
-        placement = place_weights(self.spec, policy, on_device=on_device)
-        account = memory_account(
-            self.spec,
-            policy,
-            placement,
-            kv_tokens,
-            on_device=on_device,
-            gpu_budget_bytes=self._gpu_budget or None,
-            cpu_budget_bytes=cpu_budget,
-        )
-        for tier, budget in ((Tier.CPU, cpu_budget), (Tier.GPU, self._gpu_budget)):
-            if (tier is Tier.CPU or on_device) and account.total(tier) > budget:
-                parts = ", ".join(
-                    f"{kind} {format_bytes(size)}" for kind, size in account.bytes_by_kind[tier].items() if size
-                )
-                raise BudgetError(
-                    f"the policy needs {format_bytes(account.total(tier))} of {tier.value} memory ({parts}); "
-                    f"the budget is {format_bytes(budget)}",
-                    "raise the budget, or use --policy auto",
-                )
+        if engine is not None and not engine.failed and self._serves(workload):
+            return engine.policy
+        self._retire_engine()
+        self._planned_rows = len(workload)
+        self._plan = self._settle(workload, Budgets(cpu_budget, self._gpu_budget))
+        layout = self._plan.layout
+        layout.policy.check_runnable()
         if self._packed is None:
             self._packed = open_packed(
                 self.files.reader, self.spec, self._packed_dir, name=cache_stem(self.files), progress=self._progress
@@ -244,31 +237,58 @@ class LLM:
         self._engine = Engine(
             self.spec,
             self._packed,
-            policy,
-            placement,
-            account,
-            kv_tokens,
+            layout.policy,
+            layout.placement,
+            layout.account,
+            layout.kv_tokens,
             cpu_budget_bytes=cpu_budget,
             gpu_budget_bytes=self._gpu_budget,
             trace=self._trace_path is not None,
             direct=self._direct_io,
         )
-        return policy
+        return layout.policy
+
+    def _serves(self, workload: Workload) -> bool:
+        """Whether the engine at hand has the slots and the room that a workload can use."""
+        slots = self._engine.policy.sequences_in_flight
+        slots_suffice = len(workload) <= slots or self._planned_rows > slots  # more rows would not have had more slots
+        longest_fits = self._engine.kv.largest_sequence_tokens >= workload.longest_tokens
+        return slots_suffice and longest_fits and self._engine.kv_tokens >= workload.kv_tokens_of(slots)
 
     def _cpu_budget_bytes(self) -> int:
         if self._cpu_budget is None:
             self._cpu_budget = int(available_memory_bytes() * MEMORY_SHARE)
         return self._cpu_budget
 
-    def _settle(self, workload: Workload, cpu_budget: int) -> tuple[Policy, int]:
-        policy = self._policy
-        if policy is None:
-            policy = default_policy(self.spec, workload, cpu_budget, self._gpu_budget, self._max_num_seqs)
-        elif self._max_num_seqs is not None:
-            policy = dataclasses.replace(
-                policy, sequences_in_flight=min(policy.sequences_in_flight, self._max_num_seqs)
-            )
-        return policy, policy.kv_tokens or room_for(policy, workload)
+    def _settle(self, workload: Workload, budgets: Budgets) -> Plan:
+        """The plan of the policy that was given, or the best one."""
+        hardware = self._settled_hardware()
+        if self._policy is None:
+            fixed = {}
+            if self._max_num_seqs is not None:
+                fixed["sequences_in_flight"] = min(self._max_num_seqs, len(workload))
+            plan = search(self.spec, hardware, workload, budgets, fixed=fixed)
+        else:
+            policy = self._policy
+            if self._max_num_seqs is not None:
+                sequences = min(policy.sequences_in_flight, self._max_num_seqs)
+                policy = dataclasses.replace(policy, sequences_in_flight=sequences)
+            layout = Layout.of(self.spec, policy, workload, budgets)
+            layout.check()
+            plan = Plan(policy, layout, forecast(layout, workload, hardware))
+        self._say(forecast_line(plan.layout, plan.forecast))
+        return plan
+
+    def _settled_hardware(self) -> Hardware:
+        """What to plan for; a GPU of the machine does not count while it is only emulated."""
+        if not isinstance(self._hardware, Hardware):
+            hardware = settle_hardware(self._hardware, self._cache_dir, self._packed_dir, self._say)
+            self._hardware = dataclasses.replace(hardware, gpu=None, h2d=None, d2h=None)
+        return self._hardware
+
+    def _say(self, text: str) -> None:
+        if self._log is not None:
+            self._log(text)
 
     def _retire_engine(self) -> None:
         if self._engine is not None:
@@ -276,6 +296,7 @@ class LLM:
             self._engine.close()
             self._engine = None
             self._run_seconds = 0.0
+            self._answered = Lengths()
 
     def summary(self) -> dict:
         """Totals of the engine at hand: tokens, seconds, phases, lanes, and the peak bytes of each tier."""
@@ -306,6 +327,23 @@ class LLM:
             "process_peak_bytes": peak_resident_bytes(),
             "lanes": lanes,
             "policy": dataclasses.asdict(engine.policy),
+            "forecast": self._forecasts(wall),
+        }
+
+    def _forecasts(self, wall: float) -> dict:
+        """What was forecast, beside what the answers' real lengths should have taken; both against ``wall``.
+
+        Answers may end before their limit, so the plan's forecast is the most a job can take.
+        """
+        planned = forecast_document(self._plan.forecast)
+        if not len(self._answered) or not wall:
+            return {"planned": planned}
+        came = forecast(self._plan.layout, self._answered.workload(), self._settled_hardware())
+        return {
+            "planned": planned,
+            "as_it_came": forecast_document(came),
+            "error": came.seconds / wall - 1.0,
+            "share_of_bound": came.bound_seconds / wall,
         }
 
     def close(self) -> None:

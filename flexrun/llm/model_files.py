@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -75,9 +77,57 @@ def open_model(
             f"--max-model-len {max_model_len} is more than the {limit} positions of the model",
             f"give at most {limit}",
         )
-    name = path.stem if path.is_file() else path.resolve().name
     spec = replace(spec, eos_token_ids=tuple(sorted(stops)))
-    return ModelFiles(name, path, reader, spec, words, max_model_len or limit, frozenset(stops))
+    return ModelFiles(_name(path), path, reader, spec, words, max_model_len or limit, frozenset(stops))
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """What planning needs of a model: no weights. ``tokenizer`` is None where none lies beside the config.json."""
+
+    name: str
+    spec: ModelSpec
+    tokenizer: Tokenizer | None
+    max_model_len: int
+
+    def close(self) -> None:
+        """Nothing is open; a job closes its model whichever it is."""
+
+
+def read_model_plan(
+    model: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    dtype: str = "auto",
+    max_model_len: int | None = None,
+    cache_dir: str | Path | None = None,
+) -> ModelPlan:
+    """Read a model's shapes from its config.json (the file, or its folder), a .gguf file or a catalog name.
+
+    Raises ConfigError, CheckpointError, UnsupportedError or TokenizerError, each naming its remedy.
+    """
+    path = resolve_model(str(model), cache_dir)
+    config_path = path if path.suffix == ".json" else path / "config.json"
+    if config_path.is_file():
+        try:
+            config = json.loads(config_path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{config_path} is not JSON: {error}", "give a model's config.json") from error
+        if not isinstance(config, dict):
+            raise ConfigError(f"{config_path} holds no object", "give a model's config.json")
+    else:
+        with closing(open_checkpoint(path)) as reader:
+            config = reader.config
+    if dtype == "auto" and not {"dtype", "torch_dtype"} & set(config):
+        dtype = GGUF_DTYPE
+    spec = spec_from_config(config, dtype)
+    source = tokenizer or (path.parent if path.suffix == ".json" else path)
+    words = Tokenizer.from_path(source) if tokenizer or _has_tokenizer(Path(source)) else None
+    return ModelPlan(_name(path), spec, words, min(max_model_len or 1 << 60, spec.max_position_embeddings))
+
+
+def _name(path: Path) -> str:
+    return path.stem if path.is_file() else path.resolve().name
 
 
 def cache_stem(files: ModelFiles) -> str:

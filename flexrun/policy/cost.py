@@ -13,7 +13,7 @@ from flexrun.config import Policy
 from flexrun.core import Lane, Tier
 from flexrun.hardware import Hardware, LinearWork, Processor, Transfer
 from flexrun.models.spec import ModelSpec
-from flexrun.placement import LOGITS_ROWS, WeightPlacement, kv_bytes_per_token
+from flexrun.placement import LOGITS_ROWS, WeightPlacement, kv_bytes_per_token, unit_of
 from flexrun.steps import MicroBatchShape, PassShape, Step, StepKind
 
 ROW_READ_SECONDS = 4e-6  # one embedding row out of the page cache
@@ -42,14 +42,16 @@ class StepCosts:
         self._seconds = {
             StepKind.READ_ROWS: lambda step, shape: shape.tokens * ROW_READ_SECONDS,
             StepKind.EMBED: lambda step, shape: self.embed_seconds(shape.tokens),
-            StepKind.ATTENTION_INPUTS: lambda step, shape: self.attention_inputs_seconds(shape),
+            StepKind.ATTENTION_INPUTS: lambda step, shape: self.attention_inputs_seconds(shape, self._plain(step)),
             StepKind.ATTEND: self._attend_step,
-            StepKind.ATTENTION_OUTPUT: lambda step, shape: self._linear("attention_output", 0, shape.tokens),
-            StepKind.MLP: lambda step, shape: self._linear("mlp", step.layer, shape.tokens),
+            StepKind.ATTENTION_OUTPUT: lambda step, shape: self._linear(
+                "attention_output", 0, shape.tokens, self._plain(step)
+            ),
+            StepKind.MLP: lambda step, shape: self._linear("mlp", step.layer, shape.tokens, self._plain(step)),
             StepKind.EXPERTS: lambda step, shape: self.experts_seconds(
                 placement.units[step.unit].experts, shape.tokens
             ),
-            StepKind.LOGITS: lambda step, shape: self.logits_seconds(shape.logits_rows),
+            StepKind.LOGITS: lambda step, shape: self.logits_seconds(shape.logits_rows, self._plain(step)),
         }
 
     def seconds(self, step: Step, shape: PassShape) -> float:
@@ -78,15 +80,41 @@ class StepCosts:
         full, rest = divmod(tokens, rows) if rows else (0, 0)
         return [(full, rows), *([(1, rest)] if rest else [])]
 
-    def _linear_seconds(self, part: str, layer: int, tokens: int) -> float:
+    def _linear_seconds(self, part: str, layer: int, tokens: int, plain: float) -> float:
         work = self._work(part, layer)
-        dtype_bytes = self.spec.dtype_bytes
-        calls = self._chunks(tokens)
         seconds = sum(
-            count * (self._rates.linear_seconds(rows, work, dtype_bytes) + self.device.step_overhead_seconds)
-            for count, rows in calls
+            count * (self._matmul_seconds(rows, work, plain) + self.device.step_overhead_seconds)
+            for count, rows in self._chunks(tokens)
         )
         return seconds + self.dequantise_seconds(work.weight_elements)
+
+    def _matmul_seconds(self, rows: float, work: LinearWork, plain: float) -> float:
+        """plain: share of the weights in the layout of the checkpoint; see Rates.plain_weight_share."""
+        dtype_bytes = self.spec.dtype_bytes
+        seconds = self._rates.linear_seconds(rows, work, dtype_bytes, plain=True) if plain else 0.0
+        if plain < 1:
+            packed = self._rates.linear_seconds(rows, work, dtype_bytes)
+            seconds = plain * seconds + (1 - plain) * packed
+        return seconds
+
+    def _plain(self, step: Step) -> float:
+        return self._plain_shares[step.unit] if step.unit >= 0 else self._plain_share
+
+    @cached_property
+    def _plain_shares(self) -> list[float]:
+        """Of each unit: only weights resident on a CPU that computes are brought into the matmul's own layout."""
+        whole: dict[tuple[int, str], int] = {}
+        for placed in self.placement.tensors:
+            if (key := unit_of(self.spec, placed)) is not None:
+                whole[key] = whole.get(key, 0) + placed.nbytes
+        if self.on_device:
+            return [1.0] * len(self.placement.units)
+        units = self.placement.units
+        return [min(unit.disk_bytes / max(whole.get((unit.layer, unit.module), 1), 1), 1.0) for unit in units]
+
+    @cached_property
+    def _plain_share(self) -> float:
+        return sum(self._plain_shares) / len(self._plain_shares)
 
     def dequantise_seconds(self, elements: float) -> float:
         """Bringing compressed weights back to the dtype, once a module and pass."""
@@ -98,15 +126,15 @@ class StepCosts:
         moved = 2 * tokens * self.spec.hidden_size * self.spec.dtype_bytes
         return moved / self._rates.activation_bytes_per_second + self.device.step_overhead_seconds
 
-    def attention_inputs_seconds(self, shape: PassShape) -> float:
+    def attention_inputs_seconds(self, shape: PassShape, plain: float) -> float:
         """Norm, projections, rotary, storing K and V; for MLA also the absorbed or expanded products."""
-        seconds = self._linear("attention_inputs", 0, shape.tokens)
+        seconds = self._linear("attention_inputs", 0, shape.tokens, plain)
         seconds += shape.tokens * self.spec.kv_bytes_per_token / self._rates.activation_bytes_per_second
         if self.spec.latent is not None:
             decode = sum(micro_batch.decode_tokens for micro_batch in shape.micro_batches)
             for work, rows in ((self._absorption, decode), (self._expansion, shape.tokens - decode)):
                 if rows:
-                    seconds += self._rates.linear_seconds(rows, work, self.spec.dtype_bytes)
+                    seconds += self._matmul_seconds(rows, work, plain)
         return seconds
 
     def experts_seconds(self, experts: int, tokens: int) -> float:
@@ -118,18 +146,18 @@ class StepCosts:
         share = routed.experts_per_token / routed.num_experts
         hit = 1.0 - (1.0 - share) ** tokens
         rows = max(tokens * share / hit, 1.0)
-        work = self._work("expert", next(iter(range(self.spec.num_layers))))
-        one = self._rates.linear_seconds(rows, work, self.spec.dtype_bytes) + self.device.step_overhead_seconds
+        work = self._work("expert", 0)
+        one = self._matmul_seconds(rows, work, self._plain_share) + self.device.step_overhead_seconds
         return experts * hit * (one + self.dequantise_seconds(work.weight_elements))
 
-    def logits_seconds(self, rows: int) -> float:
+    def logits_seconds(self, rows: int, plain: float) -> float:
         """Head and sampling, in blocks of LOGITS_ROWS rows."""
         if not rows:
             return self.device.step_overhead_seconds
         work = self._work("head", 0)
         full, rest = divmod(rows, LOGITS_ROWS)
         seconds = sum(
-            count * self._rates.linear_seconds(block, work, self.spec.dtype_bytes)
+            count * self._matmul_seconds(block, work, plain)
             for count, block in ((full, LOGITS_ROWS), (1, rest))
             if count and block
         )
@@ -163,12 +191,13 @@ class StepCosts:
     def compute_seconds(self, shape: PassShape) -> float:
         """Everything of a pass that runs on the compute lane whatever the KV placement is: all but attention."""
         spec = self.spec
-        total = self.embed_seconds(shape.tokens) + self.logits_seconds(shape.logits_rows)
+        plain = self._plain_share
+        total = self.embed_seconds(shape.tokens) + self.logits_seconds(shape.logits_rows, plain)
         total += spec.num_layers * (
-            self.attention_inputs_seconds(shape) + self._linear("attention_output", 0, shape.tokens)
+            self.attention_inputs_seconds(shape, plain) + self._linear("attention_output", 0, shape.tokens, plain)
         )
         for layer, count in self._layer_kinds:
-            total += count * self._linear("mlp", layer, shape.tokens)
+            total += count * self._linear("mlp", layer, shape.tokens, plain)
             if spec.is_sparse(layer):
                 total += count * self.experts_seconds(spec.experts.num_experts, shape.tokens)
         return total

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from flexrun.config import Placement, Policy
@@ -38,23 +38,10 @@ class Plan:
     policy: Policy
     layout: Layout
     forecast: Forecast
-    solution: Solution | None
-    gains: Mapping[Tier, float]  # more throughput from PRICED_BYTES more of a tier
-    programs: int
-    simulations: int
-
-
-def search_policy(
-    spec: ModelSpec,
-    hardware: Hardware,
-    workload: Workload,
-    budgets: Budgets,
-    *,
-    fixed: Mapping[str, Any] | None = None,
-    features: Features = RUNNABLE,
-) -> Policy:
-    """The policy of ``search``."""
-    return search(spec, hardware, workload, budgets, fixed=fixed, features=features).policy
+    solution: Solution | None = None
+    gains: Mapping[Tier, float] = field(default_factory=dict)  # more throughput from PRICED_BYTES more of a tier
+    programs: int = 0
+    simulations: int = 0
 
 
 def search(

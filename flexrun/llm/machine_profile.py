@@ -1,0 +1,44 @@
+"""Which machine to plan for: the one that is named, or this one, measured once and remembered."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from flexrun.errors import FlexrunError
+from flexrun.hardware import Hardware
+from flexrun.hardware.saved import profile_path, saved_profile
+from flexrun.weights.catalog import default_cache_dir
+
+ENVIRONMENT_VARIABLE = "FLEXRUN_HARDWARE"  # path of a hardware document, in place of this machine's own profile
+
+
+def settle_hardware(
+    hardware: Hardware | str | Path | None = None,
+    cache_dir: str | Path | None = None,
+    disk_dir: str | Path | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Hardware:
+    """The hardware to plan for; measures this machine quickly (some seconds) where no profile of it is saved.
+
+    disk_dir: folder that weights will be streamed from. say: told before and after measuring.
+    Raises ConfigError for a document that cannot be read.
+    """
+    hardware = hardware or os.environ.get(ENVIRONMENT_VARIABLE)
+    if hardware:
+        return hardware if isinstance(hardware, Hardware) else Hardware.load(hardware)
+    folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+    disk = Path(disk_dir) if disk_dir is not None else folder
+    saved = saved_profile(folder, disk)
+    if saved is not None:
+        return saved
+    say = say or (lambda text: None)
+    say("measuring this machine once, a few seconds; flexrun profile measures it more exactly")
+    disk.mkdir(parents=True, exist_ok=True)
+    measured = Hardware.measure(disk, quick=True)
+    try:
+        measured.save(profile_path(folder))
+    except (OSError, FlexrunError) as error:
+        say(f"warning: the profile cannot be kept, so the next run measures again: {error}")
+    return measured
