@@ -4,14 +4,21 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
-__all__ = ["LLM", "Policy", "RequestOutput", "SamplingParams", "__version__"]
-
 _HOMES = {
+    "Budgets": "flexrun.policy.layout",
+    "Hardware": "flexrun.hardware",
     "LLM": "flexrun.llm",
     "Policy": "flexrun.config",
     "RequestOutput": "flexrun.outputs",
     "SamplingParams": "flexrun.sampling",
+    "Workload": "flexrun.jobs.workload",
+    "estimate": "flexrun.llm.planning",
+    "search_plan": "flexrun.llm.planning",
+    "search_policy": "flexrun.llm.planning",
+    "simulate": "flexrun.llm.planning",
 }
+
+__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str):

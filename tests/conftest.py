@@ -9,8 +9,8 @@ import gguf
 import pytest
 from tiny_families import save_checkpoint
 
-from flexrun import placement
 from flexrun.models.families import spec_from_config
+from flexrun.placement import weights
 from flexrun.weights.packed import open_packed
 from flexrun.weights.readers import open_checkpoint
 
@@ -52,7 +52,7 @@ def packed(checkpoint, packed_cache):
 @pytest.fixture
 def matrices_move(monkeypatch):
     """Lets the matrices of a tiny model leave the compute tier, as those of a real one do; norms still stay."""
-    monkeypatch.setattr(placement, "SMALL_TENSOR_BYTES", 1024)
+    monkeypatch.setattr(weights, "SMALL_TENSOR_BYTES", 1024)
 
 
 @pytest.fixture

@@ -130,7 +130,7 @@ class WeightStore:
                 entry = self.packed.entry(placed.layer, name)
                 row_bytes = placed.nbytes // placed.tensor.shape[0]
                 self.embedding_rows = RowFile(self.packed.path(entry), entry.offset, row_bytes)
-        key = unit_of(self.spec, placed)
+        key = unit_of(self.spec, placed.layer, placed.tensor)
         if key is None:
             return
         unit = self._units[self._unit_index[key]]

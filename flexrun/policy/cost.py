@@ -13,7 +13,7 @@ from flexrun.config import Policy
 from flexrun.core import Lane, Tier
 from flexrun.hardware import Hardware, LinearWork, Processor, Transfer
 from flexrun.models.spec import ModelSpec
-from flexrun.placement import LOGITS_ROWS, WeightPlacement, kv_bytes_per_token, unit_of
+from flexrun.placement import LOGITS_ROWS, WeightPlacement, kv_bytes_per_token
 from flexrun.steps import MicroBatchShape, PassShape, Step, StepKind
 
 ROW_READ_SECONDS = 4e-6  # one embedding row out of the page cache
@@ -103,14 +103,7 @@ class StepCosts:
     @cached_property
     def _plain_shares(self) -> list[float]:
         """Of each unit: only weights resident on a CPU that computes are brought into the matmul's own layout."""
-        whole: dict[tuple[int, str], int] = {}
-        for placed in self.placement.tensors:
-            if (key := unit_of(self.spec, placed)) is not None:
-                whole[key] = whole.get(key, 0) + placed.nbytes
-        if self.on_device:
-            return [1.0] * len(self.placement.units)
-        units = self.placement.units
-        return [min(unit.disk_bytes / max(whole.get((unit.layer, unit.module), 1), 1), 1.0) for unit in units]
+        return [1.0] * len(self.placement.units) if self.on_device else self.placement.moved_shares
 
     @cached_property
     def _plain_share(self) -> float:

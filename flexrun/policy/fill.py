@@ -68,7 +68,7 @@ def _share(layout: Layout, tier: Tier, full_ring: bool) -> float:
     """Share of the weights that fits on a tier beside all else; its ring shrinks with the share that streams."""
     kinds, account = layout.account.bytes_by_kind[tier], layout.account
     room = layout.budgets.of(tier) - sum(size for kind, size in kinds.items() if kind != "ring")
-    weights = sum(placed.nbytes for placed in layout.placement.tensors if placed.tier is Tier.DISK)
+    weights = layout.placement.bytes_on(Tier.DISK)
     left = layout.policy.weights.disk
     if weights <= room:
         return left

@@ -131,7 +131,7 @@ class _Program:
 
     def _add_memory(self, kv_room_tokens: int, streamed: WeightPlacement) -> None:
         spec, policy, budgets, weights, kv = self.spec, self.policy, self.budgets, self.weights, self.kv
-        weight_bytes = sum(placed.nbytes for placed in streamed.tensors)
+        weight_bytes = streamed.stored_bytes
         kv_bytes = kv_room_tokens * kv_bytes_per_token(spec, policy.kv_bits)
         host_ring, device_ring = ring_bytes(streamed)
         staging = KV_SLOTS * kv_bytes / (max(self.micro_batches, 1) * spec.num_layers)

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flexrun import placement
 from flexrun.config import Placement, Policy
 from flexrun.core import PAGE_BYTES, Lane, Tier, align_up
 from flexrun.errors import BudgetError
@@ -22,6 +21,7 @@ from flexrun.placement import (
     place_weights,
     ring_bytes,
 )
+from flexrun.placement.weights import SMALL_TENSOR_BYTES
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -54,7 +54,7 @@ def place(tied: bool, weights: Placement, on_device: bool) -> WeightPlacement:
 
 def counted(tied: bool, placed: WeightPlacement) -> list[PlacedTensor]:
     """The tensors that the fractions speak of: not the small ones, nor an embedding that is gathered by rows."""
-    large = [item for item in placed.tensors if item.nbytes >= placement.SMALL_TENSOR_BYTES]
+    large = [item for item in placed.tensors if item.nbytes >= SMALL_TENSOR_BYTES]
     return [item for item in large if tied or item.tensor.module != "embedding"]
 
 
@@ -98,7 +98,7 @@ def test_bytes_spread_evenly_over_the_layers(tied, on_device, data):
 def test_small_tensors_stay_with_the_compute_device():
     for on_device, home in ((True, Tier.GPU), (False, Tier.CPU)):
         placed = place(False, Placement(0, 0, 1), on_device)
-        small = [item for item in placed.tensors if item.nbytes < placement.SMALL_TENSOR_BYTES]
+        small = [item for item in placed.tensors if item.nbytes < SMALL_TENSOR_BYTES]
         assert small
         assert {item.tier for item in small} == {home}
 

@@ -1,0 +1,166 @@
+"""The exact memory account: what a run holds on each tier, by kind, in bytes.
+
+Both the planner and the executor read it, so that a plan's bytes are the run's bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from flexrun.config import Policy
+from flexrun.core import PAGE_BYTES, Lane, Tier, align_up
+from flexrun.models.rope import rope_table_bytes
+from flexrun.models.spec import ModelSpec
+from flexrun.placement.weights import WeightPlacement, compressed_bytes
+
+RING_BYTES = 4 << 30  # rings of models with huge layers need not hold three of them
+LOGITS_ROWS = 128  # rows of logits computed and sampled at once, so that a large vocabulary stays bounded
+KV_SLOTS = 2  # staging slots for KV that is attended elsewhere than at home
+
+
+@dataclass(frozen=True)
+class KVMicroBatch:
+    """Home tier of one attention micro-batch's KV, its room in tokens, and the lane that attends it."""
+
+    home: Tier
+    capacity_tokens: int
+    attend_lane: Lane
+
+
+def kv_micro_batches(policy: Policy, kv_tokens: int, *, on_device: bool) -> tuple[KVMicroBatch, ...]:
+    """The policy's KV fractions as whole micro-batches of equal room, GPU-resident ones first."""
+    count = max(-(-policy.sequences_in_flight // policy.attention_micro_batch), 1)
+    capacity_tokens = -(-kv_tokens // count)
+    on_gpu = int(count * policy.kv.gpu + 1e-9) if on_device else 0
+    on_disk = min(math.ceil(count * policy.kv.disk - 1e-9), count - on_gpu)
+    on_host = count - on_gpu - on_disk
+
+    def homes(tier: Tier, number: int) -> tuple[KVMicroBatch, ...]:
+        on_cpu_lane = round(number * policy.cpu_attention_share) if on_device else number
+        lanes = (Lane.CPU,) * on_cpu_lane + (Lane.GPU,) * (number - on_cpu_lane)
+        return tuple(KVMicroBatch(tier, capacity_tokens, lane) for lane in lanes)
+
+    on_device_ones = (KVMicroBatch(Tier.GPU, capacity_tokens, Lane.GPU),) * on_gpu
+    return on_device_ones + homes(Tier.CPU, on_host) + homes(Tier.DISK, on_disk)
+
+
+def rotary_positions(micro_batches: tuple[KVMicroBatch, ...]) -> int:
+    """Positions a run needs rotary tables for: the longest sequence that the cache can hold, and its last token."""
+    return max(micro_batch.capacity_tokens for micro_batch in micro_batches) + 1
+
+
+@dataclass(frozen=True)
+class MemoryAccount:
+    """Bytes a run holds on each tier, by kind; ``total(tier)`` is what the tier's budget must cover."""
+
+    bytes_by_kind: dict[Tier, dict[str, int]] = field(default_factory=dict)
+    host_ring_bytes: int = 0
+    device_ring_bytes: int = 0
+    wanted_ring_bytes: tuple[int, int] = (0, 0)  # (host, device) with room to spare
+
+    def total(self, tier: Tier) -> int:
+        return sum(self.bytes_by_kind.get(tier, {}).values())
+
+
+def pass_row_bytes(spec: ModelSpec) -> int:
+    """Activations of one token row that live through a pass: hidden state, branch, query, key, value, rotary rows."""
+    return (2 * spec.hidden_size + spec.qkv_size + spec.attended_size) * spec.dtype_bytes + spec.head_dim * 4 * 2
+
+
+def _widest_inner_size(spec: ModelSpec) -> int:
+    experts = spec.experts
+    return max(
+        spec.intermediate_size, *((experts.intermediate_size, experts.shared_intermediate_size) if experts else (0,))
+    )
+
+
+def workspace_bytes(spec: ModelSpec, policy: Policy) -> int:
+    """Activations of the largest pass: rows that live through it, plus the widest micro-batch inside a module."""
+    rows = min(policy.token_micro_batch, policy.tokens_per_pass)
+    inside = rows * (2 * spec.hidden_size + max(spec.qkv_size, 3 * _widest_inner_size(spec))) * spec.dtype_bytes
+    logits_rows = min(LOGITS_ROWS, policy.sequences_in_flight)
+    logits = logits_rows * (spec.vocab_size * 3 * 4 + spec.hidden_size * spec.dtype_bytes)
+    through_pass = (policy.tokens_per_pass - hidden_rows_elsewhere(policy)) * pass_row_bytes(spec)
+    return align_up(through_pass + max(inside, logits))
+
+
+def hidden_rows_elsewhere(policy: Policy) -> int:
+    """Rows of a full pass that wait off the compute device, two micro-batches of them being worked on excepted."""
+    at_work = 2 * min(policy.token_micro_batch, policy.tokens_per_pass)
+    return int((1.0 - policy.hidden.gpu) * max(policy.tokens_per_pass - at_work, 0))
+
+
+def offloaded_query_bytes(spec: ModelSpec, policy: Policy) -> int:
+    """Host rows of q, k, v and attention output for micro-batches that the CPU attends beside a device."""
+    width = spec.qkv_size + spec.attended_size
+    return align_up(policy.tokens_per_pass * width * spec.dtype_bytes)
+
+
+def kv_bytes_per_token(spec: ModelSpec, bits: int = 16) -> int:
+    """All layers, keys and values."""
+    if bits == 16:
+        return spec.num_layers * spec.kv_bytes_per_token
+    return spec.num_layers * compressed_bytes(spec.kv_elements_per_token, bits)
+
+
+def ring_bytes(placement: WeightPlacement, spare: tuple[int | None, int | None] = (None, None)) -> tuple[int, int]:
+    """(host, device) bytes of the streaming rings: two layers read ahead of the one in use, where ``spare`` allows.
+
+    At least the largest unit must fit; ``spare`` is what each tier has left for its ring (None: plenty).
+    """
+    rings = []
+    for layer_bytes, unit_bytes, room in zip(placement.max_layer_stream_bytes, placement.max_unit_stream_bytes, spare):
+        wanted = max(min(3 * layer_bytes, max(8 * unit_bytes, RING_BYTES)), unit_bytes)
+        rings.append(max(min(wanted, wanted if room is None else room // PAGE_BYTES * PAGE_BYTES), unit_bytes))
+    return rings[0], rings[1]
+
+
+def memory_account(
+    spec: ModelSpec,
+    policy: Policy,
+    placement: WeightPlacement,
+    kv_tokens: int,
+    *,
+    on_device: bool,
+    gpu_budget_bytes: int | None = None,
+    cpu_budget_bytes: int | None = None,
+) -> MemoryAccount:
+    """What a run with ``kv_tokens`` tokens of KV room holds on each tier.
+
+    Rings take two layers where the budgets allow, less where they do not. The interpreter and its
+    libraries (about 0.3 GiB) are outside the account.
+    """
+    micro_batches = kv_micro_batches(policy, kv_tokens, on_device=on_device)
+    token_bytes = kv_bytes_per_token(spec, policy.kv_bits)
+    kv = dict.fromkeys(Tier, 0)
+    for micro_batch in micro_batches:
+        kv[micro_batch.home] += align_up(micro_batch.capacity_tokens * token_bytes)
+    kinds = {tier: {"weights": placement.bytes_on(tier), "kv": kv[tier]} for tier in (Tier.GPU, Tier.CPU)}
+    kinds[Tier.DISK] = {"weights": placement.stored_bytes, "kv": kv[Tier.DISK]}
+    kinds[Tier.GPU if on_device else Tier.CPU]["workspace"] = workspace_bytes(spec, policy)
+    if rows := hidden_rows_elsewhere(policy):
+        tier = Tier.DISK if policy.hidden.disk > policy.hidden.cpu else Tier.CPU
+        kinds[tier]["hidden"] = align_up(rows * pass_row_bytes(spec))
+    kinds[Tier.CPU]["rotary"] = align_up(rope_table_bytes(spec, rotary_positions(micro_batches)))
+    if placement.embedding_on_disk:
+        row_bytes = spec.embedding_size * spec.dtype_bytes
+        kinds[Tier.CPU]["embedding_rows"] = align_up(policy.tokens_per_pass * row_bytes)
+    slot_bytes = align_up(micro_batches[0].capacity_tokens * token_bytes // spec.num_layers)
+    if kv[Tier.DISK]:
+        kinds[Tier.CPU]["kv_staging"] = KV_SLOTS * slot_bytes
+    if on_device:
+        lanes = {micro_batch.attend_lane for micro_batch in micro_batches if micro_batch.home is not Tier.GPU}
+        if Lane.GPU in lanes:
+            kinds[Tier.GPU]["kv_staging"] = KV_SLOTS * slot_bytes
+        if Lane.CPU in lanes:
+            kinds[Tier.CPU]["offloaded_query"] = offloaded_query_bytes(spec, policy)
+    used = {tier: sum(parts.values()) for tier, parts in kinds.items()}
+    spare = tuple(
+        None if budget is None else max(budget - used[tier], 0)
+        for tier, budget in ((Tier.CPU, cpu_budget_bytes), (Tier.GPU, gpu_budget_bytes))
+    )
+    host_ring, device_ring = ring_bytes(placement, spare)
+    device_ring = device_ring if on_device else 0
+    kinds[Tier.CPU]["ring"], kinds[Tier.GPU]["ring"] = host_ring, device_ring
+    return MemoryAccount(kinds, host_ring, device_ring, ring_bytes(placement))

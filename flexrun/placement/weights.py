@@ -1,0 +1,223 @@
+"""Where each weight goes: the policy speaks in fractions, the executor needs whole tensors.
+
+The tensors of a model are laid out once as columns, so that a placement of tens of thousands of experts costs
+milliseconds and a search can try many.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy
+
+from flexrun.config import Placement, Policy
+from flexrun.core import PAGE_BYTES, Tier
+from flexrun.errors import BudgetError
+from flexrun.models.spec import ModelSpec, PackedTensor
+from flexrun.steps import WeightUnit
+
+SMALL_TENSOR_BYTES = 64 << 10  # norms and biases: never worth a transfer
+EXPERT_UNIT_BYTES = 96 << 20  # routed experts that move together: a copy this large runs at the link's full rate
+EXPERT_UNITS = 16  # at most so many of them a layer
+COMPRESSION_GROUP = 64  # elements that share a 16-bit scale and a 16-bit minimum
+
+TIERS = (Tier.GPU, Tier.CPU, Tier.DISK)  # a tier's code is its place here
+STAYS, BY_ROWS, MOVES = range(3)  # how a tensor is placed: with the compute device, as an embedding, by fractions
+
+
+@dataclass(frozen=True)
+class PlacedTensor:
+    """A packed tensor, its layer (-1: embedding, num_layers: head) and its tier; ``nbytes`` unpadded."""
+
+    tensor: PackedTensor
+    layer: int
+    tier: Tier
+    nbytes: int
+
+
+class _Columns:
+    """The tensors of a model in order of use: bytes as stored, how each is placed, and the unit it moves with."""
+
+    def __init__(self, spec: ModelSpec, bits: int, small_bytes: int):
+        self.rows = tuple(spec.tensors_by_layer())
+        self.nbytes = numpy.array([stored_bytes(spec, tensor, bits) for _, tensor in self.rows], dtype=numpy.int64)
+        self.padded = -(-self.nbytes // PAGE_BYTES) * PAGE_BYTES
+        ways, units, keys, experts = [], [], {}, {}
+        experts_a_unit = _experts_a_unit(spec)
+        for (layer, tensor), nbytes in zip(self.rows, self.nbytes.tolist()):
+            key = unit_of(spec, layer, tensor, experts_a_unit)
+            units.append(-1 if key is None else keys.setdefault(key, len(keys)))
+            if tensor.module == "experts":
+                experts.setdefault(key, set()).add(expert_number(tensor))
+            embedding = tensor.module == "embedding"
+            if nbytes < small_bytes or (embedding and tensor.name != "token_embedding.weight"):
+                ways.append(STAYS)
+            else:
+                ways.append(BY_ROWS if embedding and not spec.tie_word_embeddings else MOVES)
+        self.ways, self.units = numpy.array(ways, dtype=numpy.int8), numpy.array(units)
+        self.moving = numpy.flatnonzero(self.ways == MOVES)
+        self.moving_bytes = self.nbytes[self.moving].tolist()
+        self.keys = list(keys)
+        self.unit_bytes = self._by_unit(self.nbytes, self.units >= 0)
+        self.experts = [len(experts.get(key, ())) for key in self.keys]
+        head = (spec.num_layers, "head")  # a tied one was met with the embedding, before the layers
+        self.order = [number for number, key in enumerate(self.keys) if key != head] + [self.keys.index(head)]
+        self.token_embedding = next(
+            number for number, (_, tensor) in enumerate(self.rows) if tensor.name == "token_embedding.weight"
+        )
+
+    def _by_unit(self, nbytes: numpy.ndarray, chosen: numpy.ndarray) -> numpy.ndarray:
+        sums = numpy.bincount(self.units[chosen], nbytes[chosen].astype(float), len(self.keys))
+        return sums.astype(numpy.int64)  # exact: sums of whole numbers below 2^53
+
+    def weight_units(self, tiers: numpy.ndarray, on_device: bool) -> tuple[WeightUnit, ...]:
+        has_unit = self.units >= 0
+        disk = self._by_unit(self.padded, has_unit & (tiers == TIERS.index(Tier.DISK))).tolist()
+        host = self._by_unit(self.padded, has_unit & (tiers == TIERS.index(Tier.CPU))).tolist()
+        return tuple(
+            WeightUnit(index, *self.keys[number], disk[number], host[number] if on_device else 0, self.experts[number])
+            for index, number in enumerate(self.order)
+        )
+
+
+@lru_cache(maxsize=16)
+def _columns(spec: ModelSpec, bits: int, small_bytes: int) -> _Columns:
+    return _Columns(spec, bits, small_bytes)
+
+
+class WeightPlacement:
+    """A tier for every tensor. units: what moves in each pass, in order of use."""
+
+    def __init__(self, columns: _Columns, tiers: numpy.ndarray, on_device: bool):
+        self._columns, self._tiers = columns, tiers
+        self.units = columns.weight_units(tiers, on_device)
+        self.embedding_on_disk = bool(tiers[columns.token_embedding] == TIERS.index(Tier.DISK))
+
+    @cached_property
+    def tensors(self) -> tuple[PlacedTensor, ...]:
+        columns = self._columns
+        return tuple(
+            PlacedTensor(tensor, layer, TIERS[tier], nbytes)
+            for (layer, tensor), tier, nbytes in zip(columns.rows, self._tiers.tolist(), columns.nbytes.tolist())
+        )
+
+    def bytes_on(self, tier: Tier) -> int:
+        """Page-aligned bytes of the weights whose home is ``tier``."""
+        return int(self._columns.padded[self._tiers == TIERS.index(tier)].sum())
+
+    @property
+    def stored_bytes(self) -> int:
+        """Page-aligned bytes of all weights: what their packed files take on disk."""
+        return int(self._columns.padded.sum())
+
+    @property
+    def moved_shares(self) -> list[float]:
+        """Of each unit, the share of its bytes that is not where it is computed with."""
+        columns = self._columns
+        whole = columns.unit_bytes[columns.order].tolist()
+        return [min((unit.disk_bytes + unit.host_bytes) / max(size, 1), 1.0) for unit, size in zip(self.units, whole)]
+
+    @cached_property
+    def max_layer_stream_bytes(self) -> tuple[int, int]:
+        """Largest (disk, disk + host) bytes that one layer moves in each pass."""
+        layers: dict[int, list[int]] = {}
+        for unit in self.units:
+            if unit.module == "head":
+                continue
+            sums = layers.setdefault(unit.layer, [0, 0])
+            sums[0] += unit.disk_bytes
+            sums[1] += unit.disk_bytes + unit.host_bytes
+        return max(sums[0] for sums in layers.values()), max(sums[1] for sums in layers.values())
+
+    @cached_property
+    def max_unit_stream_bytes(self) -> tuple[int, int]:
+        return (
+            max(unit.disk_bytes for unit in self.units),
+            max(unit.disk_bytes + unit.host_bytes for unit in self.units),
+        )
+
+
+def place_weights(spec: ModelSpec, policy: Policy, *, on_device: bool) -> WeightPlacement:
+    """Give every tensor a tier so that each tier holds at most its fraction and all layers stream alike.
+
+    Works like error diffusion: each tensor adds its share to a tier's credit, and a tensor goes to the
+    fastest tier whose credit covers it, so the moved bytes spread evenly over the layers. Tensors under
+    64 KiB live with the compute device. An untied token embedding is gathered by rows, so it is the
+    first to leave RAM and never counts towards the fractions.
+    """
+    fractions = policy.weights
+    if not on_device and fractions.gpu:
+        raise BudgetError(
+            f"the policy places {fractions.gpu:.0%} of the weights on a GPU, but there is no GPU memory",
+            "give --gpu-memory, or a policy with weights.gpu = 0",
+        )
+    columns = _columns(spec, policy.weight_bits, SMALL_TENSOR_BYTES)
+    # The slowest tier in use takes what the credit of the faster ones does not cover.
+    rest = 2 if fractions.disk > 1e-9 else 1 if fractions.cpu > 1e-9 else 0
+    tiers = numpy.full(len(columns.rows), rest, dtype=numpy.int8)
+    tiers[columns.ways == STAYS] = TIERS.index(Tier.GPU if on_device else Tier.CPU)
+    tiers[columns.moving] = _diffused(columns.moving_bytes, fractions, rest)
+    return WeightPlacement(columns, tiers, on_device)
+
+
+def _diffused(sizes: list[int], fractions: Placement, rest: int) -> list[int] | int:
+    """The tier of each tensor that moves; one number where all go to the same."""
+    gpu, cpu = fractions.gpu, fractions.cpu
+    if rest == 0 or (gpu <= 1e-9 and (rest == 1 or cpu <= 1e-9)):
+        return rest
+    gpu_credit = cpu_credit = 0.0
+    tiers = []
+    for size in sizes:
+        gpu_credit += gpu * size
+        cpu_credit += cpu * size
+        needed = size * (1 - 1e-9)
+        if gpu_credit >= needed:
+            tiers.append(0)
+            gpu_credit -= size
+        elif rest == 1 or cpu_credit >= needed:
+            tiers.append(1)
+            cpu_credit -= size
+        else:
+            tiers.append(2)
+    return tiers
+
+
+def stored_bytes(spec: ModelSpec, tensor: PackedTensor, bits: int) -> int:
+    """Bytes of a tensor as it is stored: matrices in ``bits`` bits with their group scales, the rest in the dtype."""
+    if bits == 16 or len(tensor.shape) < 2 or tensor.module == "embedding":
+        return tensor.elements * spec.dtype_bytes
+    return compressed_bytes(tensor.elements, bits)
+
+
+def compressed_bytes(elements: int, bits: int) -> int:
+    """Group-wise compression (FlexGen, section 5): ``bits`` an element, a scale and a minimum a group."""
+    return elements * bits // 8 + -(-elements // COMPRESSION_GROUP) * 4
+
+
+def unit_of(
+    spec: ModelSpec, layer: int, tensor: PackedTensor, experts_a_unit: int | None = None
+) -> tuple[int, str] | None:
+    """(layer, module) of the unit a tensor moves with; None for an embedding that is gathered by rows.
+
+    A tied token embedding moves with the head, which multiplies by the whole of it. Routed experts move in groups.
+    """
+    module = tensor.module
+    if module == "embedding":
+        tied = spec.tie_word_embeddings and tensor.name == "token_embedding.weight"
+        return (spec.num_layers, "head") if tied else None
+    if module == "experts":
+        return layer, f"experts.{expert_number(tensor) // (experts_a_unit or _experts_a_unit(spec))}"
+    return layer, module
+
+
+def expert_number(tensor: PackedTensor) -> int:
+    """Which routed expert a tensor of module ``experts`` belongs to (``expert.7.down.weight`` -> 7)."""
+    return int(tensor.name.split(".", 2)[1])
+
+
+def _experts_a_unit(spec: ModelSpec) -> int:
+    if spec.experts is None:
+        return 1
+    one = sum(inputs * outputs for inputs, outputs in spec.linear_shapes("expert")) * spec.dtype_bytes
+    return max(EXPERT_UNIT_BYTES // one, -(-spec.experts.num_experts // EXPERT_UNITS))
