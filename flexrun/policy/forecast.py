@@ -26,15 +26,25 @@ from flexrun.workload import Workload
 
 @dataclass(frozen=True)
 class Effort:
-    """How much of a job is looked at: passes planned in full, steps simulated, layers of a deep model simulated."""
+    """How much of a job is looked at.
 
-    passes: int = 1200
-    steps: int = 16_000
-    layers: int = 1 << 20
+    passes: planned in full. steps: simulated. layers, units: most layers of a deep model that are simulated for all,
+    and most weight units in them (but never fewer than MIN_LAYERS).
+    """
+
+    passes: int
+    steps: int
+    layers: int
+    units: int
+
+    def layers_of(self, layout: Layout) -> int:
+        units_a_layer = len(layout.placement.units) / layout.spec.num_layers
+        return min(max(min(self.layers, int(self.units / units_a_layer)), MIN_LAYERS), layout.spec.num_layers)
 
 
-QUICK = Effort(passes=200, steps=3_000, layers=8)  # for ranking many policies
-FULL = Effort()
+MIN_LAYERS = 4
+QUICK = Effort(passes=150, steps=2_500, layers=8, units=64)  # for ranking many policies
+FULL = Effort(passes=1200, steps=16_000, layers=40, units=128)
 
 
 @dataclass(frozen=True)
@@ -167,9 +177,10 @@ def _simulated_ratio(
     if steps_a_pass * len(passes) <= effort.steps:
         simulated = numpy.array(simulate_layout(layout, hardware, passes).pass_seconds)
         return lambda _: simulated / lanes.max(axis=1)
-    if layout.spec.num_layers > effort.layers:
-        layout = layout.shallow(effort.layers)
-        steps_a_pass = steps_a_pass * effort.layers // layout.spec.num_layers
+    layers = effort.layers_of(layout)
+    if layers < layout.spec.num_layers:
+        steps_a_pass = steps_a_pass * layers // layout.spec.num_layers
+        layout = layout.shallow(layers)
     costs = StepCosts(layout.spec, layout.policy, layout.placement, hardware, on_device=layout.on_device)
     chosen = _most_different(lanes, max(effort.steps // (2 * steps_a_pass), 4))
     ratios = []

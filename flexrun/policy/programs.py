@@ -25,7 +25,7 @@ MAX_SEQUENCES = 8192
 USUAL_PASS_TOKENS = 2048
 PASS_TOKENS = (512, USUAL_PASS_TOKENS, 8192, 32768, 131072)
 LP_MICRO_BATCHES = 4  # assumed beside a device while only fractions are solved
-KIND_PASSES = 120  # passes looked at to see what kinds a job has
+KIND_PASSES = 60  # passes looked at to see what kinds a job has
 CPU_ROWS, GPU_ROWS = 512, 2048  # of one linear-layer call: enough to reach the matmul rate
 PRICED_BYTES = 8 << 30
 

@@ -25,9 +25,9 @@ from flexrun.policy.lp import Solution
 from flexrun.policy.programs import USUAL_PASS_TOKENS, Choice, Programs
 from flexrun.workload import Workload
 
-MICRO_BATCHES = (1, 2, 4, 8, 16)  # of attention, beside a device
-ROUNDED = 3  # best programs that are rounded and simulated
-FINALISTS, CLOSE = 3, 1.08  # policies looked at in full, within this factor of the best
+MICRO_BATCHES = (1, 4, 16)  # of attention, beside a device
+ROUNDED = 2  # best programs that are rounded and simulated
+FINALISTS, CLOSE = 2, 1.05  # policies looked at in full, within this factor of the best
 WORTH = 0.005  # a move must save this share of the time
 
 
