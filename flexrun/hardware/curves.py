@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy
@@ -17,12 +17,14 @@ _SPEED = (1e6, 1e17)
 _HALF_WIDTH = (0.0, 8192.0)
 _SHARPNESS = (1.0, 16.0)
 _PLAIN_SHARE = (0.1, 1.0)
+_OVERHEAD_FACTOR = (0.3, 3.0)
 
 
 @dataclass(frozen=True)
 class LinearReading:
-    """One timed call of a module, without its fixed overhead. plain: see ``Rates.linear_seconds``."""
+    """One timed call of a module. plain: see ``Rates.linear_seconds``."""
 
+    module: str
     rows: int
     work: LinearWork
     seconds: float
@@ -33,10 +35,12 @@ class LinearReading:
 class LinearFit:
     """``rates`` fitted for ``Rates.linear_seconds`` alone: what they say of attention means nothing.
 
-    residual: root mean square of the relative errors.
+    overhead_factor: how much more a module's overhead is when it has work: threads are woken, or (below 1, on a GPU)
+    launches hide behind the work. residual: root mean square of the relative errors.
     """
 
     rates: Rates
+    overhead_factor: float
     residual: float
 
 
@@ -53,32 +57,36 @@ def fit_transfer(readings: Sequence[tuple[float, float]]) -> tuple[Transfer, flo
         raise ExecutionError(
             "transfers of any size took the same time, so no speed can be told", "close other programs, measure again"
         )
-    return Transfer(largest / seconds_of_largest, latency), float(norm / math.sqrt(len(seconds)))
+    transfer = Transfer(float(largest / seconds_of_largest), float(latency))
+    return transfer, float(norm / math.sqrt(len(seconds)))
 
 
-def fit_linear(readings: Sequence[LinearReading], dtype_bytes: int) -> LinearFit:
+def fit_linear(readings: Sequence[LinearReading], overheads: Mapping[str, float], dtype_bytes: int) -> LinearFit:
     """The curve of ``Rates.linear_seconds`` through readings of one dtype, by least squares on log errors.
 
-    A soft loss counts errors beyond a tenth less, so that one disturbed reading does not bend the curve.
+    overheads: seconds of each module when it has next to nothing to do. A soft loss counts errors beyond a tenth less,
+    so that one disturbed reading does not bend the curve.
     """
     seconds = numpy.log([reading.seconds for reading in readings])
-    has_plain = len({reading.plain for reading in readings}) == 2
-    names, start, low, high = zip(*_parameters(readings, dtype_bytes, has_plain))
+    fixed = numpy.array([overheads[reading.module] for reading in readings])
+    names, start, low, high = zip(*_parameters(readings, dtype_bytes))
 
     def errors(point: numpy.ndarray) -> numpy.ndarray:
-        rates = _rates_at(dict(zip(names, point)))
-        modelled = [rates.linear_seconds(each.rows, each.work, dtype_bytes, plain=each.plain) for each in readings]
-        return numpy.log(modelled) - seconds
+        values = dict(zip(names, point))
+        rates = _rates_at(values)
+        work = [rates.linear_seconds(each.rows, each.work, dtype_bytes, plain=each.plain) for each in readings]
+        return numpy.log(work + values["overhead_factor"] * fixed) - seconds
 
     start = numpy.clip(start, numpy.add(low, 1e-6), numpy.subtract(high, 1e-6))  # strictly inside, as is required
     solution = least_squares(
         errors, start, bounds=(low, high), loss="soft_l1", f_scale=0.1, x_scale="jac", max_nfev=200
     )
+    values = dict(zip(names, solution.x.tolist()))
     residual = float(numpy.sqrt(numpy.mean(errors(solution.x) ** 2)))
-    return LinearFit(_rates_at(dict(zip(names, solution.x))), residual)
+    return LinearFit(_rates_at(values), values["overhead_factor"], residual)
 
 
-def _parameters(readings, dtype_bytes, has_plain):
+def _parameters(readings: Sequence[LinearReading], dtype_bytes: int) -> Iterator[tuple[str, float, float, float]]:
     """(name, start, low, high) of what is searched for: logs of speeds, the width in thousands, 1 / sharpness."""
     flops = max(2.0 * reading.rows * reading.work.weight_elements / reading.seconds for reading in readings)
     nbytes = max(reading.work.weight_elements * dtype_bytes / reading.seconds for reading in readings)
@@ -88,8 +96,9 @@ def _parameters(readings, dtype_bytes, has_plain):
     yield "activation", math.log(2.0 * nbytes), low, high
     yield "half_width", 0.1, _HALF_WIDTH[0] / 1000, _HALF_WIDTH[1] / 1000
     yield "smoothness", 1 / 3, 1 / _SHARPNESS[1], 1 / _SHARPNESS[0]
-    if has_plain:
+    if len({reading.plain for reading in readings}) == 2:
         yield "plain_share", 0.7, *_PLAIN_SHARE
+    yield "overhead_factor", 1.0, *_OVERHEAD_FACTOR
 
 
 def _rates_at(point: dict[str, float]) -> Rates:

@@ -9,15 +9,16 @@ import contextlib
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from flexrun.core import DTYPES, nearest_name
 from flexrun.errors import ConfigError
 from flexrun.hardware.document import REMEDY, build, require_number, require_range
-from flexrun.hardware.rates import LinearWork, Processor, Rates, Transfer
-
-__all__ = ["LANES", "Hardware", "LinearWork", "Processor", "Rates", "Transfer"]
+from flexrun.hardware.effort import FULL, QUICK, Effort
+from flexrun.hardware.profiler import measure
+from flexrun.hardware.rates import Processor, Transfer
 
 # compute: the processor that runs the model's linear layers; host_attention: the CPU attending beside it;
 # host_copy: a copy thread, which is what h2d and d2h are on a machine whose accelerator is emulated.
@@ -31,8 +32,9 @@ class Hardware:
     gpu, h2d, d2h are None where there is none; host_copy is a copy thread's memcpy, which stands for the links of an
     emulated accelerator. duplex_share: speed that h2d and d2h keep while both run.
     contention[a][b]: share of its own speed that lane a keeps while lane b runs, for a, b of ``LANES``; absent is 1.
-    noise: relative spread of repeated readings, by what was read. measured: date. fingerprint: of the machine and
-    software measured. sources: where numbers that were not measured come from.
+    noise: relative spread of repeated readings, misfit: relative error of the fitted curves, by what was read.
+    measured: date. fingerprint: of the machine and software measured. disk_folder: where disk_read was measured.
+    sources: where numbers that were not measured come from.
     Raises ConfigError for a number that cannot be.
     """
 
@@ -51,8 +53,10 @@ class Hardware:
     cores: int = 1
     contention: dict[str, dict[str, float]] = field(default_factory=dict)
     noise: dict[str, float] = field(default_factory=dict)
+    misfit: dict[str, float] = field(default_factory=dict)
     measured: str = ""
     fingerprint: str = ""
+    disk_folder: str = ""
     sources: tuple[str, ...] = ()
 
     def __post_init__(self):
@@ -73,12 +77,32 @@ class Hardware:
                     if name not in LANES:
                         raise ConfigError(f"contention of an unknown lane {name!r}", nearest_name(name, LANES))
                 require_number(f"contention.{lane}.{beside}", share, 0, 1, above=True)
-        for name, spread in self.noise.items():
-            require_number(f"noise.{name}", spread, 0)
+        for kind in ("noise", "misfit"):
+            for name, share in getattr(self, kind).items():
+                require_number(f"{kind}.{name}", share, 0)
 
     def keeps(self, lane: str, beside: str) -> float:
         """Share of its own speed that ``lane`` keeps while ``beside`` runs, both of ``LANES``."""
         return self.contention.get(lane, {}).get(beside, 1.0)
+
+    @classmethod
+    def measure(
+        cls,
+        folder: str | Path,
+        *,
+        quick: bool = False,
+        progress: bool = False,
+        dtypes: Sequence[str] | None = None,
+        effort: Effort | None = None,
+    ) -> Hardware:
+        """Measure this machine: within a minute, or with ``quick`` in some seconds and less exactly.
+
+        folder: on the disk that weights will be streamed from; about 1 GiB (quick: 256 MiB) is written there for the
+        time. dtypes: default float32 and bfloat16, on a GPU float16 too. effort: in place of ``quick``.
+        Raises ConfigError where the folder has no room, ExecutionError where the disk fails.
+        """
+        effort = effort or (QUICK if quick else FULL)
+        return build(cls, measure(folder, effort, progress=progress, dtypes=dtypes), "measured profile")
 
     # Documents ----------------------------------------------------------------------------------------
 

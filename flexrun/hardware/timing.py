@@ -24,23 +24,36 @@ def wall_clock(call: Callable[[], object]) -> float:
     return time.perf_counter() - start_seconds
 
 
-def read(
-    call: Callable[[], object],
+def read(call: Callable[[], object], budget_seconds: float, **settings) -> Reading:
+    """``read_all`` of one call."""
+    return read_all([call], budget_seconds, **settings)[0]
+
+
+def read_all(
+    calls: Sequence[Callable[[], object]],
     budget_seconds: float,
     *,
     stopwatch: Stopwatch = wall_clock,
     warm_up: int = 1,
     least: int = 4,
     most: int = 64,
-) -> Reading:
-    """Repeat ``call`` for about ``budget_seconds``, at least ``least`` times; the first ``warm_up`` do not count."""
-    for _ in range(warm_up):
-        call()
-    seconds: list[float] = []
-    until = time.perf_counter() + budget_seconds
-    while len(seconds) < least or (len(seconds) < most and time.perf_counter() < until):
-        seconds.append(stopwatch(call))
-    return reading_of(seconds)
+    rounds: int = 2,
+) -> list[Reading]:
+    """Repeat each call for about ``budget_seconds``, ``least`` to ``most`` times; the first ``warm_up`` do not count.
+
+    All calls take their turn in each of the rounds, so that a burst of other work spoils no call's every repeat.
+    """
+    seconds: list[list[float]] = [[] for _ in calls]
+    for number in range(rounds):
+        for call, taken in zip(calls, seconds):
+            for _ in range(0 if number else warm_up):
+                call()
+            before, until = len(taken), time.perf_counter() + budget_seconds / rounds
+            while (count := len(taken) - before) * rounds < least or (
+                count * rounds < most and time.perf_counter() < until
+            ):
+                taken.append(stopwatch(call))
+    return [reading_of(taken) for taken in seconds]
 
 
 def reading_of(seconds: Sequence[float]) -> Reading:
