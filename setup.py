@@ -52,7 +52,7 @@ setup(
         "torch",
         "numpy",
         "scipy",
-        "pulp",
+        "pulp>=3.3,<4",
         "safetensors",
         "psutil",
         "tqdm",

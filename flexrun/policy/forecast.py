@@ -64,11 +64,11 @@ class Forecast:
 
     @property
     def generated_tokens_per_second(self) -> float:
-        return self.generated_tokens / self.seconds
+        return self.generated_tokens / self.seconds if self.seconds else 0.0
 
     @property
     def total_tokens_per_second(self) -> float:
-        return (self.generated_tokens + self.prompt_tokens) / self.seconds
+        return (self.generated_tokens + self.prompt_tokens) / self.seconds if self.seconds else 0.0
 
     @property
     def binding_lane(self) -> Lane:
@@ -80,7 +80,7 @@ class Forecast:
         return self.lane_seconds[self.binding_lane]
 
     def utilisation(self, lane: Lane) -> float:
-        return self.lane_seconds[lane] / self.seconds
+        return self.lane_seconds[lane] / self.seconds if self.seconds else 0.0
 
 
 def forecast(layout: Layout, workload: Workload, hardware: Hardware, effort: Effort = FULL) -> Forecast:
@@ -148,6 +148,8 @@ def _forecast_rows(
     ratio: taken as it is, where the same policy was simulated already.
     """
     passes = list(job_passes(workload, layout.policy, layout.micro_batches))
+    if not passes:  # no row fits the cache: a run refuses them all
+        return Forecast(0.0, 0.0, 0.0, 0, 0, 0, dict.fromkeys(Lane, 0.0)), numpy.ones_like
     lanes = numpy.array([list(costs.lane_seconds(shape).values()) for shape in passes])
     if ratio is None:
         ratio = _simulated_ratio(layout, hardware, passes, lanes, effort)

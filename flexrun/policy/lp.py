@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pulp
+from pulp.apis.coin_api import pulp_cbc_path
 
 from flexrun.config import Placement, Policy
 from flexrun.core import Lane, Tier
@@ -92,16 +93,17 @@ class _Program:
         self.kinds = kinds
         self.costs = StepCosts(spec, policy, streamed, hardware, on_device=budgets.on_device)
         self.problem = pulp.LpProblem("placement", pulp.LpMinimize)
+        self.limits: dict[Tier, pulp.LpConstraint] = {}
         self.weights = self._fractions("weights", ("gpu", "cpu", "disk"))
         self.kv = self._fractions("kv", KV_HOMES)
         self.hidden = self._fractions("hidden", ("gpu", "cpu", "disk"))
-        self.times = [pulp.LpVariable(f"seconds_{number}", 0) for number in range(len(kinds))]
+        self.times = [self.problem.add_variable(f"seconds_{number}", 0) for number in range(len(kinds))]
         self.problem += pulp.lpSum(kind.count * time for kind, time in zip(kinds, self.times))
         self._add_memory(kv_room_tokens, streamed)
         self._add_lanes(streamed)
 
     def _fractions(self, kind: str, places: Sequence[str]) -> dict[str, pulp.LpVariable]:
-        variables = {place: pulp.LpVariable(f"{kind}_{place}", 0, 1) for place in places}
+        variables = {place: self.problem.add_variable(f"{kind}_{place}", 0, 1) for place in places}
         self.problem += pulp.lpSum(variables.values()) == 1, f"{kind}_total"
         return variables
 
@@ -144,14 +146,18 @@ class _Program:
             streams = weights["cpu"] + weights["disk"]
             device = weight_bytes * weights["gpu"] + kv_bytes * kv["gpu"] + device_ring * streams + fixed_work
             device += staging * (kv["cpu_to_gpu"] + kv["disk_to_gpu"]) + rows * self.hidden["gpu"]
-            self.problem += device * (1 / GIB) <= budgets.gpu_bytes / GIB, "gpu_memory"
+            self._limit(Tier.GPU, device)
             host += rows * self.hidden["cpu"] + offloaded_query_bytes(spec, policy) * kv["cpu_on_cpu"]
         else:
             host += fixed_work + rows
-        self.problem += host * (1 / GIB) <= budgets.cpu_bytes / GIB, "cpu_memory"
+        self._limit(Tier.CPU, host)
         if budgets.disk_bytes is not None:
             disk = weight_bytes + kv_bytes * disk_kv  # every packed weight stays on disk, wherever it runs from
-            self.problem += disk * (1 / GIB) <= budgets.disk_bytes / GIB, "disk_memory"
+            self._limit(Tier.DISK, disk)
+
+    def _limit(self, tier: Tier, nbytes: pulp.LpAffineExpression) -> None:
+        self.limits[tier] = nbytes * (1 / GIB) <= self.budgets.of(tier) / GIB
+        self.problem += self.limits[tier], f"{tier.value}_memory"
 
     @property
     def micro_batches(self) -> int:
@@ -198,14 +204,10 @@ class _Program:
         return lanes
 
     def solve(self) -> Solution | None:
-        status = self.problem.solve(pulp.PULP_CBC_CMD(msg=False))
+        status = self.problem.solve(pulp.COIN_CMD(path=pulp_cbc_path, msg=False))  # the CBC that PuLP brings along
         if pulp.LpStatus[status] != "Optimal":
             return None
-        duals = {
-            tier: -(self.problem.constraints[f"{tier.value}_memory"].pi or 0.0) / GIB
-            for tier in Tier
-            if f"{tier.value}_memory" in self.problem.constraints
-        }
+        prices = {tier: -(limit.pi or 0.0) / GIB for tier, limit in self.limits.items()}
 
         def found(variables: Mapping[str, pulp.LpVariable]) -> list[float]:
             return [min(max(variable.value() or 0.0, 0.0), 1.0) for variable in variables.values()]
@@ -215,5 +217,5 @@ class _Program:
             placement_of(*found(self.weights)),
             dict(zip(KV_HOMES, found(self.kv))),
             placement_of(*found(self.hidden)),
-            duals,
+            prices,
         )

@@ -16,7 +16,8 @@ def job_passes(workload: Workload, policy: Policy, micro_batches: Sequence[KVMic
     """Every pass of a job whose sequences all run to their last token, in the order of the workload's rows.
 
     Follows offload.batcher: decoding sequences first, then prompts under way, then new ones while there is room in
-    the pass, a slot and cache room. Gaps that ragged sequences leave in a slab are not modelled.
+    the pass, a slot and cache room. Gaps that ragged sequences leave in a slab are not modelled. Rows that no slab
+    could hold are left out, as a run refuses them.
     """
     return _Job(workload, policy, micro_batches).passes()
 
@@ -26,7 +27,8 @@ class _Job:
 
     def __init__(self, workload: Workload, policy: Policy, micro_batches: Sequence[KVMicroBatch]):
         self.policy, self.places = policy, micro_batches
-        self.prompts, self.limits = workload.prompt_tokens.tolist(), workload.max_tokens.tolist()
+        fits = workload.kv_tokens <= max(place.capacity_tokens for place in micro_batches)
+        self.prompts, self.limits = workload.prompt_tokens[fits].tolist(), workload.max_tokens[fits].tolist()
         self.next_row = 0
         self.free = [place.capacity_tokens for place in micro_batches]
         self.counts = [0] * len(micro_batches)
@@ -84,8 +86,6 @@ class _Job:
             if count < self.policy.attention_micro_batch and free >= tokens
         ]
         if not fitting:
-            if not in_flight:
-                raise ValueError(f"a sequence of {tokens} tokens fits no KV micro-batch")
             return None
         home = min(fitting)[2]
         self.counts[home] += 1
