@@ -163,5 +163,6 @@ def test_shipped_machines_load_and_say_where_their_numbers_come_from(path):
         assert hardware.gpu.rates_of("float16").weight_bytes_per_second > hardware.h2d.bytes_per_second
 
 
-def test_the_machines_of_the_papers_are_shipped():
-    assert {"t4-gcp-208gb", "a5000-512gb"} <= {path.stem for path in CONFIGS}
+def test_the_usual_machines_are_shipped():
+    machines = {"t4-gcp-208gb", "a5000-512gb", "l4-gcp", "rtx-4090", "a100-80gb", "h200", "laptop-cpu"}
+    assert machines <= {path.stem for path in CONFIGS}
