@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 
 from flexrun.core import DTYPES, align_up
+from flexrun.disk_io import BLOCK_BYTES, Block, DirectFile
 from flexrun.llm import open_model
 from flexrun.llm.model_files import cache_stem
 from flexrun.machine import available_cores
 from flexrun.models.ops import can_pack, linear, pack_matrix
 from flexrun.models.spec import ModelSpec
-from flexrun.disk_io import BLOCK_BYTES, Block, DirectFile
 from flexrun.offload.tiers import Buffer
 from flexrun.weights.packed import open_packed
 

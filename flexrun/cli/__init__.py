@@ -11,12 +11,13 @@ import sys
 from collections.abc import Sequence
 
 from flexrun import __version__
-from flexrun.cli import run
+from flexrun.cli import plan, profile, run
 from flexrun.cli.parser import Parser
 from flexrun.cli.style import print_error
 from flexrun.errors import ExecutionError, FlexrunError
 
-COMMANDS = {"run": run}  # a command is a module with add_flags(parser) and call(args) -> exit code
+# A command is a module with add_flags(parser) and call(args) -> exit code.
+COMMANDS = {"run": run, "plan": plan, "profile": profile}
 
 DONE, SOME_FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 

@@ -36,6 +36,7 @@ ENGINE_FLAGS = (
     "trace",
     "device",
     "threads",
+    "hardware",
 )
 
 
@@ -75,6 +76,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
     engine = parser.add_argument_group("machine")
     engine.add_argument("--policy", default="auto", metavar="auto|FILE", help="policy JSON; see configs/policies")
+    engine.add_argument("--hardware", metavar="FILE", help="profile to plan by; default: this machine, measured once")
     engine.add_argument("--device", default="cpu", choices=("cpu",))
     engine.add_argument("--gpu-memory", default="0", metavar="SIZE", help="budget; on cpu, an emulated accelerator")
     engine.add_argument("--cpu-memory", metavar="SIZE", help="budget of host memory, for example 8GiB")
@@ -131,7 +133,7 @@ def call(args: argparse.Namespace) -> int:
     summary = run_job(
         config,
         lambda: open_model(args.model, chat_template=template, **model),
-        lambda files: LLM(files, progress=progress, **engine),
+        lambda files: LLM(files, progress=progress, log=_log, **engine),
     )
     print(f"\n{format_summary(summary)}", file=sys.stderr)
     if args.output_json is not None:
@@ -140,6 +142,10 @@ def call(args: argparse.Namespace) -> int:
         print(f"\ninterrupted; {_how_to_go_on(args)}", file=sys.stderr)
         return 130
     return 1 if summary["requests"]["failed"] + summary["requests"]["failed_before"] else 0
+
+
+def _log(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _how_to_go_on(args: argparse.Namespace) -> str:

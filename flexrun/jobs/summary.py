@@ -41,6 +41,19 @@ def _counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
 
 
+def _forecast_lines(forecast: Mapping[str, Any], seconds: float) -> list[tuple[str, str]]:
+    """Forecast beside measurement. A job whose answers ended early is judged by the lengths that came."""
+    came = forecast.get("as_it_came")
+    if not came:
+        return []
+    planned = forecast["planned"]
+    text = f"{came['seconds']:,.1f} s for these lengths, {seconds:,.1f} s measured ({forecast['error']:+.0%})"
+    if planned["generated_tokens"] > came["generated_tokens"]:
+        text += f"; {planned['seconds']:,.1f} s had every answer gone to its limit"
+    bound = f"{forecast['share_of_bound']:.0%} of the busiest lane's rate ({came['binding_lane'].replace('_', ' ')})"
+    return [("forecast", text), ("bound", bound)]
+
+
 def _engine_lines(engine: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The lines of ``LLM.summary()``."""
     if not engine:
@@ -49,5 +62,6 @@ def _engine_lines(engine: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         ("prefill", f"{engine['prompt_tokens']:,} tokens in {engine['prefill_seconds']:,.1f} s"),
         ("decode", f"{engine['generated_tokens']:,} tokens in {engine['decode_seconds']:,.1f} s"),
+        *_forecast_lines(engine.get("forecast") or {}, engine["seconds"]),
         ("peak memory", f"{', '.join(peaks)}; whole process {format_bytes(engine['process_peak_bytes'])}"),
     ]

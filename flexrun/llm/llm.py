@@ -215,6 +215,11 @@ class LLM:
             else:
                 yield group, sequences
 
+    @property
+    def plan(self) -> Plan | None:
+        """What the engine at hand was planned to do; None before ``prepare``."""
+        return self._plan
+
     # The engine ---------------------------------------------------------------------------------------
 
     def prepare(self, workload: Workload | None = None) -> Policy:

@@ -24,8 +24,8 @@ def fill_weights(
 ) -> Layout | None:
     """The layout of ``policy`` with as many weights as fit on the GPU, then in RAM; None where none fit.
 
-    Reading ahead comes before residence: weights are resident beside full rings, and rings shrink only where nothing
-    else fits. keep: take the policy's weights as they are.
+    Reading ahead comes before residence: weights are resident beside full rings only. keep: take the policy's weights
+    as they are.
     """
     if keep:
         layout = Layout.of(spec, policy, workload, budgets)
@@ -39,18 +39,14 @@ def fill_weights(
 
 
 def _fullest(layout: Layout, workload: Workload, tier: Tier) -> Layout:
-    """The layout with the largest share of the weights on ``tier`` that fits; more of them leave the disk."""
-    for full_ring in (True, False):
-        share = _share(layout, tier, full_ring)
-        while share > 0:
-            weights = layout.policy.weights
-            gpu, cpu = (share, 0.0) if tier is Tier.GPU else (weights.gpu, share)
-            filled = _with_weights(layout.spec, layout.policy, workload, layout.budgets, gpu, cpu)
-            if filled.fits and (not full_ring or _ring_is_full(filled, tier)):
-                return filled
-            share = max(share - STEP, 0.0)
-        if full_ring and _ring_is_full(layout, tier):
-            return layout
+    """The layout with the largest share of the weights on ``tier`` that leaves its ring whole; they leave the disk."""
+    share = _share(layout, tier)
+    while share > 0:
+        gpu, cpu = (share, 0.0) if tier is Tier.GPU else (layout.policy.weights.gpu, share)
+        filled = _with_weights(layout.spec, layout.policy, workload, layout.budgets, gpu, cpu)
+        if filled.fits and _ring_is_full(filled, tier):
+            return filled
+        share = max(share - STEP, 0.0)
     return layout
 
 
@@ -64,7 +60,7 @@ def _ring_is_full(layout: Layout, tier: Tier) -> bool:
     return (account.device_ring_bytes if device else account.host_ring_bytes) >= account.wanted_ring_bytes[device]
 
 
-def _share(layout: Layout, tier: Tier, full_ring: bool) -> float:
+def _share(layout: Layout, tier: Tier) -> float:
     """Share of the weights that fits on a tier beside all else; its ring shrinks with the share that streams."""
     kinds, account = layout.account.bytes_by_kind[tier], layout.account
     room = layout.budgets.of(tier) - sum(size for kind, size in kinds.items() if kind != "ring")
@@ -72,7 +68,7 @@ def _share(layout: Layout, tier: Tier, full_ring: bool) -> float:
     left = layout.policy.weights.disk
     if weights <= room:
         return left
-    ring = account.wanted_ring_bytes[tier is Tier.GPU] if full_ring else 0
+    ring = account.wanted_ring_bytes[tier is Tier.GPU]
     return max((room - ring) / max(weights - ring, 1), 0.0) * left
 
 

@@ -77,13 +77,17 @@ def solve_placement(
     streamed: WeightPlacement,
     features: Features,
     fixed: Mapping[str, object],
+    kv_home: str | None = None,
 ) -> Solution | None:
     """Best placement for a policy's discrete part, or None where no placement fits.
 
     streamed: the weights with all of them on the slowest tier, for their sizes. fixed: policy fields to keep.
+    kv_home: one of KV_HOMES that all KV cache must take.
     """
     program = _Program(spec, policy, kinds, kv_room_tokens, hardware, budgets, streamed)
     program.restrict(features, fixed)
+    if kv_home is not None:
+        program.problem += program.kv[kv_home] == 1
     return program.solve()
 
 

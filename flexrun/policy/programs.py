@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,11 +29,20 @@ LP_MICRO_BATCHES = 4  # assumed beside a device while only fractions are solved
 KIND_PASSES = 60  # passes looked at to see what kinds a job has
 CPU_ROWS, GPU_ROWS = 512, 2048  # of one linear-layer call: enough to reach the matmul rate
 PRICED_BYTES = 8 << 30
+DOUBLING_COST = 0.004
+
+
+def size_cost(policy: Policy) -> float:
+    """Factor on a policy's time by which a pass twice as large must be faster to be preferred.
+
+    Long passes show their first answers late, lose more when a run is interrupted, and take more memory.
+    """
+    return 1.0 + DOUBLING_COST * math.log2(max(policy.tokens_per_pass / PASS_TOKENS[0], 1.0))
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A solved program; the fewer ``seconds``, the better."""
+    """A solved program; the fewer ``seconds`` (times size_cost), the better."""
 
     seconds: float
     policy: Policy
@@ -63,7 +73,8 @@ class Programs:
     def solve_all(self) -> list[Choice]:
         """Solved programs, best first: a coarse grid, then the neighbourhood of the best."""
         for sequences in self.sequence_counts():
-            self.solve(sequences, self.pass_tokens(sequences)[0])
+            for kv_home in self.kv_homes:
+                self.solve(sequences, self.pass_tokens(sequences)[0], kv_home)
         for _ in range(2):
             for choice in self.solved()[:2]:
                 sequences = choice.policy.sequences_in_flight
@@ -75,8 +86,19 @@ class Programs:
                             self.solve(near, max(choice.policy.tokens_per_pass, near))
         return self.solved()
 
-    def solved(self) -> list[Choice]:
-        return sorted((choice for choice in self._choices.values() if choice), key=lambda choice: choice.seconds)
+    def solved(self, kv_home: str | None = None) -> list[Choice]:
+        """Solved programs, best first: those with the KV cache placed freely, or all at one home."""
+        solved = (choice for key, choice in self._choices.items() if choice and key[-1] == kv_home)
+        return sorted(solved, key=lambda choice: choice.seconds)
+
+    @property
+    def kv_homes(self) -> tuple[str | None, ...]:
+        """Homes of the KV cache to solve for: free, and beside a device each one alone.
+
+        A program lets all lanes overlap; where the schedule does not, a pure form may be the better one.
+        """
+        alone = self.budgets.on_device and not {"kv", "cpu_attention_share"} & set(self.fixed)
+        return (None, "gpu", "cpu_to_gpu", "cpu_on_cpu") if alone else (None,)
 
     @cached_property
     def most_sequences(self) -> int:
@@ -100,13 +122,13 @@ class Programs:
         sizes = {max(min(tokens, most), sequences) for tokens in PASS_TOKENS}
         return sorted(sizes, key=lambda tokens: abs(tokens - max(USUAL_PASS_TOKENS, sequences)))
 
-    def solve(self, sequences: int, tokens: int) -> None:
+    def solve(self, sequences: int, tokens: int, kv_home: str | None = None) -> None:
         for weight_bits in self._bits("weight_bits"):
             for kv_bits in self._bits("kv_bits"):
-                key = (sequences, tokens, weight_bits, kv_bits)
+                key = (sequences, tokens, weight_bits, kv_bits, kv_home)
                 if key not in self._choices:
                     policy = self.discrete(sequences, tokens, weight_bits=weight_bits, kv_bits=kv_bits)
-                    self._choices[key] = self._program(policy)
+                    self._choices[key] = self._program(policy, kv_home)
 
     def _bits(self, name: str) -> tuple[int, ...]:
         return (self.fixed[name],) if name in self.fixed else getattr(self.features, name)
@@ -125,7 +147,7 @@ class Programs:
         }
         return Policy(**fields)
 
-    def _program(self, policy: Policy) -> Choice | None:
+    def _program(self, policy: Policy, kv_home: str | None) -> Choice | None:
         if policy.weight_bits not in self._streamed:
             all_streamed = dataclasses.replace(policy, weights=Placement(0.0, 0.0, 1.0))
             self._streamed[policy.weight_bits] = place_weights(
@@ -141,8 +163,9 @@ class Programs:
             self._streamed[policy.weight_bits],
             self.features,
             self.fixed,
+            kv_home,
         )
-        return solution and Choice(solution.seconds, policy, solution)
+        return solution and Choice(solution.seconds * size_cost(policy), policy, solution)
 
     def _pass_kinds(self, policy: Policy) -> list[PassKind]:
         key = (policy.sequences_in_flight, policy.tokens_per_pass)

@@ -8,6 +8,8 @@ account, and scored by the simulated job; the winner is improved by small moves 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,12 +24,12 @@ from flexrun.policy.fill import fill_weights, refuse
 from flexrun.policy.forecast import FULL, QUICK, Forecast, forecast
 from flexrun.policy.layout import Budgets, Layout
 from flexrun.policy.lp import Solution
-from flexrun.policy.programs import USUAL_PASS_TOKENS, Choice, Programs
+from flexrun.policy.programs import USUAL_PASS_TOKENS, Choice, Programs, size_cost
 from flexrun.workload import Workload
 
 MICRO_BATCHES = (1, 4, 16)  # of attention, beside a device
 ROUNDED = 2  # best programs that are rounded and simulated
-FINALISTS, CLOSE = 2, 1.05  # policies looked at in full, within this factor of the best
+FINALISTS, CLOSE = 3, 1.05  # policies looked at in full, within this factor of the best
 WORTH = 0.005  # a move must save this share of the time
 
 
@@ -77,7 +79,8 @@ class _Search:
 
     def run(self) -> Plan:
         choices = self.programs.solve_all()
-        for choice in choices[:ROUNDED]:
+        pure = [self.programs.solved(kv_home)[:1] for kv_home in self.programs.kv_homes if kv_home]
+        for choice in [*choices[:ROUNDED], *itertools.chain(*pure)]:
             for policy in self._rounded(choice):
                 self._score(policy)
         if not self._layouts():  # fractions fitted, or nothing did: whole tensors and slabs of fewer sequences may
@@ -104,19 +107,19 @@ class _Search:
         sizes = {-(-sequences // min(count, sequences)) for count in counts}
         if "attention_micro_batch" in self.fixed:
             sizes = {self.fixed["attention_micro_batch"]}
-        shares = {round(solution.cpu_attention_share, 4)} | ({0.0, 1.0} if self.budgets.on_device else set())
-        if "cpu_attention_share" in self.fixed:
-            shares = {self.fixed["cpu_attention_share"]}
+        share = self.fixed.get("cpu_attention_share", round(solution.cpu_attention_share, 4))
         for size in sorted(sizes):
-            for share in sorted(shares):
-                yield self._as_policy(choice, size, share)
+            count = -(-sequences // size)
+            for on_gpu in sorted(
+                {int(solution.kv_placement.gpu * count + 1e-6), math.ceil(solution.kv["gpu"] * count)}
+            ):
+                yield self._as_policy(choice, size, share, whole)
 
-    def _as_policy(self, choice: Choice, attention_micro_batch: int, share: float) -> Policy:
+    def _as_policy(self, choice: Choice, attention_micro_batch: int, share: float, on_gpu: int) -> Policy:
+        """on_gpu: micro-batches whose KV lives on the device."""
         solution, policy = choice.solution, choice.policy
         count = -(-policy.sequences_in_flight // attention_micro_batch)
-        kv = solution.kv_placement
-        on_gpu = int(kv.gpu * count + 1e-6)
-        on_disk = min(round(kv.disk * count), count - on_gpu)
+        on_disk = min(round(solution.kv_placement.disk * count), count - on_gpu)
         rounded = Placement(on_gpu / count, (count - on_gpu - on_disk) / count, on_disk / count)
         return dataclasses.replace(
             policy,
@@ -147,15 +150,15 @@ class _Search:
         return smallest
 
     def _score(self, policy: Policy) -> float | None:
-        """Forecast seconds of a policy with its weights placed, or None where it does not fit."""
+        """Forecast seconds of a policy with its weights placed, times its size_cost; None where it does not fit."""
         key = policy
         if key not in self._scores:
             layout = fill_weights(self.spec, policy, self.workload, self.budgets, keep="weights" in self.fixed)
             self._scores[key] = None
             if layout is not None:
                 policy = layout.policy
-                score = forecast(layout, self.workload, self.hardware, QUICK).seconds, layout
-                self._scores[key] = self._scores[policy] = score
+                seconds = forecast(layout, self.workload, self.hardware, QUICK).seconds
+                self._scores[key] = self._scores[policy] = seconds * size_cost(policy), layout
         score = self._scores[key]
         return score and score[0]
 
@@ -169,7 +172,7 @@ class _Search:
         layouts = self._layouts()
         close = [layout for seconds, layout in layouts[:FINALISTS] if seconds <= layouts[0][0] * CLOSE]
         jobs = [(forecast(layout, self.workload, self.hardware, FULL), layout) for layout in close]
-        return min(jobs, key=lambda pair: pair[0].seconds)
+        return min(jobs, key=lambda pair: pair[0].seconds * size_cost(pair[1].policy))
 
     # Small moves --------------------------------------------------------------------------------------
 
