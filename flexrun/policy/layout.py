@@ -28,21 +28,6 @@ class Budgets:
     gpu_bytes: int = 0
     disk_bytes: int | None = None
 
-    def shallow(self, layers: int) -> Layout:
-        """The same layout of a model with only its last ``layers`` layers: to simulate what every layer repeats.
-
-        KV room and rings stay as they are, so the account is not that of the smaller model.
-        """
-        spec = self.spec
-        parts = {
-            name: getattr(spec, name)[-layers:]
-            for name in ("layer_windows", "layer_ropes", "sparse_layers")
-            if getattr(spec, name)
-        }
-        spec = dataclasses.replace(spec, num_layers=layers, **parts)
-        placement = place_weights(spec, self.policy, on_device=self.on_device)
-        return dataclasses.replace(self, spec=spec, placement=placement)
-
     @property
     def on_device(self) -> bool:
         return self.gpu_bytes > 0

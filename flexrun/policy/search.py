@@ -110,9 +110,8 @@ class _Search:
         share = self.fixed.get("cpu_attention_share", round(solution.cpu_attention_share, 4))
         for size in sorted(sizes):
             count = -(-sequences // size)
-            for on_gpu in sorted(
-                {int(solution.kv_placement.gpu * count + 1e-6), math.ceil(solution.kv["gpu"] * count)}
-            ):
+            on_gpu = solution.kv_placement.gpu * count
+            for whole in sorted({int(on_gpu + 1e-6), math.ceil(on_gpu - 1e-6)}):
                 yield self._as_policy(choice, size, share, whole)
 
     def _as_policy(self, choice: Choice, attention_micro_batch: int, share: float, on_gpu: int) -> Policy:
