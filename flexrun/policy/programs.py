@@ -73,8 +73,11 @@ class Programs:
     def solve_all(self) -> list[Choice]:
         """Solved programs, best first: a coarse grid, then the neighbourhood of the best."""
         for sequences in self.sequence_counts():
+            usual, *others = self.pass_tokens(sequences)
             for kv_home in self.kv_homes:
-                self.solve(sequences, self.pass_tokens(sequences)[0], kv_home)
+                self.solve(sequences, usual, kv_home)
+            for tokens in others[:1]:  # a smaller pass may leave the room that so many sequences need
+                self.solve(sequences, tokens)
         for _ in range(2):
             for choice in self.solved()[:2]:
                 sequences = choice.policy.sequences_in_flight
@@ -120,7 +123,7 @@ class Programs:
         longest = int(self.workload.prompt_tokens.max(initial=1))
         most = max(min(int(self.workload.prompt_tokens.sum()), sequences * longest), sequences, PASS_TOKENS[0])
         sizes = {max(min(tokens, most), sequences) for tokens in PASS_TOKENS}
-        return sorted(sizes, key=lambda tokens: abs(tokens - max(USUAL_PASS_TOKENS, sequences)))
+        return sorted(sizes, key=lambda tokens: abs(math.log(tokens / max(USUAL_PASS_TOKENS - 1, sequences))))
 
     def solve(self, sequences: int, tokens: int, kv_home: str | None = None) -> None:
         for weight_bits in self._bits("weight_bits"):

@@ -31,6 +31,7 @@ MICRO_BATCHES = (1, 4, 16)  # of attention, beside a device
 ROUNDED = 2  # best programs that are rounded and simulated
 FINALISTS, CLOSE = 3, 1.05  # policies looked at in full, within this factor of the best
 WORTH = 0.005  # a move must save this share of the time
+MOVES_TRIED = 40
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,47 +177,54 @@ class _Search:
     # Small moves --------------------------------------------------------------------------------------
 
     def _improve(self, policy: Policy) -> None:
-        """Hill climbing over neighbouring policies, each kind of move while it pays."""
-        for _ in range(3):
-            before = self._scores[policy][0]
-            for values in self._moves(policy):
-                for value in values:
-                    moved = dataclasses.replace(policy, **value)
-                    score = self._score(moved)
-                    if score is not None and score < self._scores[policy][0] * (1 - WORTH):
-                        policy = self._scores[moved][1].policy
-                        break
-            if self._scores[policy][0] > before * (1 - WORTH):
-                return
+        """Hill climbing over neighbouring policies: the first move that pays is made, until none does."""
+        left = MOVES_TRIED
+        improved = True
+        while improved:
+            improved = False
+            for changes in self._moves(policy):
+                moved = dataclasses.replace(policy, **changes)
+                left -= moved not in self._scores
+                if left < 0:
+                    return
+                score = self._score(moved)
+                if score is not None and score < self._scores[policy][0] * (1 - WORTH):
+                    policy = self._scores[moved][1].policy
+                    improved = True
 
-    def _moves(self, policy: Policy) -> Iterator[list[dict]]:
-        """Alternatives, field by field, to what is not fixed."""
-        sequences, count = policy.sequences_in_flight, -(-policy.sequences_in_flight // policy.attention_micro_batch)
+    def _moves(self, policy: Policy) -> Iterator[dict]:
+        """Changes of what is not fixed, those that tend to matter most first."""
+        sequences, tokens = policy.sequences_in_flight, policy.tokens_per_pass
+        count = -(-sequences // policy.attention_micro_batch)
         free = {each.name for each in dataclasses.fields(Policy)} - set(self.fixed)
-        if {"sequences_in_flight", "attention_micro_batch"} <= free:
-            yield [
-                {
-                    "sequences_in_flight": near,
-                    "attention_micro_batch": -(-near // count),
-                    "tokens_per_pass": max(policy.tokens_per_pass, near),
-                }
-                for near in (sequences * 9 // 8, sequences * 7 // 8, sequences * 3 // 4)
-                if 1 <= near <= self.programs.most_sequences and near != sequences
-            ]
+        many = {"sequences_in_flight", "attention_micro_batch", "tokens_per_pass"} <= free
+        for factor in (2, 0.5, 1.5, 0.75) if many else ():
+            near = min(round(sequences * factor), self.programs.most_sequences)
+            if 1 <= near != sequences:
+                change = {"sequences_in_flight": near, "attention_micro_batch": -(-near // count)}
+                yield {**change, "tokens_per_pass": max(tokens, near)}
+                if factor == 2:
+                    yield {**change, "tokens_per_pass": 2 * tokens}
         if "tokens_per_pass" in free:
-            sizes = (policy.tokens_per_pass * 2, max(policy.tokens_per_pass // 2, sequences))
-            yield [{"tokens_per_pass": size} for size in sizes]
+            yield {"tokens_per_pass": 2 * tokens}
+            yield {"tokens_per_pass": max(tokens // 2, sequences)}
+        if self.budgets.on_device:
+            if "attention_micro_batch" in free:
+                for size in {-(-sequences // (2 * count)), -(-sequences // max(count // 2, 1))}:
+                    yield {"attention_micro_batch": size}
+            if "cpu_attention_share" in free and policy.kv.gpu < 1:
+                for step in (1, -1):
+                    share = min(max(policy.cpu_attention_share + step / count, 0.0), 1.0)
+                    yield {"cpu_attention_share": round(share, 4)}
+            if "kv" in free:
+                most = 1.0 - policy.kv.disk
+                for share in {round(min(max(policy.kv.gpu + step / count, 0.0), most), 6) for step in (1, -1)}:
+                    yield {"kv": Placement(share, most - share, policy.kv.disk)}
         if "token_micro_batch" in free:
-            yield [{"token_micro_batch": rows} for rows in (256, 512, 1024) if rows <= policy.tokens_per_pass]
-        if not self.budgets.on_device:
-            return
-        if "attention_micro_batch" in free:
-            sizes = (-(-sequences // (2 * count)), -(-sequences // max(count // 2, 1)))
-            yield [{"attention_micro_batch": size} for size in sizes if size != policy.attention_micro_batch]
-        if "cpu_attention_share" in free and policy.kv.gpu < 1:
-            shares = [min(max(policy.cpu_attention_share + step / count, 0.0), 1.0) for step in (1, -1)]
-            yield [{"cpu_attention_share": round(share, 4)} for share in shares]
-        if "kv" in free:
-            most = 1.0 - policy.kv.disk
-            shares = [round(policy.kv.gpu + step / count, 6) for step in (1, -1)]
-            yield [{"kv": Placement(share, most - share, policy.kv.disk)} for share in shares if 0 <= share <= most]
+            for rows in (256, 512, 1024, 2048):
+                if rows <= tokens:
+                    yield {"token_micro_batch": rows}
+        for factor in (1.125, 0.875) if many else ():
+            near = min(round(sequences * factor), self.programs.most_sequences)
+            if 1 <= near != sequences:
+                yield {"sequences_in_flight": near, "attention_micro_batch": -(-near // count)}
