@@ -25,6 +25,10 @@ from flexrun.hardware.rates import Processor, Transfer
 LANES = ("compute", "host_attention", "host_copy", "h2d", "d2h", "disk_read", "disk_write")
 
 
+NOISY = 0.15  # spread of repeated readings, or share of the CPU that others used, beyond which nothing is sure
+_MISFIT = 0.3
+
+
 @dataclass(frozen=True)
 class Hardware:
     """One machine. Bytes, seconds, FLOP/s.
@@ -84,6 +88,11 @@ class Hardware:
     def keeps(self, lane: str, beside: str) -> float:
         """Share of its own speed that ``lane`` keeps while ``beside`` runs, both of ``LANES``."""
         return self.contention.get(lane, {}).get(beside, 1.0)
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether other programs kept the measurement from being one of this machine: use it once, do not keep it."""
+        return self.noise.get("other programs", 0.0) > NOISY or max(self.misfit.values(), default=0.0) > _MISFIT
 
     @classmethod
     def measure(

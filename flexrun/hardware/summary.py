@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from flexrun.core import format_bytes
-from flexrun.hardware.hardware import Hardware
+from flexrun.hardware.hardware import NOISY, Hardware
 from flexrun.hardware.rates import Processor, Transfer
 
-NOISY = 0.15
 _LANE_WORDS = {
     "compute": "computing",
     "host_attention": "attention on the CPU",

@@ -81,7 +81,8 @@ class _Search:
     def run(self) -> Plan:
         choices = self.programs.solve_all()
         pure = [self.programs.solved(kv_home)[:1] for kv_home in self.programs.kv_homes if kv_home]
-        for choice in [*choices[:ROUNDED], *itertools.chain(*pure)]:
+        rounded = ROUNDED if self.budgets.on_device else 2 * ROUNDED  # a CPU alone has no micro-batch counts to try
+        for choice in [*choices[:rounded], *itertools.chain(*pure)]:
             for policy in self._rounded(choice):
                 self._score(policy)
         if not self._layouts():  # fractions fitted, or nothing did: whole tensors and slabs of fewer sequences may

@@ -1,6 +1,7 @@
 """Hardware documents survive a round trip, and refuse by name whatever cannot be true."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,14 @@ def test_keeps(machine):
     assert machine.keeps("compute", "disk_read") == 0.9
     assert machine.keeps("disk_read", "compute") == machine.keeps("h2d", "host_copy") == 1.0
     assert "compute" in LANES
+
+
+@pytest.mark.parametrize(
+    "noise, misfit, disturbed",
+    [({"disk_read": 0.9}, {}, False), ({"other programs": 0.4}, {}, True), ({}, {"cpu matmul float32": 0.6}, True)],
+)
+def test_a_disturbed_measurement_says_so(machine, noise, misfit, disturbed):
+    assert replace(machine, noise=noise, misfit=misfit).disturbed is disturbed
 
 
 def test_transfer_seconds():
