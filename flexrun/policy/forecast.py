@@ -44,7 +44,7 @@ class Effort:
 
 MIN_LAYERS = 4
 QUICK = Effort(passes=150, steps=2_500, layers=8, units=64)  # for ranking many policies
-FULL = Effort(passes=1200, steps=16_000, layers=40, units=128)
+FULL = Effort(passes=1000, steps=10_000, layers=40, units=128)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from flexrun.workload import Workload
 
 MICRO_BATCHES = (1, 4, 16)  # of attention, beside a device
 ROUNDED = 2  # best programs that are rounded and simulated
-FINALISTS, CLOSE = 3, 1.05  # policies looked at in full, within this factor of the best
+FINALISTS, CLOSE = 2, 1.05  # policies looked at in full, within this factor of the best
 WORTH = 0.005  # a move must save this share of the time
 MOVES_TRIED = 40
 
