@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy
 from scipy.optimize import least_squares, nnls
@@ -83,7 +83,8 @@ def fit_linear(readings: Sequence[LinearReading], overheads: Mapping[str, float]
     )
     values = dict(zip(names, solution.x.tolist()))
     residual = float(numpy.sqrt(numpy.mean(errors(solution.x) ** 2)))
-    return LinearFit(_rates_at(values), values["overhead_factor"], residual)
+    rates = _rates_at(values)
+    return LinearFit(replace(rates, half_width=round(rates.half_width, 1)), values["overhead_factor"], residual)
 
 
 def _parameters(readings: Sequence[LinearReading], dtype_bytes: int) -> Iterator[tuple[str, float, float, float]]:

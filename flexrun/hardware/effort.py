@@ -32,8 +32,9 @@ TINY = Shape(64, 4, 1, 128)  # so little work that what is left is the overhead 
 class Effort:
     """shapes, rows: layers timed and token rows a call. pool_bytes: weights or KV that repeats cycle through.
 
-    reading_seconds, contention_seconds: given to one reading, and to one pair of lanes. file_bytes: of the scratch
-    file; disk_seconds: after which writing it stops. The rest: bytes of one request, of each kind.
+    reading_seconds, least_repeats: given to one reading. contention_seconds: given to one lane or pair of lanes.
+    file_bytes: of the scratch file; disk_seconds: after which writing it stops. copy_sizes, disk_sizes, link_sizes:
+    bytes of one request.
     """
 
     shapes: tuple[Shape, ...]
@@ -82,18 +83,18 @@ QUICK = Effort(
 
 @dataclass(frozen=True)
 class Bench:
-    """Where readings are taken. ``advance`` is told what comes next; cache_bytes: of the processor's largest cache."""
+    """Where readings are taken. label: what the processor is called in notes. cache_bytes: of its largest cache.
+
+    warm_up: calls before a reading. advance: told what comes next.
+    """
 
     effort: Effort
+    label: str = "cpu"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     stopwatch: Stopwatch = wall_clock
     warm_up: int = 1
     cache_bytes: int = 0
     advance: Callable[[str], None] = lambda stage: None
-
-    @property
-    def label(self) -> str:
-        return "cpu" if self.device.type == "cpu" else "gpu"
 
     @property
     def pool_bytes(self) -> int:

@@ -23,10 +23,8 @@ from flexrun.hardware.rates import Processor, Transfer
 # compute: the processor that runs the model's linear layers; host_attention: the CPU attending beside it;
 # host_copy: a copy thread, which is what h2d and d2h are on a machine whose accelerator is emulated.
 LANES = ("compute", "host_attention", "host_copy", "h2d", "d2h", "disk_read", "disk_write")
-
-
 NOISY = 0.15  # spread of repeated readings, or share of the CPU that others used, beyond which nothing is sure
-_MISFIT = 0.3
+_MISFIT = 0.3  # of a curve, beyond which it does not describe the machine
 
 
 @dataclass(frozen=True)

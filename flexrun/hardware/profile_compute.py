@@ -202,8 +202,8 @@ def _attention_call(pool: Pool, heads, kv_heads, head_dim, rows, kv_rows, segmen
     return lambda: attend(query, slab[0], slab[1], segments, scale=head_dim**-0.5, out=out)
 
 
-def sampling_costs(bench: Bench, dtype: str) -> tuple[float, float, float]:
-    """(seconds of a row, seconds of a logit, spread) of greedy sampling, with the cast of the logits to float32."""
+def sampling_costs(bench: Bench, dtype: str) -> tuple[float, float]:
+    """(seconds of a row, seconds of a logit) of greedy sampling, with the cast of the logits to float32."""
     bench.advance(f"{bench.label} sampling")
     rows = bench.effort.sampled_rows
     states = [SamplerRow(SamplingParams(temperature=0.0)) for _ in range(rows)]
@@ -215,5 +215,4 @@ def sampling_costs(bench: Bench, dtype: str) -> tuple[float, float, float]:
         calls.append(lambda scores=scores: sample(scores.float(), states))
     few, many = bench.read_all(calls)
     element = max(many.seconds - few.seconds, 0.0) / (rows * (large - small))
-    row = max(few.seconds / rows - element * small, 0.0)
-    return row, element, max(few.spread, many.spread)
+    return max(few.seconds / rows - element * small, 0.0), element

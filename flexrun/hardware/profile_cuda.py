@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -29,13 +30,13 @@ def cuda_clock(call: Callable[[], object]) -> float:
 def cuda_bench(bench: Bench) -> Bench:
     """The same effort on the GPU."""
     properties = torch.cuda.get_device_properties(0)
-    return Bench(
-        bench.effort,
-        torch.device("cuda", 0),
-        cuda_clock,
-        WARM_UP,
-        getattr(properties, "L2_cache_size", 0),
-        bench.advance,
+    return replace(
+        bench,
+        label="gpu",
+        device=_device(),
+        stopwatch=cuda_clock,
+        warm_up=WARM_UP,
+        cache_bytes=getattr(properties, "L2_cache_size", 0),
     )
 
 
@@ -48,8 +49,8 @@ def links(bench: Bench) -> dict:
     """h2d, d2h: (transfer, misfit, spread) with pinned memory, and duplex_share."""
     bench.advance("links")
     nbytes = max(bench.effort.link_sizes)
-    host, device = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=True), _device_bytes(nbytes)
-    back, source = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=True), _device_bytes(nbytes)
+    host, device = _pinned_bytes(nbytes), _device_bytes(nbytes)
+    back, source = _pinned_bytes(nbytes), _device_bytes(nbytes)
     return {
         "h2d": _link(bench, host, device),
         "d2h": _link(bench, source, back),
@@ -57,8 +58,16 @@ def links(bench: Bench) -> dict:
     }
 
 
+def _device() -> torch.device:
+    return torch.device("cuda", 0)
+
+
 def _device_bytes(nbytes: int) -> Tensor:
-    return torch.zeros(nbytes, dtype=torch.uint8, device="cuda")
+    return torch.zeros(nbytes, dtype=torch.uint8, device=_device())
+
+
+def _pinned_bytes(nbytes: int) -> Tensor:
+    return torch.zeros(nbytes, dtype=torch.uint8, pin_memory=True)
 
 
 def _link(bench: Bench, source: Tensor, target: Tensor) -> tuple[Transfer, float, float]:
@@ -95,7 +104,7 @@ def _synchronised_clock(call: Callable[[], object]) -> float:
 
 def link_call(nbytes: int) -> Callable[[], object]:
     """Copies pinned memory to the GPU on a stream of its own and waits for it, for use on any thread."""
-    host, device = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=True), _device_bytes(nbytes)
+    host, device = _pinned_bytes(nbytes), _device_bytes(nbytes)
     stream = torch.cuda.Stream()
 
     def copy() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 import shutil
@@ -131,7 +132,7 @@ class ScratchFile:
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            self._descriptor = os.open(self.path, flags, 0o600)  # a file system without O_DIRECT
+            self._descriptor = os.open(self.path, flags, 0o600)  # a file system without direct access
         self._memory = arena(4 * BLOCK_BYTES)
 
     def _fill(self) -> None:
@@ -155,10 +156,17 @@ class ScratchFile:
         os.fdatasync(self._descriptor)
 
     def _write_block(self, address: int, offset: int, nbytes: int) -> None:
-        done = 0
+        done, retried = 0, False
         while done < nbytes:
             window = (ctypes.c_char * (nbytes - done)).from_address(address + done)
-            done += os.pwritev(self._descriptor, [window], offset + done)
+            try:
+                done += os.pwritev(self._descriptor, [window], offset + done)
+            except OSError as error:
+                if error.errno != errno.EINVAL or retried:
+                    raise
+                retried = True  # a file system that finds out at the first write that it has no direct access
+                flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+                fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~getattr(os, "O_DIRECT", 0))
 
     def _all(self, call: Callable[..., object], arguments: Sequence[tuple]) -> None:
         """Every call on the pool's threads, several in flight; the first error is raised when all have ended."""

@@ -29,7 +29,7 @@ CPU_DTYPES = ("float32", "bfloat16")
 GPU_DTYPES = ("float32", "bfloat16", "float16")
 CONTENTION_SHAPE = Shape(1024, 16, 4, 4096)
 CONTENTION_ROWS = 256
-CONTENTION_SEQUENCES = 16
+CONTENTION_FORM = (32, 8, 64)  # heads, KV heads, head_dim
 CONTENTION_BYTES = 4 * MIB
 PAIRS = (  # lanes that share cores or memory on a machine without a GPU, or where one is emulated
     ("compute", "host_copy"),
@@ -75,7 +75,6 @@ def measure(
         }
         noise, misfit = record["noise"], record["misfit"] = {}, {}
         with ScratchFile(folder, bench) as scratch:
-            record["disk_bytes"] = shutil.disk_usage(folder).free
             _keep(record, "disk_write", scratch.write_transfer())
             _keep(record, "disk_read", scratch.read_transfer())
             _keep(record, "host_copy", profile_lanes.host_copy(bench))
@@ -87,6 +86,7 @@ def measure(
             record["contention"] = profile_contention.shares(calls, pairs, effort.contention_seconds)
             if not has_gpu:
                 record["duplex_share"] = _copies_at_once(effort)
+        record["disk_bytes"] = shutil.disk_usage(folder).free
         noise["other programs"] = others()
     return _plain(record)
 
@@ -116,14 +116,14 @@ def _processor(bench: Bench, dtypes: Sequence[str], memory_bytes: int, noise: di
         noise[f"{label} decode attention {dtype}"] = decode_spread
         noise[f"{label} prefill attention {dtype}"] = prefill_spread
     # The overhead hardly depends on the dtype where it matters, which is with the fastest one.
-    row_seconds, element_seconds, noise[f"{label} sampling"] = profile_compute.sampling_costs(bench, dtypes[-1])
+    row_seconds, element_seconds = profile_compute.sampling_costs(bench, dtypes[-1])
     return Processor(rates, overhead_seconds, row_seconds, element_seconds)
 
 
 def _measure_gpu(bench: Bench, record: dict, dtypes: Sequence[str]) -> None:
     on_gpu = profile_cuda.cuda_bench(bench)
     record["gpu_memory_bytes"] = profile_cuda.free_memory_bytes()
-    record["gpu"] = _processor(on_gpu, "gpu", dtypes, record["gpu_memory_bytes"], record["noise"], record["misfit"])
+    record["gpu"] = _processor(on_gpu, dtypes, record["gpu_memory_bytes"], record["noise"], record["misfit"])
     links = profile_cuda.links(on_gpu)
     record["duplex_share"] = links.pop("duplex_share")
     for lane, measured in links.items():
@@ -138,11 +138,13 @@ def _contending(
     dtype = (dtypes or CPU_DTYPES)[-1]
     bench = scratch.bench
     pool = profile_compute.Pool(max(bench.pool_bytes // 2, 64 * MIB), DTYPES[dtype], bench.device)
+    _, kv_heads, head_dim = CONTENTION_FORM
     tokens = bench.effort.context_tokens
+    sequences = pool.elements // (2 * kv_heads * head_dim * tokens)
     nbytes = max(bench.pool_bytes // 4, 4 * CONTENTION_BYTES)
     source, target = arena(nbytes), arena(nbytes)
     calls = {
-        "host_attention": profile_compute.decode_call(pool, 32, 8, 64, CONTENTION_SEQUENCES, tokens),
+        "host_attention": profile_compute.decode_call(pool, *CONTENTION_FORM, sequences, tokens),
         "disk_read": scratch.read_call(CONTENTION_BYTES, arena(CONTENTION_BYTES)),
     }
     if has_gpu:

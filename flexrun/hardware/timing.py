@@ -24,11 +24,6 @@ def wall_clock(call: Callable[[], object]) -> float:
     return time.perf_counter() - start_seconds
 
 
-def read(call: Callable[[], object], budget_seconds: float, **settings) -> Reading:
-    """``read_all`` of one call."""
-    return read_all([call], budget_seconds, **settings)[0]
-
-
 def read_all(
     calls: Sequence[Callable[[], object]],
     budget_seconds: float,

@@ -8,7 +8,6 @@ import pytest
 from flexrun.errors import ExecutionError
 from flexrun.hardware import LinearWork, Rates
 from flexrun.hardware.curves import LinearReading, fit_linear, fit_transfer
-from flexrun.hardware.timing import read, reading_of
 
 SIZES = [1 << shift for shift in range(16, 28)]
 
@@ -100,20 +99,3 @@ def test_what_is_predicted_fits_where_nothing_was_read(noise):
         for work in works(hidden).values():
             expected = RATES.linear_seconds(rows, work, 2)
             assert fit.rates.linear_seconds(rows, work, 2) == pytest.approx(expected, rel=0.01 + 1.5 * noise)
-
-
-def test_a_reading_is_the_quiet_quarter():
-    quiet = [1.0, 1.1] * 8
-    assert reading_of(quiet).seconds == pytest.approx(1.0) and reading_of(quiet).spread == pytest.approx(0.1 / 1.05)
-    disturbed = reading_of([*quiet[:8], *([9.0] * 8)])
-    assert disturbed.seconds == pytest.approx(1.0) and disturbed.spread > 1
-    assert reading_of([2.0]).seconds == 2.0
-
-
-def test_read_repeats_within_its_budget():
-    calls = []
-    reading = read(lambda: calls.append(1), 0.0, stopwatch=lambda call: call() or 0.5, warm_up=2, least=3)
-    assert len(calls) == 2 + 4 and reading.seconds == 0.5  # two rounds of two
-    calls.clear()
-    read(lambda: calls.append(1), 60.0, warm_up=0, most=9)
-    assert len(calls) == 10  # two rounds of five

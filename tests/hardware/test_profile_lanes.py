@@ -1,6 +1,7 @@
 """The scratch file is filled, read, and gone afterwards whatever happens; folders that cannot take it are refused."""
 
 import errno
+import fcntl
 import os
 from dataclasses import replace
 
@@ -74,6 +75,17 @@ def test_a_file_system_without_direct_access_is_measured_all_the_same(bench, tmp
         scratch.read_call(MIB, arena(MIB))()
         scratch.write_call(MIB)()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_that_refuses_direct_writes_late_is_measured_too(bench, tmp_path, monkeypatch):
+    def refuse(descriptor, windows, offset, original=os.pwritev):
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "no direct write")
+        return original(descriptor, windows, offset)
+
+    monkeypatch.setattr(os, "pwritev", refuse)
+    with ScratchFile(tmp_path, bench) as scratch:
+        assert scratch.path.stat().st_size == 16 * MIB
 
 
 def test_a_slow_disk_ends_the_writing_early(tiny_effort, tmp_path):
