@@ -118,6 +118,12 @@ class WeightPlacement:
         whole = columns.unit_bytes[columns.order].tolist()
         return [min((unit.disk_bytes + unit.host_bytes) / max(size, 1), 1.0) for unit, size in zip(self.units, whole)]
 
+    @property
+    def moved_share(self) -> float:
+        """Of all units together."""
+        moved = sum(unit.disk_bytes + unit.host_bytes for unit in self.units)
+        return min(moved / int(self._columns.unit_bytes.sum()), 1.0)
+
     @cached_property
     def max_layer_stream_bytes(self) -> tuple[int, int]:
         """Largest (disk, disk + host) bytes that one layer moves in each pass."""

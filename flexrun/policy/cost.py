@@ -107,7 +107,7 @@ class StepCosts:
 
     @cached_property
     def _plain_share(self) -> float:
-        return sum(self._plain_shares) / len(self._plain_shares)
+        return 1.0 if self.on_device else self.placement.moved_share
 
     def dequantise_seconds(self, elements: float) -> float:
         """Bringing compressed weights back to the dtype, once a module and pass."""
