@@ -160,7 +160,7 @@ def attention_rates(bench: Bench, dtype: str) -> tuple[float, float, float, floa
     FLOPs count the causal pairs alone: 4 * heads * head_dim each.
     """
     bench.advance(f"{bench.label} {dtype} attention")
-    pool = Pool(bench.pool_bytes // 2, DTYPES[dtype], bench.device)
+    pool = Pool(bench.pool_bytes, DTYPES[dtype], bench.device)
     tokens = bench.effort.context_tokens
     decode_bytes, prefill_flops, decode, prefill = [], [], [], []
     for heads, kv_heads, head_dim in ATTENTION_FORMS:
