@@ -1,0 +1,256 @@
+"""What a step costs follows from the machine's rates, and the sums that the search uses are sums of steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+from planned_models import GIB, LAPTOP, NO_GPU, T4, planned
+
+from flexrun.config import Placement, Policy
+from flexrun.core import Lane, Tier
+from flexrun.hardware import Hardware, LinearWork
+from flexrun.models.spec import ModelSpec
+from flexrun.placement import build_scheduler
+from flexrun.policy.cost import StepCosts
+from flexrun.policy.layout import Budgets, Layout
+from flexrun.policy.passes import job_passes
+from flexrun.steps import MicroBatchShape, PassShape, Step, StepKind
+from flexrun.workload import Workload
+
+RAGGED = Workload.of([200, 150, 300, 80] * 5, [20, 9, 30, 12] * 5)
+POLICY = Policy(sequences_in_flight=8, tokens_per_pass=400, attention_micro_batch=2, token_micro_batch=128)
+RAM, DISK, HALF_DISK = Placement(), Placement(0.0, 0.0, 1.0), Placement(0.0, 0.5, 0.5)
+MIX = Placement(0.3, 0.4, 0.3)
+
+
+def layout_of(spec: ModelSpec, policy: Policy, on_device: bool) -> Layout:
+    return Layout.of(spec, policy, RAGGED, Budgets(8 * GIB, 8 * GIB if on_device else 0))
+
+
+def costs_of(layout: Layout, machine: Hardware) -> StepCosts:
+    return StepCosts(layout.spec, layout.policy, layout.placement, machine, on_device=layout.on_device)
+
+
+def alone(costs: StepCosts, layout: Layout, shape: PassShape) -> tuple[list[Step], PassShape]:
+    """The steps of a pass that is the whole run, so that all it loads is its own."""
+    shape = dataclasses.replace(shape, index=0, more=False)
+    scheduler = build_scheduler(layout.spec, layout.placement, layout.account, on_device=layout.on_device)
+    return scheduler.pass_steps(shape), shape
+
+
+ON_DEVICE = [
+    (RAM, RAM, 0.0),
+    (RAM, RAM, 0.5),
+    (RAM, RAM, 1.0),
+    (DISK, Placement(1.0, 0.0), 1.0),
+    (Placement(1.0, 0.0), Placement(0.5, 0.5), 0.0),
+    (MIX, Placement(0.25, 0.5, 0.25), 0.5),
+    (HALF_DISK, Placement(0.0, 0.5, 0.5), 0.0),
+    (DISK, DISK, 1.0),
+]
+ON_CPU = [(RAM, RAM, 1.0), (HALF_DISK, RAM, 1.0), (DISK, HALF_DISK, 1.0)]
+MODELS = ("llama", "gqa", "window", "windows", "mixtral", "deepseek")
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("machine, on_device", [(T4, True), (LAPTOP, True), (LAPTOP, False)])
+def test_the_seconds_of_a_lane_are_those_of_its_steps(name, machine, on_device):
+    """Approximate only where it is said to be: on the CPU, streamed and resident weights are averaged over a model."""
+    spec = planned(name)
+    for weights, kv, share in ON_DEVICE if on_device else ON_CPU:
+        policy = dataclasses.replace(POLICY, weights=weights, kv=kv, cpu_attention_share=share)
+        layout = layout_of(spec, policy, on_device)
+        costs = costs_of(layout, machine)
+        averaged = not on_device and weights is not RAM
+        for shape in itertools.islice(job_passes(RAGGED, policy, layout.micro_batches), 0, None, 15):
+            steps, shape = alone(costs, layout, shape)
+            sums = dict.fromkeys(Lane, 0.0)
+            for step in steps:
+                sums[step.lane] += costs.seconds(step, shape)
+            told = costs.lane_seconds(shape)
+            for lane, seconds in sums.items():
+                near = 1e-6 if not averaged else 0.02 if spec.experts is None else 0.04
+                assert told[lane] == pytest.approx(seconds, rel=near, abs=1e-12), (lane, weights, kv, share)
+
+
+# One step at a time ------------------------------------------------------------------------------------
+
+
+def whole(query: int, kv: int, decode: int = 0, decode_kv: int = 0, home=Tier.CPU, lane=Lane.CPU) -> PassShape:
+    pairs = decode_kv + (query - decode) * max(kv - decode_kv, 0)
+    part = MicroBatchShape(0, query, kv, pairs, home, lane, decode, decode_kv)
+    return PassShape(0, query, max(decode, 1), (part,), False)
+
+
+def decoding(sequences: int, context: int, **place) -> PassShape:
+    return whole(sequences, sequences * context, sequences, sequences * context, **place)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("machine, on_device", [(T4, True), (LAPTOP, False), (NO_GPU, False)])
+def test_more_tokens_and_more_cache_never_cost_less(name, machine, on_device):
+    policy = dataclasses.replace(POLICY, token_micro_batch=64, kv=Placement(0.0, 1.0), cpu_attention_share=0.0)
+    costs = costs_of(layout_of(planned(name), policy, on_device), machine)
+    lane = Lane.GPU if on_device else Lane.CPU
+    by_tokens = [costs.lane_seconds(decoding(tokens, 64, lane=lane)) for tokens in (1, 2, 3, 8, 63, 64, 65, 200, 2000)]
+    by_cache = [costs.lane_seconds(decoding(16, context, lane=lane)) for context in (1, 2, 50, 100, 101, 5000)]
+    by_prompt = [costs.lane_seconds(whole(64, kv, lane=lane)) for kv in (64, 65, 200, 2000)]
+    for growing in (by_tokens, by_cache, by_prompt):
+        for less, more in itertools.pairwise(growing):
+            for each in Lane:
+                assert less[each] <= more[each] * (1 + 1e-9), each
+    assert by_tokens[0][lane] < by_tokens[-1][lane]
+
+
+def test_a_window_bounds_what_attention_reads():
+    costs = costs_of(layout_of(planned("windows"), POLICY, False), LAPTOP)
+    for context in (65, 640, 6400):
+        (part,) = decoding(4, context).micro_batches
+        unlimited, windowed = (costs.attend_seconds(LAPTOP.cpu, layer, part) for layer in (0, 5))
+        assert unlimited > windowed
+        overhead, speed = LAPTOP.cpu.step_overhead_seconds, LAPTOP.cpu.rates["float16"].decode_kv_bytes_per_second
+        assert windowed == pytest.approx(overhead + 4 * 64 * planned("windows").kv_bytes_per_token / speed)
+
+
+def test_decoding_with_latent_attention_may_be_bound_by_its_products():
+    """The latent is read once for all heads, so that few bytes go with many products."""
+    spec = planned("deepseek")
+    costs = costs_of(layout_of(spec, POLICY, False), LAPTOP)
+    (part,) = decoding(4, 1000).micro_batches
+    rates = LAPTOP.cpu.rates["float16"]
+    products = 4000 * spec.decode_attention_flops_per_pair / rates.prefill_attention_flops_per_second
+    read = 4000 * spec.kv_bytes_per_token / rates.decode_kv_bytes_per_second
+    assert products > read
+    assert costs.attend_seconds(LAPTOP.cpu, 0, part) == pytest.approx(products + LAPTOP.cpu.step_overhead_seconds)
+
+
+def test_attention_counts_where_it_runs():
+    layout = layout_of(planned("llama"), dataclasses.replace(POLICY, kv=RAM), True)
+    costs = costs_of(layout, T4)
+    here, there = (costs.lane_seconds(decoding(16, 4000, lane=lane)) for lane in (Lane.GPU, Lane.CPU))
+    assert here[Lane.CPU] == 0 < there[Lane.CPU]
+    assert here[Lane.GPU] > there[Lane.GPU]
+    assert here[Lane.H2D] > there[Lane.H2D], "the cache comes over the link, or only the results do"
+    kv_bytes = 16 * 4000 * planned("llama").kv_bytes_per_token
+    assert here[Lane.H2D] - there[Lane.H2D] == pytest.approx(6 * kv_bytes / T4.h2d.bytes_per_second, rel=0.01)
+    on_gpu = costs.lane_seconds(decoding(16, 4000, home=Tier.GPU, lane=Lane.GPU))
+    assert on_gpu[Lane.GPU] == here[Lane.GPU]
+    assert on_gpu[Lane.D2H] == on_gpu[Lane.CPU] == 0
+
+
+def test_kv_on_disk_is_read_before_and_written_after():
+    layout = layout_of(planned("llama"), POLICY, False)
+    costs, (one, four) = costs_of(layout, LAPTOP), (planned("llama").kv_bytes_per_token * count for count in (1, 4))
+    seconds = costs.lane_seconds(decoding(4, 100, home=Tier.DISK))
+    assert seconds[Lane.DISK_READ] == pytest.approx(6 * LAPTOP.disk_read.seconds(400 * one - four))
+    assert seconds[Lane.DISK_WRITE] == pytest.approx(6 * LAPTOP.disk_write.seconds(four))
+
+
+def test_streamed_weights_take_the_links_at_their_rate():
+    spec = planned("llama")
+    layout = layout_of(spec, dataclasses.replace(POLICY, weights=DISK), True)
+    seconds = costs_of(layout, T4).lane_seconds(decoding(1, 1))
+    units = layout.placement.units
+    moved = sum(unit.disk_bytes for unit in units)
+    assert moved > 0.9 * spec.weight_bytes - spec.vocab_size * spec.hidden_size * 2  # all but the embedding's rows
+    latency = len(units) * T4.disk_read.latency_seconds
+    rows = seconds[Lane.DISK_READ] - latency - moved / T4.disk_read.bytes_per_second
+    assert 0 < rows < 1e-4, "an embedding on disk is read row by row"
+    in_ram = costs_of(layout_of(spec, dataclasses.replace(POLICY, weights=RAM), True), T4).lane_seconds(decoding(1, 1))
+    assert in_ram[Lane.DISK_READ] == 0
+    assert in_ram[Lane.H2D] == pytest.approx(seconds[Lane.H2D], rel=0.01), "the link carries them from either"
+
+
+def test_only_resident_weights_have_the_layout_that_the_cpu_likes():
+    """plain_weight_share is 0.5 on this machine: a pass of one token, bound by reading weights, takes twice as long."""
+    spec = planned("llama", vocab_size=300)
+    resident, streamed = (
+        costs_of(layout_of(spec, dataclasses.replace(POLICY, weights=weights), False), LAPTOP).lane_seconds(
+            decoding(1, 1)
+        )[Lane.CPU]
+        for weights in (RAM, DISK)
+    )
+    fixed = costs_of(layout_of(spec, POLICY, False), LAPTOP).device.step_overhead_seconds * (4 * 6 + 2)
+    assert streamed - fixed == pytest.approx(2 * (resident - fixed), rel=0.02)
+
+
+def test_compressed_weights_are_brought_back_once_a_pass():
+    spec = planned("llama")
+    plain = costs_of(layout_of(spec, POLICY, False), LAPTOP)
+    packed = costs_of(layout_of(spec, dataclasses.replace(POLICY, weight_bits=4), False), LAPTOP)
+    elements = spec.layer_bytes(0) / spec.dtype_bytes * 6
+    whole_pass = elements * spec.dtype_bytes / LAPTOP.cpu.dequantise_bytes_per_second
+    for tokens in (1, 100, 1000):  # whatever the number of micro-batches
+        shape = decoding(tokens, 10)
+        more = packed.lane_seconds(shape)[Lane.CPU] - plain.lane_seconds(shape)[Lane.CPU]
+        assert more == pytest.approx(whole_pass, rel=0.01)
+    assert plain.dequantise_seconds(elements) == 0.0
+
+
+def test_compressed_cache_is_read_in_its_bits():
+    spec = planned("llama")
+    (part,) = decoding(8, 4000).micro_batches
+    full, four = (
+        costs_of(layout_of(spec, dataclasses.replace(POLICY, kv_bits=bits), False), LAPTOP).attend_pass_seconds(
+            LAPTOP.cpu, part
+        )
+        for bits in (16, 4)
+    )
+    assert full / 4 < four < full / 3  # scales come beside the bits
+
+
+# Mixtures of experts -----------------------------------------------------------------------------------
+
+
+def test_experts_that_no_token_chose_are_not_computed():
+    spec = planned("deepseek", n_routed_experts=64, num_experts_per_tok=2)
+    costs = costs_of(layout_of(spec, POLICY, False), LAPTOP)
+    work, rates = LinearWork.of(spec.linear_shapes("expert")), LAPTOP.cpu.rates["float16"]
+
+    def one_expert(rows: float) -> float:
+        return rates.linear_seconds(rows, work, spec.dtype_bytes) + LAPTOP.cpu.step_overhead_seconds
+
+    one = costs.experts_seconds(64, 1)
+    assert one == pytest.approx(2 * one_expert(1)), "one token meets the experts it is sent to"
+    assert costs.experts_seconds(64, 2) < 2 * one
+    # many tokens meet them all, each expert its share of the rows
+    assert costs.experts_seconds(64, 6400) == pytest.approx(64 * one_expert(6400 * 2 / 64), rel=1e-6)
+
+
+def test_a_group_of_experts_takes_its_share_of_a_layer():
+    costs = costs_of(layout_of(planned("mixtral"), POLICY, True), T4)
+    for tokens in (1, 7, 300):
+        layer = costs.experts_seconds(8, tokens)
+        assert costs.experts_seconds(2, tokens) + costs.experts_seconds(6, tokens) == pytest.approx(layer)
+
+
+def test_only_sparse_layers_have_experts():
+    spec = planned("deepseek")
+    layout = layout_of(spec, POLICY, False)
+    steps, _ = alone(costs_of(layout, LAPTOP), layout, decoding(4, 10))
+    layers = {step.layer for step in steps if step.kind is StepKind.EXPERTS}
+    assert layers == {layer for layer in range(spec.num_layers) if spec.is_sparse(layer)} == {1, 2, 3, 4, 5}
+
+
+# Emulation --------------------------------------------------------------------------------------------
+
+
+def test_an_emulated_device_computes_and_copies_with_the_host():
+    layout = layout_of(planned("llama"), POLICY, True)
+    emulated = costs_of(layout, LAPTOP)
+    assert emulated.device is LAPTOP.cpu
+    assert emulated.h2d is emulated.d2h is LAPTOP.host_copy
+    real = costs_of(layout, T4)
+    assert (real.device, real.h2d, real.d2h) == (T4.gpu, T4.h2d, T4.d2h)
+
+
+def test_hidden_states_off_the_device_cross_the_link_both_ways():
+    spec = planned("llama")
+    away = dataclasses.replace(POLICY, hidden=Placement(0.5, 0.5))
+    plain = costs_of(layout_of(spec, POLICY, True), T4).lane_seconds(decoding(8, 10))
+    moved = costs_of(layout_of(spec, away, True), T4).lane_seconds(decoding(8, 10))
+    crossing = 2 * spec.num_layers * 8 * spec.hidden_size * spec.dtype_bytes // 2
+    for lane, link in ((Lane.H2D, T4.h2d), (Lane.D2H, T4.d2h)):
+        assert moved[lane] - plain[lane] == pytest.approx(link.seconds(crossing))

@@ -1,0 +1,136 @@
+"""A planned pass is the pass that the batcher will run: the same tokens in the same micro-batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from planned_models import planned
+
+from flexrun.config import Placement, Policy
+from flexrun.core import Lane, Tier
+from flexrun.offload.batcher import Batcher
+from flexrun.offload.kv_store import KVStore, Region
+from flexrun.offload.sequence import Group, Sequence
+from flexrun.offload.tiers import MemoryTier
+from flexrun.outputs import Request
+from flexrun.placement import KVMicroBatch, kv_micro_batches
+from flexrun.policy.passes import job_passes
+from flexrun.sampling import SamplingParams
+from flexrun.steps import PassShape
+from flexrun.workload import Workload
+
+SMALL = planned("llama", hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+
+
+class GapCounter(KVStore):
+    """Tells when a gap in a slab changed where, or whether, a sequence was admitted."""
+
+    gaps = 0
+
+    def allocate(self, tokens: int, max_sequences: int) -> Region | None:
+        enough = [
+            (count, -space.free_tokens, index)
+            for index, (count, space) in enumerate(zip(self.sequences, self._spaces))
+            if count < max_sequences and space.free_tokens >= tokens
+        ]
+        region = super().allocate(tokens, max_sequences)
+        if (region.micro_batch if region else None) != (min(enough)[2] if enough else None):
+            self.gaps += 1
+        return region
+
+
+def run_batcher(policy: Policy, places: tuple[KVMicroBatch, ...], workload: Workload) -> tuple[list[PassShape], int]:
+    """The shapes of a whole job, and the pass before which no gap had mattered yet."""
+    store = GapCounter(SMALL, places, MemoryTier(Tier.CPU, None), MemoryTier(Tier.GPU, None))
+    batcher = Batcher(policy, store)
+    groups = []
+    for row, (prompt, limit) in enumerate(zip(workload.prompt_tokens.tolist(), workload.max_tokens.tolist())):
+        params = SamplingParams(temperature=1.0, max_tokens=limit)
+        ids = numpy.zeros(prompt, dtype=numpy.int64)
+        group = Group(Request(str(row), params=params), params, ids, None, frozenset(), limit, unfinished=1)
+        groups.append((group, [Sequence(group, 0, 0, None)]))
+    batcher.feed(iter(groups))
+    shapes, exact = [], None
+    while (plan := batcher.next_pass()) is not None:
+        if store.gaps and exact is None:
+            exact = len(shapes)
+        shapes.append(plan.shape)
+        for sequence in [each for each in plan.sampled if each.append(7, None, None, None)]:
+            batcher.retire(sequence)
+    assert batcher.in_flight == 0
+    shapes[-1] = dataclasses.replace(shapes[-1], more=False)  # it does not look whether its source has more
+    return shapes, len(shapes) if exact is None else exact
+
+
+@st.composite
+def policies(draw, on_device: bool) -> Policy:
+    gpu = draw(st.sampled_from([0.0, 0.5, 1.0])) if on_device else 0.0
+    return Policy(
+        sequences_in_flight=draw(st.integers(1, 9)),
+        tokens_per_pass=draw(st.integers(1, 60)),
+        attention_micro_batch=draw(st.integers(1, 5)),
+        kv=Placement(gpu, 1 - gpu, 0.0),
+        cpu_attention_share=draw(st.sampled_from([0.0, 0.5, 1.0])),
+    )
+
+
+rows = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 12)), min_size=1, max_size=25)
+
+
+def as_workload(lengths: list[tuple[int, int]]) -> Workload:
+    prompts, limits = zip(*lengths)
+    return Workload.of(prompts, limits)
+
+
+@settings(deadline=None, derandomize=True, max_examples=120)
+@given(st.booleans().flatmap(lambda on: st.tuples(st.just(on), policies(on))), rows, st.integers(0, 150))
+def test_a_planned_job_has_the_passes_of_the_batcher(drawn, lengths, spare):
+    (on_device, policy), workload = drawn, as_workload(lengths)
+    count = -(-policy.sequences_in_flight // policy.attention_micro_batch)
+    places = kv_micro_batches(policy, count * workload.longest_tokens + spare, on_device=on_device)
+    real, exact = run_batcher(policy, places, workload)
+    planned_passes = list(job_passes(workload, policy, places))
+    assert planned_passes[:exact] == real[:exact]
+    for passes in (real, planned_passes):
+        decoded = sum(part.decode_tokens for shape in passes for part in shape.micro_batches)
+        assert sum(shape.tokens for shape in passes) == int(workload.kv_tokens.sum())
+        assert sum(shape.logits_rows for shape in passes) == int(workload.max_tokens.sum())
+        assert decoded >= int((workload.max_tokens - 1).sum())
+        assert [shape.more for shape in passes] == [True] * (len(passes) - 1) + [False]
+
+
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(policies(False), st.integers(1, 40), st.integers(1, 30), st.integers(1, 8))
+def test_rows_of_one_length_leave_no_gaps_so_every_pass_is_exact(policy, count, prompt_tokens, max_tokens):
+    workload = Workload.uniform(count, prompt_tokens, max_tokens)
+    places = kv_micro_batches(policy, policy.sequences_in_flight * workload.longest_tokens, on_device=False)
+    real, exact = run_batcher(policy, places, workload)
+    assert exact == len(real)
+    assert list(job_passes(workload, policy, places)) == real
+
+
+def test_a_pass_counts_what_attention_must_read():
+    """Two prompts of 3 and 5 tokens and a pass of 6: the second is cut, and goes on beside the first's decoding."""
+    policy = Policy(sequences_in_flight=2, tokens_per_pass=6, attention_micro_batch=2)
+    places = (KVMicroBatch(Tier.CPU, 40, Lane.CPU),)
+    first, second, third = itertools.islice(job_passes(Workload.of([3, 5], [3, 2]), policy, places), 3)
+    (part,) = first.micro_batches
+    assert (first.tokens, first.logits_rows, part.query_tokens, part.kv_tokens) == (6, 1, 6, 6)
+    assert (part.query_kv_pairs, part.decode_tokens) == (1 + 2 + 3 + 1 + 2 + 3, 0)
+    (part,) = second.micro_batches  # 1 token over 4 cached, 2 more of the prompt over 4 and 5
+    assert (second.tokens, second.logits_rows, part.kv_tokens) == (3, 2, 4 + 5)
+    assert (part.query_kv_pairs, part.decode_tokens, part.decode_kv_tokens) == (4 + 4 + 5, 1, 4)
+    (part,) = third.micro_batches
+    assert (third.tokens, part.decode_tokens, part.decode_kv_tokens, third.more) == (2, 2, 5 + 6, False)
+
+
+def test_rows_that_no_slab_holds_are_left_out():
+    policy = Policy(sequences_in_flight=4, tokens_per_pass=50, attention_micro_batch=2)
+    places = kv_micro_batches(policy, 40, on_device=False)
+    passes = list(job_passes(Workload.of([10, 21, 10], [1, 1, 1]), policy, places))
+    assert [(shape.tokens, shape.logits_rows, shape.more) for shape in passes] == [(20, 2, False)]
+    assert list(job_passes(Workload.of([21], [1]), policy, places)) == []
