@@ -19,7 +19,7 @@ from flexrun.weights.readers import open_checkpoint
 def planned_machine():
     """Plans are made for one machine, whichever the tests run on, and nothing is measured on the way."""
     with pytest.MonkeyPatch.context() as patch:
-        document = Path(__file__).parent.parent / "configs" / "hardware" / "t4-gcp-208gb.json"
+        document = Path(__file__).parent.parent / "configs" / "hardware" / "laptop-cpu.json"
         patch.setenv("FLEXRUN_HARDWARE", str(document))
         yield
 

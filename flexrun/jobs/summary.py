@@ -41,13 +41,13 @@ def _counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
 
 
-def _forecast_lines(forecast: Mapping[str, Any], seconds: float) -> list[tuple[str, str]]:
+def _forecast_lines(engine: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Forecast beside measurement. A job whose answers ended early is judged by the lengths that came."""
-    came = forecast.get("as_it_came")
-    if not came:
+    forecast = engine.get("forecast", {})
+    if "as_it_came" not in forecast:
         return []
-    planned = forecast["planned"]
-    text = f"{came['seconds']:,.1f} s for these lengths, {seconds:,.1f} s measured ({forecast['error']:+.0%})"
+    came, planned = forecast["as_it_came"], forecast["planned"]
+    text = f"{came['seconds']:,.1f} s for these lengths, {engine['seconds']:,.1f} s measured ({forecast['error']:+.0%})"
     if planned["generated_tokens"] > came["generated_tokens"]:
         text += f"; {planned['seconds']:,.1f} s had every answer gone to its limit"
     bound = f"{forecast['share_of_bound']:.0%} of the busiest lane's rate ({came['binding_lane'].replace('_', ' ')})"
@@ -62,6 +62,6 @@ def _engine_lines(engine: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         ("prefill", f"{engine['prompt_tokens']:,} tokens in {engine['prefill_seconds']:,.1f} s"),
         ("decode", f"{engine['generated_tokens']:,} tokens in {engine['decode_seconds']:,.1f} s"),
-        *_forecast_lines(engine.get("forecast") or {}, engine["seconds"]),
+        *_forecast_lines(engine),
         ("peak memory", f"{', '.join(peaks)}; whole process {format_bytes(engine['process_peak_bytes'])}"),
     ]

@@ -37,6 +37,9 @@ def settle_hardware(
     say("measuring this machine once, a few seconds; flexrun profile measures it more exactly")
     disk.mkdir(parents=True, exist_ok=True)
     measured = Hardware.measure(disk, quick=True)
+    if measured.disturbed:
+        say("warning: other programs were busy meanwhile, so this profile is not kept; run flexrun profile later")
+        return measured
     try:
         measured.save(profile_path(folder))
     except (OSError, FlexrunError) as error:
