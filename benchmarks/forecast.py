@@ -44,12 +44,13 @@ def weights_on_disk(sequences: int) -> dict:
 
 def three_tiers(sequences: int, share: float, gpu: float = 0.2, cpu: float = 0.4) -> dict:
     """Weights on all tiers, KV in RAM in two micro-batches, of which ``share`` are attended on the CPU's own lane."""
-    return {
+    policy = {
         "sequences_in_flight": sequences,
         "attention_micro_batch": sequences // 2,
         "weights": {"gpu": gpu, "cpu": cpu, "disk": round(1 - gpu - cpu, 6)},
         "cpu_attention_share": share,
     }
+    return {"policy": policy, "gpu_memory": "3GiB"}
 
 
 CASES = (
@@ -63,11 +64,11 @@ CASES = (
     Case("disk, budget of 1 GiB", True, 48, 64, 24, {"cpu_memory": "1GiB"}),
     Case("disk, budget of 1.5 GiB, long prompts", True, 8, 1000, 12, {"cpu_memory": "1.5GiB"}),
     Case("three tiers, KV on the accelerator", True, 32, 64, 16, {"gpu_memory": "1GiB", "cpu_memory": "1GiB"}),
-    Case("three tiers, half of the KV on the CPU", True, 32, 128, 12, {"policy": three_tiers(32, 0.5), "gpu_memory": "3GiB"}),
-    Case("three tiers, all KV on the CPU", True, 32, 128, 12, {"policy": three_tiers(32, 1.0), "gpu_memory": "3GiB"}),
-    Case("three tiers, KV copied, long prompts", True, 6, 800, 8, {"policy": three_tiers(6, 0.0), "gpu_memory": "3GiB"}),
+    Case("three tiers, half of the KV on the CPU", True, 32, 128, 12, three_tiers(32, 0.5)),
+    Case("three tiers, all KV on the CPU", True, 32, 128, 12, three_tiers(32, 1.0)),
+    Case("three tiers, KV copied, long prompts", True, 6, 800, 8, three_tiers(6, 0.0)),
     Case("two tiers, small model", False, 128, 128, 16, {"gpu_memory": "150MiB", "cpu_memory": "4GiB"}),
-)  # fmt: skip
+)
 
 
 def run(case: Case, model: str, cache_dir: str, hardware: Hardware, folder: Path) -> dict:

@@ -65,12 +65,12 @@ SETTINGS = {
             "CPU attention, 48 sequences, 4 micro-batches": by_hand(48, placement(0.2, 0.8), 512, 4),
             "half CPU attention, 48 sequences": by_hand(48, placement(0.2, 0.8), 512, 2, cpu_attention_share=0.5),
             "KV copied, 48 sequences": by_hand(48, placement(0.2, 0.8), 512, 4, cpu_attention_share=0.0),
-            "KV copied, 48 sequences, passes of 2048": by_hand(48, placement(0.1, 0.9), 2048, 4, cpu_attention_share=0.0),
+            "KV copied, passes of 2048": by_hand(48, placement(0.1, 0.9), 2048, 4, cpu_attention_share=0.0),
             "CPU attention, 48 sequences, passes of 2048": by_hand(48, placement(0.1, 0.9), 2048, 2),
             "CPU attention, 24 sequences": by_hand(24, placement(0.25, 0.75), 512, 2),
         },
     },
-}  # fmt: skip
+}
 SEARCHED = "searched"
 
 
@@ -115,9 +115,8 @@ def main() -> None:
             if fields is None:
                 print(f"  {json.dumps(ran)}", file=sys.stderr, flush=True)
     medians = {name: statistics.median(each) for name, each in rates.items()}
-    print(
-        f"{arguments.setting}: {setting['budgets']}, job {setting['job']}\n\n| policy | tokens/s | searched / this |\n|---|---|---|"
-    )
+    print(f"{arguments.setting}: {setting['budgets']}, job {setting['job']}\n")
+    print("| policy | tokens/s | searched / this |\n|---|---|---|")
     for name, rate in sorted(medians.items(), key=lambda pair: -pair[1]):
         print(f"| {name} | {rate:.1f} | {medians[SEARCHED] / rate:.2f} |")
 

@@ -20,13 +20,13 @@ from pathlib import Path
 from flexrun.hardware import Hardware
 from flexrun.models.families import spec_from_config
 from flexrun.models.spec import ModelSpec
-from flexrun.policy import peers_published as published
 from flexrun.policy.features import PLANNABLE
 from flexrun.policy.forecast import Forecast, forecast
 from flexrun.policy.layout import Budgets, Layout
-from flexrun.policy.peers import filled, peer_forecast, policy_of
-from flexrun.policy.peers_published import Published
-from flexrun.policy.peers_traits import FLEXGEN, MOE_GEN, EngineTraits
+from flexrun.policy.peers import published
+from flexrun.policy.peers.forecast import filled, peer_forecast, policy_of
+from flexrun.policy.peers.published import Published
+from flexrun.policy.peers.traits import FLEXGEN, MOE_GEN, EngineTraits
 from flexrun.policy.search import search
 from flexrun.workload import Workload
 

@@ -90,13 +90,14 @@ def forecast(layout: Layout, workload: Workload, hardware: Hardware, effort: Eff
     shrink = passes_guess(layout.policy, workload) / effort.passes
     rows_a_slot = 3 * layout.policy.sequences_in_flight  # a start, a steady middle and a tail
     large_rows = min(max(int(rows / max(shrink, 1.0)), rows_a_slot, 2), rows)
-    large, ratio = _forecast_rows(layout, drawn(workload, large_rows), costs, hardware, effort)
-    if large_rows == rows:
+    large_part = drawn(workload, large_rows)
+    large, ratio = _forecast_rows(layout, large_part, costs, hardware, effort)
+    if large_rows == rows or not large.passes:
         return large
-    # T(small) holds start and tail; T(large) - T(small) is the steady middle of the rows between.
-    small_rows = max(large_rows // 2, 1)
-    small, _ = _forecast_rows(layout, drawn(workload, small_rows), costs, hardware, effort, ratio)
-    return _combine(workload, large, small, (rows - large_rows) / (large_rows - small_rows))
+    # T(small) holds start and tail; T(large) - T(small) is the steady middle of the rows between. Rows of the one are
+    # among those of the other, so that it matters little which are drawn.
+    small, _ = _forecast_rows(layout, drawn(large_part, max(large_rows // 2, 1)), costs, hardware, effort, ratio)
+    return _combine(workload, large, small)
 
 
 def drawn(workload: Workload, count: int) -> Workload:
@@ -107,22 +108,19 @@ def drawn(workload: Workload, count: int) -> Workload:
     return Workload(workload.prompt_tokens[rows], workload.max_tokens[rows])
 
 
-def _combine(workload: Workload, large: Forecast, small: Forecast, times: float) -> Forecast:
-    def grown(name: str) -> float:
-        return getattr(large, name) + times * (getattr(large, name) - getattr(small, name))
-
+def _combine(workload: Workload, large: Forecast, small: Forecast) -> Forecast:
+    """What a part takes more than a smaller one, as often as the job has tokens more, of prompts and of answers."""
+    prompt_tokens, generated_tokens = int(workload.prompt_tokens.sum()), int(workload.max_tokens.sum())
+    prompts = (prompt_tokens - large.prompt_tokens) / (large.prompt_tokens - small.prompt_tokens)
+    answers = (generated_tokens - large.generated_tokens) / (large.generated_tokens - small.generated_tokens)
+    prefill = large.prefill_seconds + prompts * (large.prefill_seconds - small.prefill_seconds)
+    decode = large.decode_seconds + answers * (large.decode_seconds - small.decode_seconds)
+    times = (prefill + decode - large.seconds) / (large.seconds - small.seconds)
     lanes = {
         lane: seconds + times * (seconds - small.lane_seconds[lane]) for lane, seconds in large.lane_seconds.items()
     }
-    return Forecast(
-        grown("seconds"),
-        grown("prefill_seconds"),
-        grown("decode_seconds"),
-        grown("passes"),
-        int(workload.prompt_tokens.sum()),
-        int(workload.max_tokens.sum()),
-        lanes,
-    )
+    passes = large.passes + answers * (large.passes - small.passes)
+    return Forecast(prefill + decode, prefill, decode, passes, prompt_tokens, generated_tokens, lanes)
 
 
 def passes_guess(policy: Policy, workload: Workload) -> float:
@@ -177,8 +175,8 @@ def _simulated_ratio(
     units = sum(1 for unit in layout.placement.units if unit.disk_bytes + unit.host_bytes)
     steps_a_pass = layout.spec.num_layers * (3 + 3 * len(layout.micro_batches)) + 2 * units
     if steps_a_pass * len(passes) <= effort.steps:
-        simulated = numpy.array(simulate_layout(layout, hardware, passes).pass_seconds)
-        return lambda _: simulated / lanes.max(axis=1)
+        ratios = numpy.array(simulate_layout(layout, hardware, passes).pass_seconds) / lanes.max(axis=1)
+        return lambda asked: ratios if asked is lanes else _of_nearest(asked, lanes, ratios)
     layers = effort.layers_of(layout)
     if layers < layout.spec.num_layers:
         steps_a_pass = steps_a_pass * layers // layout.spec.num_layers

@@ -49,7 +49,9 @@ def test_flags_reach_the_engine(flexrun, engine):
             "--dtype float32 --gpu-memory 1GiB --cpu-memory 2GiB --max-model-len 40 --max-num-seqs 7 --seed 3"
         ),
         *shlex.split("--threads 2 --disk-dir d --cache-dir c --trace t.json --tokenizer tok --policy p.json"),
+        *shlex.split("--hardware hw.json"),
     )
+    assert callable(engine.built.pop("log"))
     assert engine.built == {
         "model": "echo",
         "policy": "p.json",
@@ -66,6 +68,7 @@ def test_flags_reach_the_engine(flexrun, engine):
         "trace": "t.json",
         "device": "cpu",
         "threads": 2,
+        "hardware": "hw.json",
         "progress": False,
     }
 

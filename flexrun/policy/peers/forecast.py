@@ -18,8 +18,8 @@ from flexrun.core import Lane
 from flexrun.hardware import Hardware
 from flexrun.models.spec import ModelSpec
 from flexrun.placement import kv_bytes_per_token
-from flexrun.policy.peers_cost import ATTENTION, MLP, PeerCosts, Work
-from flexrun.policy.peers_traits import EngineTraits, PeerRun
+from flexrun.policy.peers.cost import ATTENTION, MLP, PeerCosts, Work
+from flexrun.policy.peers.traits import EngineTraits, PeerRun
 
 PARTS = ("compute", "weights", "load_cache", "store_cache", "hidden")
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from flexrun.config import Placement
 from flexrun.hardware import Hardware
 from flexrun.models.spec import ModelSpec
-from flexrun.policy.peers import PeerForecast, Phase, calibrate, peer_forecast
-from flexrun.policy.peers_traits import FLEXGEN, MOE_GEN, EngineTraits, PeerRun
+from flexrun.policy.peers.forecast import PeerForecast, Phase, calibrate, peer_forecast
+from flexrun.policy.peers.traits import FLEXGEN, MOE_GEN, EngineTraits, PeerRun
 
 T4, A5000 = "t4-gcp-208gb", "a5000-512gb"  # documents of configs/hardware
 GPU, CPU, DISK = Placement(1.0, 0.0, 0.0), Placement(0.0, 1.0, 0.0), Placement(0.0, 0.0, 1.0)

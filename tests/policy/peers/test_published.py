@@ -15,17 +15,17 @@ import pytest
 from flexrun.core import Lane
 from flexrun.hardware import Hardware
 from flexrun.models.families import spec_from_config
-from flexrun.policy import peers_published as published
 from flexrun.policy.features import PLANNABLE
 from flexrun.policy.forecast import forecast
 from flexrun.policy.layout import Budgets, Layout
-from flexrun.policy.peers import filled, peer_forecast, policy_of
-from flexrun.policy.peers_published import Published
-from flexrun.policy.peers_traits import FLEXGEN, MOE_GEN
+from flexrun.policy.peers import published
+from flexrun.policy.peers.forecast import filled, peer_forecast, policy_of
+from flexrun.policy.peers.published import Published
+from flexrun.policy.peers.traits import FLEXGEN, MOE_GEN
 from flexrun.policy.search import search
 from flexrun.workload import Workload
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 MEDIAN_LIMIT, WORST_LIMIT = 0.15, 0.35
 
 
@@ -198,7 +198,7 @@ def test_latent_attention_belongs_on_the_gpu():
 
 
 def test_the_benchmark_prints_these_rows(capsys, monkeypatch):
-    script = Path(__file__).parents[2] / "benchmarks" / "published.py"
+    script = Path(__file__).parents[3] / "benchmarks" / "published.py"
     monkeypatch.setattr("sys.argv", [str(script)])
     runpy.run_path(str(script), run_name="__main__")
     result = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -11,7 +11,7 @@ from flexrun.core import Lane, Tier
 from flexrun.hardware import Hardware, LinearWork
 from flexrun.models.spec import ModelSpec
 from flexrun.placement import compressed_bytes
-from flexrun.policy.peers_traits import EngineTraits, PeerRun
+from flexrun.policy.peers.traits import EngineTraits, PeerRun
 
 ATTENTION, MLP = "attention", "mlp"
 HALVES = {ATTENTION: ("attention",), MLP: ("mlp", "experts")}  # half layer -> modules of ModelSpec.layer_tensors

@@ -10,9 +10,9 @@ from flexrun.config import Placement
 from flexrun.core import Lane, Tier
 from flexrun.hardware import Hardware, Processor, Rates, Transfer
 from flexrun.models.families import spec_from_config
-from flexrun.policy.peers import calibrate, peer_forecast, sequences_held
-from flexrun.policy.peers_cost import ATTENTION, MLP, PeerCosts
-from flexrun.policy.peers_traits import FLEXGEN, MOE_GEN, EngineTraits, PeerRun
+from flexrun.policy.peers.cost import ATTENTION, MLP, PeerCosts
+from flexrun.policy.peers.forecast import calibrate, peer_forecast, sequences_held
+from flexrun.policy.peers.traits import FLEXGEN, MOE_GEN, EngineTraits, PeerRun
 
 CPU, GPU, DISK = Placement(0.0, 1.0, 0.0), Placement(1.0, 0.0, 0.0), Placement(0.0, 0.0, 1.0)
 LAYERS, HIDDEN = 4, 1024

@@ -46,7 +46,7 @@ class EngineTraits:
         copy_worker_func).
     expert_rows: most rows of one call of an expert (Wrapper.py); 0 is no limit.
 
-    Calibrated, two an engine, on the row that peers_published.py names:
+    Calibrated, two an engine, on the row that published.py names:
     matmul_share: part of the machine's matmul rate that its kernels reach.
     cpu_bytes_per_second: memory traffic of its attention on the CPU; None is the machine's rate of reading a cache.
     sync_seconds: for how long the link idles with each micro-batch attended on the GPU, because the buffer is free only
