@@ -43,7 +43,7 @@ class Effort:
 
 
 MIN_LAYERS = 4
-QUICK = Effort(passes=150, steps=2_500, layers=8, units=64)  # for ranking many policies
+QUICK = Effort(passes=150, steps=3_000, layers=8, units=64)  # for ranking many policies
 FULL = Effort(passes=1000, steps=10_000, layers=40, units=128)
 
 
@@ -171,7 +171,10 @@ def _forecast_rows(
 def _simulated_ratio(
     layout: Layout, hardware: Hardware, passes: Sequence[PassShape], lanes: numpy.ndarray, effort: Effort
 ) -> Ratio:
-    """Simulate all passes, or some that differ as much as possible, each behind the pass that fills the pipeline."""
+    """Simulate all passes, or some that differ as much as possible.
+
+    Each runs behind the pass before it, which fills the pipeline, and twice, as neighbours in a job are alike.
+    """
     units = sum(1 for unit in layout.placement.units if unit.disk_bytes + unit.host_bytes)
     steps_a_pass = layout.spec.num_layers * (3 + 3 * len(layout.micro_batches)) + 2 * units
     if steps_a_pass * len(passes) <= effort.steps:
@@ -182,12 +185,12 @@ def _simulated_ratio(
         steps_a_pass = steps_a_pass * layers // layout.spec.num_layers
         layout = layout.shallow(layers)
     costs = StepCosts(layout.spec, layout.policy, layout.placement, hardware, on_device=layout.on_device)
-    chosen = _most_different(lanes, max(effort.steps // (2 * steps_a_pass), 4))
+    chosen = _most_different(lanes, max(effort.steps // (3 * steps_a_pass), 4))
     ratios = []
     for place in chosen:
-        window = passes[max(place - 1, 0) : place + 1]
-        seconds = simulate_layout(layout, hardware, window).pass_seconds[-1]
-        ratios.append(seconds / max(costs.lane_seconds(window[-1]).values()))
+        window = [passes[max(place - 1, 0)], passes[place], passes[place]]
+        seconds = simulate_layout(layout, hardware, window).pass_seconds
+        ratios.append(sum(seconds[1:]) / 2 / max(costs.lane_seconds(passes[place]).values()))
     return partial(_of_nearest, known=lanes[chosen], ratios=numpy.array(ratios))
 
 
