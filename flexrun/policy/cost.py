@@ -11,6 +11,7 @@ from functools import cached_property, lru_cache
 
 from flexrun.config import Policy
 from flexrun.core import Lane, Tier
+from flexrun.errors import ConfigError
 from flexrun.hardware import Hardware, LinearWork, Processor, Transfer
 from flexrun.models.spec import ModelSpec
 from flexrun.placement import LOGITS_ROWS, WeightPlacement, kv_bytes_per_token
@@ -113,7 +114,14 @@ class StepCosts:
         """Bringing compressed weights back to the dtype, once a module and pass."""
         if self.policy.weight_bits == 16:
             return 0.0
-        return elements * self.spec.dtype_bytes / self.device.dequantise_bytes_per_second
+        speed = self.device.dequantise_bytes_per_second
+        if not speed:
+            raise ConfigError(
+                f"{self.hardware.name}: no dequantise_bytes_per_second, so weights of {self.policy.weight_bits} bits "
+                "cannot be planned",
+                "set weight_bits to 16, or measure the machine again",
+            )
+        return elements * self.spec.dtype_bytes / speed
 
     def embed_seconds(self, tokens: int) -> float:
         moved = 2 * tokens * self.spec.hidden_size * self.spec.dtype_bytes
