@@ -119,7 +119,7 @@ class StepCosts:
             raise ConfigError(
                 f"{self.hardware.name}: no dequantise_bytes_per_second, so weights of {self.policy.weight_bits} bits "
                 "cannot be planned",
-                "set weight_bits to 16, or measure the machine again",
+                "set weight_bits to 16, or give the hardware file that number",
             )
         return elements * self.spec.dtype_bytes / speed
 
