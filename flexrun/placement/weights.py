@@ -59,6 +59,7 @@ class _Columns:
         self.moving = numpy.flatnonzero(self.ways == MOVES)
         self.moving_bytes = self.nbytes[self.moving].tolist()
         self.keys = list(keys)
+        self.head = self._head_place(spec)
         self.unit_bytes = self._by_unit(self.nbytes, self.units >= 0)
         self.experts = [len(experts.get(key, ())) for key in self.keys]
         head = (spec.num_layers, "head")  # a tied one was met with the embedding, before the layers
@@ -66,6 +67,12 @@ class _Columns:
         self.token_embedding = next(
             number for number, (_, tensor) in enumerate(self.rows) if tensor.name == "token_embedding.weight"
         )
+
+    def _head_place(self, spec: ModelSpec) -> int:
+        """Place of the head's matrix (or the embedding tied to it) among the tensors that move; -1 if it stays."""
+        name = "token_embedding.weight" if spec.tie_word_embeddings else "lm_head.weight"
+        found = [place for place, row in enumerate(self.moving.tolist()) if self.rows[row][1].name == name]
+        return found[0] if found else -1
 
     def _by_unit(self, nbytes: numpy.ndarray, chosen: numpy.ndarray) -> numpy.ndarray:
         sums = numpy.bincount(self.units[chosen], nbytes[chosen].astype(float), len(self.keys))
@@ -148,9 +155,10 @@ def place_weights(spec: ModelSpec, policy: Policy, *, on_device: bool) -> Weight
     """Give every tensor a tier so that each tier holds at most its fraction and all layers stream alike.
 
     Works like error diffusion: each tensor adds its share to a tier's credit, and a tensor goes to the
-    fastest tier whose credit covers it, so the moved bytes spread evenly over the layers. Tensors under
-    64 KiB live with the compute device. An untied token embedding is gathered by rows, so it is the
-    first to leave RAM and never counts towards the fractions.
+    fastest tier whose credit covers it, so the moved bytes spread evenly over the layers. The head goes first, to
+    the fastest tier of whose share it takes no more than half: moved, it would be one lump at the end of each pass and
+    need a ring of its size. Tensors under 64 KiB live with the compute device. An untied token embedding is gathered by
+    rows, so it is the first to leave RAM and never counts towards the fractions.
     """
     fractions = policy.weights
     if not on_device and fractions.gpu:
@@ -163,18 +171,28 @@ def place_weights(spec: ModelSpec, policy: Policy, *, on_device: bool) -> Weight
     rest = 2 if fractions.disk > 1e-9 else 1 if fractions.cpu > 1e-9 else 0
     tiers = numpy.full(len(columns.rows), rest, dtype=numpy.int8)
     tiers[columns.ways == STAYS] = TIERS.index(Tier.GPU if on_device else Tier.CPU)
-    tiers[columns.moving] = _diffused(columns.moving_bytes, fractions, rest)
+    tiers[columns.moving] = _diffused(columns.moving_bytes, columns.head, fractions, rest)
     return WeightPlacement(columns, tiers, on_device)
 
 
-def _diffused(sizes: list[int], fractions: Placement, rest: int) -> list[int] | int:
-    """The tier of each tensor that moves; one number where all go to the same."""
+def _diffused(sizes: list[int], head: int, fractions: Placement, rest: int) -> list[int] | int:
+    """The tier of each tensor that moves; one number where all go to the same. head: place of the head, or -1."""
     gpu, cpu = fractions.gpu, fractions.cpu
     if rest == 0 or (gpu <= 1e-9 and (rest == 1 or cpu <= 1e-9)):
         return rest
+    head_tier, total = rest, sum(sizes)
+    if head >= 0:
+        shares = {0: gpu, 1: cpu if rest == 2 else 0.0}
+        head_tier = next((tier for tier, share in shares.items() if 2 * sizes[head] <= share * total), rest)
+        others = max(total - sizes[head], 1)
+        gpu = (gpu * total - (sizes[head] if head_tier == 0 else 0)) / others
+        cpu = (cpu * total - (sizes[head] if head_tier == 1 and rest == 2 else 0)) / others
     gpu_credit = cpu_credit = 0.0
     tiers = []
-    for size in sizes:
+    for place, size in enumerate(sizes):
+        if place == head:
+            tiers.append(head_tier)
+            continue
         gpu_credit += gpu * size
         cpu_credit += cpu * size
         needed = size * (1 - 1e-9)

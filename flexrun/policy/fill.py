@@ -20,12 +20,18 @@ class NoFit(BudgetError):
 
 
 def fill_weights(
-    spec: ModelSpec, policy: Policy, workload: Workload, budgets: Budgets, *, keep: bool = False
+    spec: ModelSpec,
+    policy: Policy,
+    workload: Workload,
+    budgets: Budgets,
+    *,
+    keep: bool = False,
+    least_rings: bool = False,
 ) -> Layout | None:
     """The layout of ``policy`` with as many weights as fit on the GPU, then in RAM; None where none fit.
 
-    Reading ahead comes before residence: weights are resident beside full rings only. keep: take the policy's weights
-    as they are.
+    least_rings: leave the streaming rings no more than they must have, instead of all that they want; more weights are
+    resident then, and less is read ahead. keep: take the policy's weights as they are.
     """
     if keep:
         layout = Layout.of(spec, policy, workload, budgets)
@@ -34,17 +40,17 @@ def fill_weights(
     if not layout.fits:
         return None
     if budgets.on_device:
-        layout = _fullest(layout, workload, Tier.GPU)
-    return _fullest(layout, workload, Tier.CPU)
+        layout = _fullest(layout, workload, Tier.GPU, least_rings)
+    return _fullest(layout, workload, Tier.CPU, least_rings)
 
 
-def _fullest(layout: Layout, workload: Workload, tier: Tier) -> Layout:
+def _fullest(layout: Layout, workload: Workload, tier: Tier, least_rings: bool) -> Layout:
     """The layout with the largest share of the weights on ``tier`` that leaves its ring whole; they leave the disk."""
-    share = _share(layout, tier)
+    share = _share(layout, tier, least_rings)
     while share > 0:
         gpu, cpu = (share, 0.0) if tier is Tier.GPU else (layout.policy.weights.gpu, share)
         filled = _with_weights(layout.spec, layout.policy, workload, layout.budgets, gpu, cpu)
-        if filled.fits and _ring_is_full(filled, tier):
+        if filled.fits and (least_rings or _ring_is_full(filled, tier)):
             return filled
         share = max(share - STEP, 0.0)
     return layout
@@ -60,7 +66,7 @@ def _ring_is_full(layout: Layout, tier: Tier) -> bool:
     return (account.device_ring_bytes if device else account.host_ring_bytes) >= account.wanted_ring_bytes[device]
 
 
-def _share(layout: Layout, tier: Tier) -> float:
+def _share(layout: Layout, tier: Tier, least_rings: bool) -> float:
     """Share of the weights that fits on a tier beside all else; its ring shrinks with the share that streams."""
     kinds, account = layout.account.bytes_by_kind[tier], layout.account
     room = layout.budgets.of(tier) - sum(size for kind, size in kinds.items() if kind != "ring")
@@ -68,7 +74,8 @@ def _share(layout: Layout, tier: Tier) -> float:
     left = layout.policy.weights.disk
     if weights <= room:
         return left
-    ring = account.wanted_ring_bytes[tier is Tier.GPU]
+    units = layout.placement.max_unit_stream_bytes
+    ring = units[tier is Tier.GPU] if least_rings else account.wanted_ring_bytes[tier is Tier.GPU]
     return max((room - ring) / max(weights - ring, 1), 0.0) * left
 
 

@@ -43,7 +43,7 @@ class Effort:
 
 
 MIN_LAYERS = 4
-QUICK = Effort(passes=150, steps=3_000, layers=8, units=64)  # for ranking many policies
+QUICK = Effort(passes=120, steps=3_000, layers=8, units=64)  # for ranking many policies
 FULL = Effort(passes=1000, steps=10_000, layers=40, units=128)
 
 
@@ -83,21 +83,36 @@ class Forecast:
         return self.lane_seconds[lane] / self.seconds if self.seconds else 0.0
 
 
-def forecast(layout: Layout, workload: Workload, hardware: Hardware, effort: Effort = FULL) -> Forecast:
-    """Time of a job whose sequences all run to ``max_tokens``. Raises nothing of its own: check the layout first."""
+def forecast(
+    layout: Layout,
+    workload: Workload,
+    hardware: Hardware,
+    effort: Effort = FULL,
+    limit_seconds: float = float("inf"),
+) -> Forecast:
+    """Time of a job whose sequences all run to ``max_tokens``. Raises nothing of its own: check the layout first.
+
+    limit_seconds: where the busiest lanes alone take longer, their time is the answer and nothing is simulated.
+    """
     rows = len(workload)
     costs = StepCosts(layout.spec, layout.policy, layout.placement, hardware, on_device=layout.on_device)
     shrink = passes_guess(layout.policy, workload) / effort.passes
     rows_a_slot = 3 * layout.policy.sequences_in_flight  # a start, a steady middle and a tail
     large_rows = min(max(int(rows / max(shrink, 1.0)), rows_a_slot, 2), rows)
-    large_part = drawn(workload, large_rows)
-    large, ratio = _forecast_rows(layout, large_part, costs, hardware, effort)
-    if large_rows == rows or not large.passes:
-        return large
-    # T(small) holds start and tail; T(large) - T(small) is the steady middle of the rows between. Rows of the one are
-    # among those of the other, so that it matters little which are drawn.
-    small, _ = _forecast_rows(layout, drawn(large_part, max(large_rows // 2, 1)), costs, hardware, effort, ratio)
-    return _combine(workload, large, small)
+    parts = [_Part.of(drawn(workload, large_rows), layout, costs)]
+    if large_rows < rows and parts[0].passes:
+        # T(small) holds start and tail; T(large) - T(small) is the steady middle of the rows between. Rows of the one
+        # are among those of the other, so that it matters little which are drawn.
+        parts.append(_Part.of(drawn(parts[0].workload, max(large_rows // 2, 1)), layout, costs))
+    bound = _whole(workload, [part.forecast(_no_waiting) for part in parts])
+    if bound.seconds > limit_seconds or not parts[0].passes:
+        return bound
+    ratio = _simulated_ratio(layout, hardware, parts[0].passes, parts[0].lanes, effort)
+    return _whole(workload, [part.forecast(ratio) for part in parts])
+
+
+def _whole(workload: Workload, parts: Sequence[Forecast]) -> Forecast:
+    return parts[0] if len(parts) == 1 else _combine(workload, *parts)
 
 
 def drawn(workload: Workload, count: int) -> Workload:
@@ -133,39 +148,40 @@ def passes_guess(policy: Policy, workload: Workload) -> float:
 Ratio = Callable[[numpy.ndarray], numpy.ndarray]  # lane seconds [passes, lanes] -> simulated / busiest lane's time
 
 
-def _forecast_rows(
-    layout: Layout,
-    workload: Workload,
-    costs: StepCosts,
-    hardware: Hardware,
-    effort: Effort,
-    ratio: Ratio | None = None,
-) -> tuple[Forecast, Ratio]:
-    """Forecast of exactly these rows, and what the simulation added to the busiest lane along the job.
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Some rows of a job, their passes, and what each pass asks of each lane: seconds [passes, lanes]."""
 
-    ratio: taken as it is, where the same policy was simulated already.
-    """
-    passes = list(job_passes(workload, layout.policy, layout.micro_batches))
-    if not passes:  # no row fits the cache: a run refuses them all
-        return Forecast(0.0, 0.0, 0.0, 0, 0, 0, dict.fromkeys(Lane, 0.0)), numpy.ones_like
-    lanes = numpy.array([list(costs.lane_seconds(shape).values()) for shape in passes])
-    if ratio is None:
-        ratio = _simulated_ratio(layout, hardware, passes, lanes, effort)
-    # Moving hidden states is not scheduled yet: it counts where its lane alone would take longer.
-    pass_seconds = lanes.max(axis=1) * numpy.maximum(ratio(lanes), 1.0)
-    decode_tokens = [sum(part.decode_tokens for part in shape.micro_batches) / shape.tokens for shape in passes]
-    decode = float((pass_seconds * decode_tokens).sum())
-    total = float(pass_seconds.sum())
-    job = Forecast(
-        total,
-        total - decode,
-        decode,
-        len(passes),
-        int(workload.prompt_tokens.sum()),
-        int(workload.max_tokens.sum()),
-        dict(zip(Lane, lanes.sum(axis=0).tolist())),
-    )
-    return job, ratio
+    workload: Workload
+    passes: list[PassShape]
+    lanes: numpy.ndarray
+
+    @classmethod
+    def of(cls, workload: Workload, layout: Layout, costs: StepCosts) -> _Part:
+        passes = list(job_passes(workload, layout.policy, layout.micro_batches))
+        return cls(workload, passes, numpy.array([list(costs.lane_seconds(shape).values()) for shape in passes]))
+
+    def forecast(self, ratio: Ratio) -> Forecast:
+        """Of exactly these rows, given what waiting adds to the busiest lane of each pass."""
+        if not self.passes:  # no row fits the cache: a run refuses them all
+            return Forecast(0.0, 0.0, 0.0, 0, 0, 0, dict.fromkeys(Lane, 0.0))
+        # Moving hidden states is not scheduled yet: it counts where its lane alone would take longer.
+        pass_seconds = self.lanes.max(axis=1) * numpy.maximum(ratio(self.lanes), 1.0)
+        shares = [sum(part.decode_tokens for part in shape.micro_batches) / shape.tokens for shape in self.passes]
+        decode, total = float((pass_seconds * shares).sum()), float(pass_seconds.sum())
+        return Forecast(
+            total,
+            total - decode,
+            decode,
+            len(self.passes),
+            int(self.workload.prompt_tokens.sum()),
+            int(self.workload.max_tokens.sum()),
+            dict(zip(Lane, self.lanes.sum(axis=0).tolist())),
+        )
+
+
+def _no_waiting(lanes: numpy.ndarray) -> numpy.ndarray:
+    return numpy.ones(len(lanes))
 
 
 def _simulated_ratio(

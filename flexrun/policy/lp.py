@@ -24,7 +24,6 @@ from flexrun.placement import (
     kv_bytes_per_token,
     offloaded_query_bytes,
     pass_row_bytes,
-    ring_bytes,
     workspace_bytes,
 )
 from flexrun.policy.cost import StepCosts
@@ -139,7 +138,7 @@ class _Program:
         spec, policy, budgets, weights, kv = self.spec, self.policy, self.budgets, self.weights, self.kv
         weight_bytes = streamed.stored_bytes
         kv_bytes = kv_room_tokens * kv_bytes_per_token(spec, policy.kv_bits)
-        host_ring, device_ring = (size // 2 for size in ring_bytes(streamed))  # half of what it wants is enough to run
+        host_ring, device_ring = streamed.max_unit_stream_bytes  # what a ring must have; it is given more if there is
         staging = KV_SLOTS * kv_bytes / (max(self.micro_batches, 1) * spec.num_layers)
         rows = policy.tokens_per_pass * pass_row_bytes(spec)
         fixed_work = max(workspace_bytes(spec, policy) - rows, 0)

@@ -30,6 +30,8 @@ KIND_PASSES = 60  # passes looked at to see what kinds a job has
 CPU_ROWS, GPU_ROWS = 512, 2048  # of one linear-layer call: enough to reach the matmul rate
 PRICED_BYTES = 8 << 30
 DOUBLING_COST = 0.004
+PURE_TRIED, PURE_WITHIN = 8, 3.0  # free programs, within this factor of the best, whose pure forms are solved
+SIZES_ROUNDED = 4
 
 
 def size_cost(policy: Policy) -> float:
@@ -71,12 +73,12 @@ class Programs:
         return len(self._choices)
 
     def solve_all(self) -> list[Choice]:
-        """Solved programs, best first: a coarse grid, then the neighbourhood of the best."""
+        """Programs worth rounding: the best of each pass size with the KV cache placed freely, and of each pure home.
+
+        A coarse grid comes first, then the neighbourhood of its best, then pure homes where the free ones do well.
+        """
         for sequences in self.sequence_counts():
-            usual, *others = self.pass_tokens(sequences)
-            for kv_home in self.kv_homes:
-                self.solve(sequences, usual, kv_home)
-            for tokens in others[:1]:  # a smaller pass may leave the room that so many sequences need
+            for tokens in self.pass_tokens(sequences)[:2]:
                 self.solve(sequences, tokens)
         for _ in range(2):
             for choice in self.solved()[:2]:
@@ -87,7 +89,15 @@ class Programs:
                     for near in (sequences * 3 // 4, sequences * 5 // 4, sequences * 3 // 2):
                         if 1 <= near <= self.most_sequences:
                             self.solve(near, max(choice.policy.tokens_per_pass, near))
-        return self.solved()
+        for choice in self.solved()[:PURE_TRIED]:
+            if choice.seconds <= PURE_WITHIN * self.solved()[0].seconds:
+                for kv_home in self.kv_homes:
+                    self.solve(choice.policy.sequences_in_flight, choice.policy.tokens_per_pass, kv_home)
+        by_size: dict[int, Choice] = {}
+        for choice in self.solved():
+            by_size.setdefault(choice.policy.tokens_per_pass, choice)
+        pure = [choice for kv_home in self.kv_homes for choice in self.solved(kv_home)[:1]]
+        return [*list(by_size.values())[:SIZES_ROUNDED], *pure]
 
     def solved(self, kv_home: str | None = None) -> list[Choice]:
         """Solved programs, best first: those with the KV cache placed freely, or all at one home."""
@@ -95,13 +105,13 @@ class Programs:
         return sorted(solved, key=lambda choice: choice.seconds)
 
     @property
-    def kv_homes(self) -> tuple[str | None, ...]:
-        """Homes of the KV cache to solve for: free, and beside a device each one alone.
+    def kv_homes(self) -> tuple[str, ...]:
+        """Pure homes of the KV cache to solve for.
 
         A program lets all lanes overlap; where the schedule does not, a pure form may be the better one.
         """
         alone = self.budgets.on_device and not {"kv", "cpu_attention_share"} & set(self.fixed)
-        return (None, "gpu", "cpu_to_gpu", "cpu_on_cpu") if alone else (None,)
+        return ("gpu", "cpu_to_gpu", "cpu_on_cpu") if alone else ()
 
     @cached_property
     def most_sequences(self) -> int:

@@ -8,7 +8,6 @@ account, and scored by the simulated job; the winner is improved by small moves 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -24,14 +23,16 @@ from flexrun.policy.fill import fill_weights, refuse
 from flexrun.policy.forecast import FULL, QUICK, Forecast, forecast
 from flexrun.policy.layout import Budgets, Layout
 from flexrun.policy.lp import Solution
-from flexrun.policy.programs import USUAL_PASS_TOKENS, Choice, Programs, size_cost
+from flexrun.policy.programs import GPU_ROWS, USUAL_PASS_TOKENS, Choice, Programs, size_cost
 from flexrun.workload import Workload
 
 MICRO_BATCHES = (1, 4, 16)  # of attention, beside a device
-ROUNDED = 2  # best programs that are rounded and simulated
 FINALISTS, CLOSE = 2, 1.05  # policies looked at in full, within this factor of the best
 WORTH = 0.005  # a move must save this share of the time
-MOVES_TRIED = 40
+MOVES_TRIED = 36
+MANY_ROUNDS = 12
+DEEP_UNITS = 200
+MANY_MORE = 0.04  # share of the weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,12 +78,11 @@ class _Search:
         self.fixed: dict[str, Any] = fixed
         self.programs = Programs(spec, hardware, workload, budgets, fixed, features)
         self._scores: dict[Policy, tuple[float, Layout] | None] = {}
+        self._best_score = float("inf")  # whose bound is above it need not be simulated
 
     def run(self) -> Plan:
         choices = self.programs.solve_all()
-        pure = [self.programs.solved(kv_home)[:1] for kv_home in self.programs.kv_homes if kv_home]
-        rounded = ROUNDED if self.budgets.on_device else 2 * ROUNDED  # a CPU alone has no micro-batch counts to try
-        for choice in [*choices[:rounded], *itertools.chain(*pure)]:
+        for choice in choices:
             for policy in self._rounded(choice):
                 self._score(policy)
         if not self._layouts():  # fractions fitted, or nothing did: whole tensors and slabs of fewer sequences may
@@ -91,7 +91,7 @@ class _Search:
                     break
         if not self._layouts():
             refuse(self.spec, self._smallest(), self.workload, self.budgets)
-        self._improve(self._layouts()[0][1].policy)
+        self._improve()
         job, layout = self._finalist()
         solution, gains = None, {}
         if choices:
@@ -105,7 +105,8 @@ class _Search:
     def _rounded(self, choice: Choice) -> Iterator[Policy]:
         """The solution as policies of several micro-batch counts and CPU shares."""
         sequences, solution = choice.policy.sequences_in_flight, choice.solution
-        counts = MICRO_BATCHES if self.budgets.on_device or solution.kv_placement.disk > 0 else (1,)
+        off_device = self.budgets.on_device and solution.kv_placement.gpu < 1 - 1e-6
+        counts = MICRO_BATCHES if off_device or solution.kv_placement.disk > 0 else (1,)
         sizes = {-(-sequences // min(count, sequences)) for count in counts}
         if "attention_micro_batch" in self.fixed:
             sizes = {self.fixed["attention_micro_batch"]}
@@ -154,14 +155,32 @@ class _Search:
         """Forecast seconds of a policy with its weights placed, times its size_cost; None where it does not fit."""
         key = policy
         if key not in self._scores:
-            layout = fill_weights(self.spec, policy, self.workload, self.budgets, keep="weights" in self.fixed)
-            self._scores[key] = None
-            if layout is not None:
-                policy = layout.policy
-                seconds = forecast(layout, self.workload, self.hardware, QUICK).seconds
-                self._scores[key] = self._scores[policy] = seconds * size_cost(policy), layout
+            scored = [self._scored(layout) for layout in self._filled(policy)]
+            self._scores[key] = min(scored, key=lambda score: score[0]) if scored else None
+            if scored:
+                self._scores[self._scores[key][1].policy] = self._scores[key]
         score = self._scores[key]
         return score and score[0]
+
+    def _scored(self, layout: Layout) -> tuple[float, Layout]:
+        cost = size_cost(layout.policy)
+        job = forecast(layout, self.workload, self.hardware, QUICK, self._best_score / cost)
+        self._best_score = min(self._best_score, job.seconds * cost)
+        return job.seconds * cost, layout
+
+    def _filled(self, policy: Policy) -> Iterator[Layout]:
+        """The policy with its weights placed: beside whole rings, and beside the least if that keeps many more."""
+        keep = "weights" in self.fixed or policy.weights != Placement()  # a move may say where they are
+        layout = fill_weights(self.spec, policy, self.workload, self.budgets, keep=keep)
+        if layout is None:
+            return
+        yield layout
+        if keep:
+            return
+        if layout.policy.weights.disk + (layout.policy.weights.cpu if self.budgets.on_device else 0) > 0:
+            least = fill_weights(self.spec, policy, self.workload, self.budgets, least_rings=True)
+            if _resident(least) > _resident(layout) + MANY_MORE:
+                yield least
 
     def _layouts(self) -> list[tuple[float, Layout]]:
         """Scored layouts, best first."""
@@ -177,21 +196,32 @@ class _Search:
 
     # Small moves --------------------------------------------------------------------------------------
 
-    def _improve(self, policy: Policy) -> None:
-        """Hill climbing over neighbouring policies: the first move that pays is made, until none does."""
-        left = MOVES_TRIED
+    def _improve(self) -> None:
+        """Hill climbing from the best policy of each form: where the KV cache lives and where it is attended."""
+        starts: dict[tuple[bool, bool], Policy] = {}
+        for _, layout in self._layouts():
+            policy = layout.policy
+            starts.setdefault((policy.kv.gpu > 0.5, policy.cpu_attention_share > 0.5), policy)
+        units = len(self._layouts()[0][1].placement.units)
+        left = min(max(MOVES_TRIED * DEEP_UNITS // units, MOVES_TRIED // 2), 3 * MOVES_TRIED)  # deep models cost more
+        for policy in starts.values():
+            left = self._climb(policy, left)
+
+    def _climb(self, policy: Policy, left: int) -> int:
+        """From one policy to its neighbours: the first move that pays is made, until none does. Returns moves left."""
         improved = True
         while improved:
             improved = False
             for changes in self._moves(policy):
-                moved = dataclasses.replace(policy, **changes)
+                moved = dataclasses.replace(policy, **{"weights": Placement(), **self.fixed, **changes})
                 left -= moved not in self._scores
                 if left < 0:
-                    return
+                    return 0
                 score = self._score(moved)
                 if score is not None and score < self._scores[policy][0] * (1 - WORTH):
                     policy = self._scores[moved][1].policy
                     improved = True
+        return left
 
     def _moves(self, policy: Policy) -> Iterator[dict]:
         """Changes of what is not fixed, those that tend to matter most first."""
@@ -199,6 +229,17 @@ class _Search:
         count = -(-sequences // policy.attention_micro_batch)
         free = {each.name for each in dataclasses.fields(Policy)} - set(self.fixed)
         many = {"sequences_in_flight", "attention_micro_batch", "tokens_per_pass"} <= free
+        rounds = -(-len(self.workload) // sequences)
+        for round_count in (
+            (rounds - 1, rounds, rounds + 1) if many else ()
+        ):  # even rounds leave no slot empty at the end
+            near = -(-len(self.workload) // round_count) if 0 < round_count <= MANY_ROUNDS else sequences
+            if near != sequences and near <= self.programs.most_sequences:
+                yield {
+                    "sequences_in_flight": near,
+                    "attention_micro_batch": -(-near // count),
+                    "tokens_per_pass": max(tokens, near),
+                }
         for factor in (2, 0.5, 1.5, 0.75) if many else ():
             near = min(round(sequences * factor), self.programs.most_sequences)
             if 1 <= near != sequences:
@@ -208,6 +249,8 @@ class _Search:
                     yield {**change, "tokens_per_pass": 2 * tokens}
         if "tokens_per_pass" in free:
             yield {"tokens_per_pass": 2 * tokens}
+            if "token_micro_batch" in free:
+                yield {"tokens_per_pass": 4 * tokens, "token_micro_batch": min(4 * policy.token_micro_batch, GPU_ROWS)}
             yield {"tokens_per_pass": max(tokens // 2, sequences)}
         if self.budgets.on_device:
             if "attention_micro_batch" in free:
@@ -225,7 +268,18 @@ class _Search:
             for rows in (256, 512, 1024, 2048):
                 if rows <= tokens:
                     yield {"token_micro_batch": rows}
+        if "weights" in free and 0 < policy.weights.gpu < 1:  # which tensors move changes how evenly they move
+            for step in (-0.02, -0.04, -0.06, -0.1, 0.02):
+                gpu = min(max(round(policy.weights.gpu + step, 4), 0.0), 1.0)
+                cpu = min(policy.weights.cpu, 1.0 - gpu) if policy.weights.disk else 1.0 - gpu
+                yield {"weights": Placement(gpu, cpu, max(1.0 - gpu - cpu, 0.0))}
         for factor in (1.125, 0.875) if many else ():
             near = min(round(sequences * factor), self.programs.most_sequences)
             if 1 <= near != sequences:
                 yield {"sequences_in_flight": near, "attention_micro_batch": -(-near // count)}
+
+
+def _resident(layout: Layout) -> float:
+    """Shares of the weights on the faster tiers, the fastest counted twice."""
+    weights = layout.policy.weights
+    return 2 * weights.gpu + weights.cpu
