@@ -18,8 +18,14 @@ from flexrun.placement import LOGITS_ROWS, WeightPlacement, kv_bytes_per_token
 from flexrun.steps import MicroBatchShape, PassShape, Step, StepKind
 
 ROW_READ_SECONDS = 4e-6  # one embedding row out of the page cache
-SEQUENCE_SECONDS = 6e-6  # planning one sequence's part of a pass, appending and decoding its token
-PASS_SECONDS = 3e-4  # planning a pass, apart from its sequences
+SEQUENCE_SECONDS = 22e-6  # planning one sequence's part of a pass
+PASS_SECONDS = 1.2e-3  # planning a pass, apart from its sequences
+TOKEN_SECONDS = 30e-6  # appending one sampled token and making its text
+STORE_SECONDS = 5e-4  # the executor's own work around the projections of a layer
+# Steps in a run against each timed by itself, measured on a CPU by benchmarks/forecast.py: modules find other data in
+# the cache, attention meets short contexts, reads wait for one another's ends.
+CPU_IN_RUN, CPU_ATTENTION_IN_RUN, DISK_IN_RUN = 1.09, 1.6, 1.14
+FIRST_TOUCH_BYTES_PER_SECOND = 2.2e9  # weights in RAM when the first pass reads them
 
 
 class StepCosts:
@@ -56,9 +62,21 @@ class StepCosts:
         }
 
     def seconds(self, step: Step, shape: PassShape) -> float:
-        """Duration of one step of a pass of ``shape``."""
+        """Duration of one step of a pass of ``shape``, at the rates of the profile."""
         seconds = self._seconds.get(step.kind)
         return seconds(step, shape) if seconds else self.transfer(step.lane).seconds(step.bytes)
+
+    def seconds_in_run(self, step: Step, shape: PassShape) -> float:
+        """The same with what a run adds to it: how long the step will really take while nothing else slows it down."""
+        seconds = self.seconds(step, shape)
+        if step.kind is StepKind.READ_WEIGHTS:
+            return seconds * DISK_IN_RUN
+        on_cpu = step.lane is Lane.CPU or (step.lane is Lane.GPU and self.device is self.hardware.cpu)
+        if step.kind is StepKind.ATTEND and on_cpu:
+            return seconds * CPU_ATTENTION_IN_RUN
+        if step.kind is StepKind.ATTENTION_INPUTS:
+            seconds += STORE_SECONDS
+        return seconds * CPU_IN_RUN if on_cpu else seconds
 
     def transfer(self, lane: Lane) -> Transfer:
         """What moves bytes on a lane."""
@@ -72,6 +90,14 @@ class StepCosts:
     def between_passes_seconds(self, sequences: int) -> float:
         """What the engine does between two passes, on no lane."""
         return PASS_SECONDS + sequences * SEQUENCE_SECONDS
+
+    @property
+    def start_seconds(self) -> float:
+        """What the first pass takes beyond its like: weights that a CPU computes with are read for the first time."""
+        if self.device is not self.hardware.cpu:
+            return 0.0
+        resident = self.placement.bytes_on(Tier.GPU if self.on_device else Tier.CPU)
+        return resident / FIRST_TOUCH_BYTES_PER_SECOND
 
     # Compute ------------------------------------------------------------------------------------------
 
@@ -163,11 +189,14 @@ class StepCosts:
             if count and block
         )
         sampling = self.spec.vocab_size * self.device.sample_element_seconds + self.device.row_overhead_seconds
-        return seconds + rows * sampling + self.device.step_overhead_seconds
+        return seconds + rows * (sampling + TOKEN_SECONDS) + self.device.step_overhead_seconds
 
     def attend_seconds(self, processor: Processor, layer: int, micro_batch: MicroBatchShape) -> float:
-        """softmax(QK^T)V of one micro-batch in one layer: decoding rows are bound by reading KV (or, with MLA, by its
-        products), prompts by their products."""
+        """softmax(QK^T)V of one micro-batch in one layer.
+
+        Decoding rows read KV and, where many heads share it, also wait for their products, which run at up to twice the
+        rate of a prompt's as no mask is in the way; with MLA the products bind. Prompts are bound by their products.
+        """
         spec, rates = self.spec, processor.rates_of(self.spec.dtype)
         flops_per_second = rates.prefill_attention_flops_per_second
         window = spec.layer_windows[layer]
@@ -178,7 +207,8 @@ class StepCosts:
             decode_pairs = min(decode_pairs, micro_batch.decode_tokens * window)
             prefill_pairs = min(prefill_pairs, prefill_tokens * window)
         read = decode_pairs * self.kv_bytes / rates.decode_kv_bytes_per_second
-        decode = max(read, decode_pairs * spec.decode_attention_flops_per_pair / flops_per_second)
+        products = decode_pairs * spec.decode_attention_flops_per_pair / flops_per_second
+        decode = max(read + products / 2, products)
         prefill = prefill_pairs * spec.prefill_attention_flops_per_pair / flops_per_second
         return decode + prefill + processor.step_overhead_seconds
 

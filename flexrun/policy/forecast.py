@@ -108,7 +108,7 @@ def forecast(
     if bound.seconds > limit_seconds or not parts[0].passes:
         return bound
     ratio = _simulated_ratio(layout, hardware, parts[0].passes, parts[0].lanes, effort)
-    return _whole(workload, [part.forecast(ratio) for part in parts])
+    return _whole(workload, [part.forecast(ratio, costs.start_seconds) for part in parts])
 
 
 def _whole(workload: Workload, parts: Sequence[Forecast]) -> Forecast:
@@ -161,12 +161,13 @@ class _Part:
         passes = list(job_passes(workload, layout.policy, layout.micro_batches))
         return cls(workload, passes, numpy.array([list(costs.lane_seconds(shape).values()) for shape in passes]))
 
-    def forecast(self, ratio: Ratio) -> Forecast:
-        """Of exactly these rows, given what waiting adds to the busiest lane of each pass."""
+    def forecast(self, ratio: Ratio, start_seconds: float = 0.0) -> Forecast:
+        """Of exactly these rows, given what waiting adds to the busiest lane of each pass, and what the start adds."""
         if not self.passes:  # no row fits the cache: a run refuses them all
             return Forecast(0.0, 0.0, 0.0, 0, 0, 0, dict.fromkeys(Lane, 0.0))
         # Moving hidden states is not scheduled yet: it counts where its lane alone would take longer.
         pass_seconds = self.lanes.max(axis=1) * numpy.maximum(ratio(self.lanes), 1.0)
+        pass_seconds[0] += start_seconds
         shares = [sum(part.decode_tokens for part in shape.micro_batches) / shape.tokens for shape in self.passes]
         decode, total = float((pass_seconds * shares).sum()), float(pass_seconds.sum())
         return Forecast(

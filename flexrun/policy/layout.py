@@ -79,7 +79,13 @@ class Layout:
         }
         spec = dataclasses.replace(spec, num_layers=layers, **parts)
         placement = place_weights(spec, self.policy, on_device=self.on_device)
-        return dataclasses.replace(self, spec=spec, placement=placement)
+        host_unit, device_unit = placement.max_unit_stream_bytes  # other tensors may move than in the whole model
+        account = dataclasses.replace(
+            self.account,
+            host_ring_bytes=max(self.account.host_ring_bytes, host_unit),
+            device_ring_bytes=max(self.account.device_ring_bytes, device_unit),
+        )
+        return dataclasses.replace(self, spec=spec, placement=placement, account=account)
 
     @property
     def on_device(self) -> bool:

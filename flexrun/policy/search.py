@@ -23,7 +23,7 @@ from flexrun.policy.fill import fill_weights, refuse
 from flexrun.policy.forecast import FULL, QUICK, Forecast, forecast
 from flexrun.policy.layout import Budgets, Layout
 from flexrun.policy.lp import Solution
-from flexrun.policy.programs import GPU_ROWS, USUAL_PASS_TOKENS, Choice, Programs, size_cost
+from flexrun.policy.programs import CPU_ROWS, GPU_ROWS, USUAL_PASS_TOKENS, Choice, Programs, size_cost
 from flexrun.workload import Workload
 
 MICRO_BATCHES = (1, 4, 16)  # of attention, beside a device
@@ -250,7 +250,8 @@ class _Search:
         if "tokens_per_pass" in free:
             yield {"tokens_per_pass": 2 * tokens}
             if "token_micro_batch" in free:
-                yield {"tokens_per_pass": 4 * tokens, "token_micro_batch": min(4 * policy.token_micro_batch, GPU_ROWS)}
+                rows = GPU_ROWS if self.hardware.gpu else CPU_ROWS
+                yield {"tokens_per_pass": 4 * tokens, "token_micro_batch": min(4 * policy.token_micro_batch, rows)}
             yield {"tokens_per_pass": max(tokens // 2, sequences)}
         if self.budgets.on_device:
             if "attention_micro_batch" in free:
@@ -265,8 +266,9 @@ class _Search:
                 for share in {round(min(max(policy.kv.gpu + step / count, 0.0), most), 6) for step in (1, -1)}:
                     yield {"kv": Placement(share, most - share, policy.kv.disk)}
         if "token_micro_batch" in free:
+            most = GPU_ROWS if self.budgets.on_device and self.hardware.gpu else 2 * CPU_ROWS
             for rows in (256, 512, 1024, 2048):
-                if rows <= tokens:
+                if rows <= min(tokens, most):
                     yield {"token_micro_batch": rows}
         if "weights" in free and 0 < policy.weights.gpu < 1:  # which tensors move changes how evenly they move
             for step in (-0.02, -0.04, -0.06, -0.1, 0.02):

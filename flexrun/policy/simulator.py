@@ -20,6 +20,9 @@ from flexrun.policy.layout import Layout
 from flexrun.steps import PassShape, Step
 
 
+BESIDE_EMULATED_LINK = 0.25
+
+
 @dataclass
 class Timeline:
     """A simulated run. pass_ends_seconds: when each pass was over. busy_seconds: of each lane, contention included."""
@@ -70,7 +73,7 @@ class _Clock:
                 key = (step.kind, step.layer, step.micro_batch, step.unit, step.lane)
                 seconds = durations.get(key)
                 if seconds is None:
-                    durations[key] = seconds = self._costs.seconds(step, shape)
+                    durations[key] = seconds = self._costs.seconds_in_run(step, shape)
                 self._waiting[step.lane].append((step, seconds))
             self._run_pass()
             self._timeline.pass_ends_seconds.append(self._now)
@@ -121,13 +124,21 @@ class _Clock:
                 )
             )
 
+    def _keeps(self, lane: str, other: str) -> float:
+        keeps = self._costs.hardware.keeps(lane, other)
+        if (lane, other) == ("compute", "host_copy"):
+            # An emulated link takes a core, and threads that compute wait for each other after every operation: with
+            # the short operations of a run they stand still more than the profile's long ones.
+            return min(keeps, BESIDE_EMULATED_LINK)
+        return keeps
+
     def _speeds_of(self, active: frozenset[Lane]) -> list[tuple[Lane, float]]:
         if active not in self._speeds:
             hardware, speeds = self._costs.hardware, []
             for lane in active:
                 speed = 1.0
                 for other in active - {lane}:
-                    speed *= hardware.keeps(self._names[lane], self._names[other])
+                    speed *= self._keeps(self._names[lane], self._names[other])
                     if {self._names[lane], self._names[other]} == {"h2d", "d2h"}:
                         speed *= hardware.duplex_share
                 speeds.append((lane, speed))
