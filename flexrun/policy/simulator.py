@@ -19,7 +19,6 @@ from flexrun.policy.cost import StepCosts
 from flexrun.policy.layout import Layout
 from flexrun.steps import PassShape, Step
 
-
 BESIDE_EMULATED_LINK = 0.25
 
 
