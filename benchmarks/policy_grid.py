@@ -40,7 +40,7 @@ ALL_GPU = placement(1.0, 0.0)
 SETTINGS = {
     "disk": {
         "budgets": {"cpu_memory": "1.2GiB"},
-        "job": (64, 128, 24),
+        "job": (64, 128, 12),
         "policies": {
             "8 sequences, half in RAM": by_hand(8, placement(0, 0.5)),
             "16 sequences, 40 % in RAM": by_hand(16, placement(0, 0.4)),
@@ -56,7 +56,7 @@ SETTINGS = {
     },
     "emulated": {
         "budgets": {"gpu_memory": "1GiB", "cpu_memory": "3GiB"},
-        "job": (48, 128, 16),
+        "job": (48, 64, 8),
         "policies": {
             "KV on the GPU, 16 sequences": by_hand(16, placement(0.2, 0.8), 512, 2, kv=ALL_GPU),
             "KV on the GPU, 48 sequences": by_hand(48, placement(0.0, 1.0), 512, 2, kv=ALL_GPU),

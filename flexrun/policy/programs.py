@@ -29,17 +29,20 @@ LP_MICRO_BATCHES = 4  # assumed beside a device while only fractions are solved
 KIND_PASSES = 60  # passes looked at to see what kinds a job has
 CPU_ROWS, GPU_ROWS = 512, 2048  # of one linear-layer call: enough to reach the matmul rate
 PRICED_BYTES = 8 << 30
-DOUBLING_COST = 0.004
+DOUBLING_COST, AWAY_COST = 0.004, 0.0005
 PURE_TRIED, PURE_WITHIN = 8, 3.0  # free programs, within this factor of the best, whose pure forms are solved
 SIZES_ROUNDED = 4
 
 
 def size_cost(policy: Policy) -> float:
-    """Factor on a policy's time by which a pass twice as large must be faster to be preferred.
+    """Factor on a policy's time that settles what a forecast cannot tell apart.
 
-    Long passes show their first answers late, lose more when a run is interrupted, and take more memory.
+    A pass twice as large must be worth it: it shows its first answers late, loses more when a run is interrupted, and
+    takes more memory. So must moving what could stay.
     """
-    return 1.0 + DOUBLING_COST * math.log2(max(policy.tokens_per_pass / PASS_TOKENS[0], 1.0))
+    doublings = math.log2(max(policy.tokens_per_pass / PASS_TOKENS[0], 1.0))
+    away = (1.0 - policy.kv.gpu) + (1.0 - policy.weights.gpu) + policy.kv.disk + policy.weights.disk
+    return 1.0 + DOUBLING_COST * doublings + AWAY_COST * away
 
 
 @dataclass(frozen=True)

@@ -140,6 +140,8 @@ class _Search:
             yield policy
             if self.budgets.on_device and "kv" not in self.fixed:
                 yield dataclasses.replace(policy, kv=Placement(1.0, 0.0))
+            if self.programs.features.kv_on_disk and "kv" not in self.fixed:
+                yield dataclasses.replace(policy, kv=Placement(0.0, 0.0, 1.0))
             if sequences > 1 and "sequences_in_flight" not in self.fixed:
                 sequences //= 2
             elif tokens > 1 and "tokens_per_pass" not in self.fixed:
