@@ -1,0 +1,170 @@
+"""The account of what is planned but not run yet: fewer bits, KV on disk, hidden rows elsewhere, latent caches."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from planned_models import planned
+
+from flexrun.config import Placement, Policy
+from flexrun.core import PAGE_BYTES, Lane, Tier, align_up
+from flexrun.placement import (
+    KV_SLOTS,
+    compressed_bytes,
+    kv_bytes_per_token,
+    kv_micro_batches,
+    memory_account,
+    offloaded_query_bytes,
+    pass_row_bytes,
+    place_weights,
+    workspace_bytes,
+)
+from flexrun.placement.memory import hidden_rows_elsewhere
+
+SPEC = planned("llama")
+POLICY = Policy(sequences_in_flight=8, attention_micro_batch=2, tokens_per_pass=1000, token_micro_batch=100)
+KV_TOKENS = 800
+
+
+def account(policy: Policy, on_device: bool = False, spec=SPEC):
+    return memory_account(
+        spec, policy, place_weights(spec, policy, on_device=on_device), KV_TOKENS, on_device=on_device
+    )
+
+
+# Bits --------------------------------------------------------------------------------------------------
+
+
+def test_a_group_of_64_elements_shares_its_scale_and_its_minimum():
+    assert compressed_bytes(64, 4) == 32 + 4
+    assert compressed_bytes(65, 4) == 32 + 8
+    assert compressed_bytes(6400, 8) == 6400 + 400
+
+
+@pytest.mark.parametrize("bits, share", [(16, 1.0), (8, 0.5 + 1 / 32), (4, 0.25 + 1 / 32)])
+@pytest.mark.parametrize("name", ["llama", "mixtral", "deepseek"])
+def test_matrices_take_their_bits_and_the_embedding_stays(bits, share, name):
+    spec = planned(name)
+    placed = place_weights(spec, Policy(weight_bits=bits), on_device=False)
+    for item in placed.tensors:
+        full = item.tensor.elements * spec.dtype_bytes
+        if len(item.tensor.shape) < 2 or item.tensor.module == "embedding":
+            assert item.nbytes == full
+        else:
+            assert item.nbytes == pytest.approx(share * full, rel=1e-3)
+    assert placed.stored_bytes == sum(align_up(item.nbytes) for item in placed.tensors)
+
+
+@pytest.mark.parametrize("bits, share", [(8, 0.5 + 1 / 32), (4, 0.25 + 1 / 32)])
+def test_the_cache_takes_its_bits(bits, share):
+    assert kv_bytes_per_token(SPEC, bits) == pytest.approx(share * kv_bytes_per_token(SPEC))
+    full, packed = (account(dataclasses.replace(POLICY, kv_bits=each)) for each in (16, bits))
+    kv = full.bytes_by_kind[Tier.CPU]["kv"]
+    assert packed.bytes_by_kind[Tier.CPU]["kv"] == pytest.approx(share * kv, abs=4 * PAGE_BYTES)
+
+
+def test_a_latent_cache_is_counted_once_for_all_heads():
+    spec = planned("deepseek")
+    assert kv_bytes_per_token(spec) == spec.num_layers * (128 + 32) * spec.dtype_bytes
+    assert account(POLICY, spec=spec).bytes_by_kind[Tier.CPU]["kv"] == pytest.approx(
+        KV_TOKENS * kv_bytes_per_token(spec), abs=4 * PAGE_BYTES
+    )
+
+
+# KV on disk --------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(
+    st.integers(1, 20),
+    st.integers(1, 8),
+    st.tuples(st.integers(0, 4), st.integers(0, 4), st.integers(0, 4)).filter(sum),
+    st.sampled_from([0.0, 0.5, 1.0]),
+    st.booleans(),
+)
+def test_every_micro_batch_has_one_home_and_its_bytes_there(sequences, micro_batch, parts, share, on_device):
+    gpu, cpu, disk = parts if on_device else (0, parts[0] + parts[1], parts[2])
+    total = gpu + cpu + disk
+    policy = dataclasses.replace(
+        POLICY,
+        sequences_in_flight=sequences,
+        attention_micro_batch=micro_batch,
+        kv=Placement(gpu / total, cpu / total, disk / total),
+        cpu_attention_share=share,
+    )
+    places = kv_micro_batches(policy, KV_TOKENS, on_device=on_device)
+    told = account(policy, on_device)
+    token_bytes = kv_bytes_per_token(SPEC)
+    for tier in Tier:
+        slabs = [place for place in places if place.home is tier]
+        assert told.bytes_by_kind[tier].get("kv", 0) == sum(
+            align_up(place.capacity_tokens * token_bytes) for place in slabs
+        )
+    assert (
+        len(places) * disk / total - 1
+        < sum(place.home is Tier.DISK for place in places)
+        < len(places) * disk / total + 1
+    )
+    slot = align_up(places[0].capacity_tokens * token_bytes // SPEC.num_layers)
+    elsewhere = [place for place in places if place.home is not Tier.GPU]
+    staged = {
+        Tier.CPU: any(place.home is Tier.DISK for place in places),
+        Tier.GPU: on_device and any(place.attend_lane is Lane.GPU for place in elsewhere),
+    }
+    for tier, needed in staged.items():
+        assert told.bytes_by_kind[tier].get("kv_staging", 0) == (KV_SLOTS * slot if needed else 0)
+    attends_beside = on_device and any(place.attend_lane is Lane.CPU for place in elsewhere)
+    offloaded = told.bytes_by_kind[Tier.CPU].get("offloaded_query", 0)
+    assert offloaded == (offloaded_query_bytes(SPEC, policy) if attends_beside else 0)
+
+
+# Hidden rows -------------------------------------------------------------------------------------------
+
+
+def test_hidden_rows_wait_elsewhere_but_for_those_at_work():
+    assert hidden_rows_elsewhere(POLICY) == 0
+    away = dataclasses.replace(POLICY, hidden=Placement(0.25, 0.75))
+    assert hidden_rows_elsewhere(away) == 600  # three quarters of what is left of 1000 rows beside 2 x 100
+    assert hidden_rows_elsewhere(dataclasses.replace(away, tokens_per_pass=150)) == 0
+    saved = workspace_bytes(SPEC, POLICY) - workspace_bytes(SPEC, away)
+    assert saved == pytest.approx(600 * pass_row_bytes(SPEC), abs=PAGE_BYTES)
+
+
+@pytest.mark.parametrize("hidden, tier", [(Placement(0.25, 0.75), Tier.CPU), (Placement(0.2, 0.3, 0.5), Tier.DISK)])
+def test_what_hidden_rows_leave_on_the_device_they_take_elsewhere(hidden, tier):
+    here, away = account(POLICY, True), account(dataclasses.replace(POLICY, hidden=hidden), True)
+    rows = hidden_rows_elsewhere(dataclasses.replace(POLICY, hidden=hidden))
+    assert away.bytes_by_kind[tier]["hidden"] == align_up(rows * pass_row_bytes(SPEC))
+    freed = here.bytes_by_kind[Tier.GPU]["workspace"] - away.bytes_by_kind[Tier.GPU]["workspace"]
+    assert freed == pytest.approx(rows * pass_row_bytes(SPEC), abs=PAGE_BYTES)
+    assert sum("hidden" in kinds for kinds in away.bytes_by_kind.values()) == 1
+
+
+# Workspace ---------------------------------------------------------------------------------------------
+
+
+def test_the_workspace_covers_the_widest_expert():
+    spec = planned("mixtral")
+    assert workspace_bytes(spec, POLICY) > workspace_bytes(planned("mixtral", intermediate_size=700), POLICY)
+    deepseek = planned("deepseek")
+    wide = planned("deepseek", moe_intermediate_size=4000)
+    assert workspace_bytes(wide, POLICY) > workspace_bytes(deepseek, POLICY)
+
+
+@given(st.integers(1, 4000), st.integers(1, 3000), st.integers(1, 200))
+@settings(deadline=None, derandomize=True, max_examples=60)
+def test_the_workspace_grows_with_the_pass(tokens, more, sequences):
+    policy = dataclasses.replace(POLICY, tokens_per_pass=tokens, sequences_in_flight=sequences)
+    larger = dataclasses.replace(policy, tokens_per_pass=tokens + more)
+    grown = workspace_bytes(SPEC, larger) - workspace_bytes(SPEC, policy)
+    assert grown >= more * pass_row_bytes(SPEC) - PAGE_BYTES
+
+
+def test_an_embedding_on_disk_needs_rows_for_a_pass():
+    policy = dataclasses.replace(POLICY, weights=Placement(0.0, 0.5, 0.5))
+    rows = account(policy).bytes_by_kind[Tier.CPU]["embedding_rows"]
+    assert rows == align_up(1000 * SPEC.embedding_size * SPEC.dtype_bytes)
+    assert "embedding_rows" not in account(POLICY).bytes_by_kind[Tier.CPU]
