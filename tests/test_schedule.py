@@ -19,10 +19,16 @@ from flexrun.errors import BudgetError
 from flexrun.schedule import Ring, Scheduler
 from flexrun.steps import MicroBatchShape, ModelWork, PassShape, Step, StepKind, WeightUnit
 
-WORK = ModelWork(2, 3, 5, (7,) * 8, 11, 13, 17, 19, 23)
+WORK = ModelWork(2, 3, 5, (7,) * 8, 11, 13, 17, 19, 23, 29.0)
 DISK_STEPS_UNDER_WAY = 3
 HOST, DEVICE = "host ring", "device ring"
-COMPUTE_WITH_WEIGHTS = (StepKind.ATTENTION_INPUTS, StepKind.ATTENTION_OUTPUT, StepKind.MLP, StepKind.LOGITS)
+COMPUTE_WITH_WEIGHTS = (
+    StepKind.ATTENTION_INPUTS,
+    StepKind.ATTENTION_OUTPUT,
+    StepKind.MLP,
+    StepKind.EXPERTS,
+    StepKind.LOGITS,
+)
 STREAMING = (StepKind.READ_WEIGHTS, StepKind.COPY_WEIGHTS)
 
 
@@ -52,10 +58,13 @@ class Machine:
         self.started: Counter = Counter()
         self.live: dict[str, dict[tuple[int, int], Load]] = {HOST: {}, DEVICE: {}}
         self.slots: dict[int, Step] = {}
+        self.host_slots: dict[int, Step] = {}  # READ_KV whose bytes are still needed
+        self.homes: dict[int, Tier] = {}  # of each micro-batch
 
     def run_pass(self, shape: PassShape) -> list[Step]:
         pending = [step for step in self._unfinished() if step.kind not in STREAMING]
         assert not pending, f"a pass begins, and replaces the rows that these still need: {pending}"
+        self.homes |= {micro_batch.index: micro_batch.home for micro_batch in shape.micro_batches}
         steps = self.scheduler.pass_steps(shape)
         for step in steps:
             assert step.order == self.emitted[step.lane], "orders count the steps of a lane"
@@ -102,12 +111,24 @@ class Machine:
             self._fill(DEVICE, step, moved_bytes)
         elif step.kind in COMPUTE_WITH_WEIGHTS and moved_bytes:
             self._check_there(self.compute_ring, step, step.offset, moved_bytes)
+        elif step.kind is StepKind.READ_KV:
+            assert step.offset not in self.host_slots, "a staging slot of the host is filled while it is in use"
+            self.host_slots[step.offset] = step
+            assert not [other for other in self._unfinished() if self._saves_for(other, step)]
         elif step.kind is StepKind.LOAD_KV:
             assert step.offset not in self.slots, "a staging slot is filled while it is in use"
             self.slots[step.offset] = step
             assert not [other for other in self._unfinished() if self._saves_for(other, step)]
-        elif step.kind is StepKind.ATTEND and self._load_of(step):
-            assert self._load_of(step) not in self.under_way, "KV is attended before it has arrived"
+            self._check_read(step)
+        elif step.kind is StepKind.ATTEND:
+            if self._load_of(step):
+                assert self._load_of(step) not in self.under_way, "KV is attended before it has arrived"
+            else:
+                self._check_read(step)
+        elif step.kind is StepKind.WRITE_KV:
+            makers = (StepKind.ATTENTION_INPUTS, StepKind.OFFLOAD_QUERY, StepKind.SAVE_KV)
+            late = [other for other in self._unfinished() if other.kind in makers and _same_kv(other, step)]
+            assert not late, f"rows are written before {late} has made them"
         if step.kind is StepKind.ATTENTION_INPUTS:
             late = [other for other in self._unfinished() if self._reads_rows_before(other, step)]
             assert not late, f"{step} overwrites rows that {late} still needs"
@@ -129,6 +150,8 @@ class Machine:
             self.live[self.compute_ring][key].users_left -= 1
         elif step.kind is StepKind.ATTEND and self._load_of(step):
             del self.slots[step.offset]
+        if step.kind is StepKind.LOAD_KV or (step.kind is StepKind.ATTEND and step.lane is not Lane.GPU):
+            self.host_slots = {slot: read for slot, read in self.host_slots.items() if not _same_kv(read, step)}
 
     def _fill(self, ring: str, step: Step, nbytes: int) -> None:
         start, end = step.offset, step.offset + nbytes
@@ -147,6 +170,15 @@ class Machine:
         assert (load.start, load.end) == (offset, offset + nbytes), "a step looks at another place than was filled"
         assert load.written, f"{step} starts before its weights have arrived"
 
+    def _check_read(self, step: Step) -> None:
+        """KV that lives on disk is in its staging slot before it is copied on or attended."""
+        if self.homes[step.micro_batch] is not Tier.DISK:
+            return
+        (read,) = [read for read in self.host_slots.values() if _same_kv(read, step)]
+        assert read not in self.under_way, f"{step} starts before {read} has ended"
+        if step.kind is StepKind.ATTEND:
+            assert read.offset == step.offset, "attention looks at another slot than was filled"
+
     def _load_of(self, attend: Step) -> Step | None:
         load = self.slots.get(attend.offset)
         same = load and (load.layer, load.micro_batch) == (attend.layer, attend.micro_batch)
@@ -154,22 +186,35 @@ class Machine:
 
     @staticmethod
     def _saves_for(other: Step, load: Step) -> bool:
-        """Whether ``other`` writes the host rows that ``load`` is about to read."""
+        """Whether ``other`` writes the rows, on the host or on disk, that ``load`` is about to read."""
         same = (other.layer, other.micro_batch) == (load.layer, load.micro_batch)
-        return other.kind is StepKind.SAVE_KV and same and other.pass_index < load.pass_index
+        return other.kind in (StepKind.SAVE_KV, StepKind.WRITE_KV) and same and other.pass_index < load.pass_index
 
     @staticmethod
     def _reads_rows_before(other: Step, inputs: Step) -> bool:
         """Whether ``other`` reads the q, k, v rows of an earlier layer or pass, which ``inputs`` overwrites."""
-        reads = other.kind in (StepKind.SAVE_KV, StepKind.OFFLOAD_QUERY, StepKind.ATTEND)
+        reads = other.kind in (StepKind.SAVE_KV, StepKind.OFFLOAD_QUERY, StepKind.WRITE_KV, StepKind.ATTEND)
         return reads and (other.pass_index, other.layer) < (inputs.pass_index, inputs.layer)
 
 
-def make_units(layers: int, sizes: list[tuple[int, int]], on_device: bool) -> list[WeightUnit]:
-    keys = [(layer, module) for layer in range(layers) for module in ("attention", "mlp")] + [(layers, "head")]
+def _same_kv(step: Step, other: Step) -> bool:
+    """Whether two steps are about the same rows: those of a layer and, where one names it, of a micro-batch."""
+    same = -1 in (step.micro_batch, other.micro_batch) or step.micro_batch == other.micro_batch
+    return same and (step.pass_index, step.layer) == (other.pass_index, other.layer)
+
+
+def unit_keys(layers: int, groups: int = 0) -> list[tuple[int, str]]:
+    """groups: of routed experts in each odd layer."""
+    modules = {layer: [f"experts.{group}" for group in range(groups * (layer % 2))] for layer in range(layers)}
+    return [(layer, module) for layer in modules for module in ("attention", "mlp", *modules[layer])] + [
+        (layers, "head")
+    ]
+
+
+def make_units(layers: int, sizes: list[tuple[int, int]], on_device: bool, groups: int = 0) -> list[WeightUnit]:
     return [
-        WeightUnit(index, layer, module, disk, host if on_device else 0)
-        for index, ((layer, module), (disk, host)) in enumerate(zip(keys, sizes, strict=True))
+        WeightUnit(index, layer, module, disk, host if on_device else 0, 2 if module.startswith("experts") else 0)
+        for index, ((layer, module), (disk, host)) in enumerate(zip(unit_keys(layers, groups), sizes, strict=True))
     ]
 
 
@@ -188,10 +233,10 @@ def stream_sizes(units: list[WeightUnit]) -> tuple[tuple[int, int], tuple[int, i
 @st.composite
 def machines(draw, roomy: bool = False):
     on_device = draw(st.booleans())
-    layers = draw(st.integers(1, 4))
-    size = st.one_of(st.just(0), st.integers(1, 9))
-    sizes = draw(st.lists(st.tuples(size, size), min_size=2 * layers + 1, max_size=2 * layers + 1))
-    units = make_units(layers, sizes, on_device)
+    layers, groups = draw(st.integers(1, 4)), draw(st.integers(0, 2))
+    size, count = st.one_of(st.just(0), st.integers(1, 9)), len(unit_keys(layers, groups))
+    sizes = draw(st.lists(st.tuples(size, size), min_size=count, max_size=count))
+    units = make_units(layers, sizes, on_device, groups)
     rings = {}
     for name, (unit_bytes, layer_bytes) in zip((HOST, DEVICE), stream_sizes(units)):
         two_layers = 2 * layer_bytes + unit_bytes
@@ -206,7 +251,9 @@ def machines(draw, roomy: bool = False):
         read_embedding_rows=draw(st.booleans()),
         kv_slots=draw(st.integers(1, 3)),
     )
-    homes = [(Tier.GPU, Lane.GPU), (Tier.CPU, Lane.CPU), (Tier.CPU, Lane.GPU)] if on_device else [(Tier.CPU, Lane.CPU)]
+    homes = [(Tier.CPU, Lane.CPU), (Tier.DISK, Lane.CPU)]
+    if on_device:
+        homes += [(Tier.GPU, Lane.GPU), (Tier.CPU, Lane.GPU), (Tier.DISK, Lane.GPU)]
     places = draw(st.lists(st.sampled_from(homes), min_size=1, max_size=4))
     shapes = []
     passes = draw(st.integers(1, 5))
@@ -237,6 +284,16 @@ def test_any_schedule_runs_to_its_end_and_never_overwrites_what_is_needed(drawn)
     for step in steps:
         if step.kind is StepKind.READ_WEIGHTS:
             assert step.bytes == units[step.unit].disk_bytes
+    for step in (step for step in steps if step.kind in (StepKind.READ_KV, StepKind.WRITE_KV)):
+        (part,) = [part for part in shapes[step.pass_index].micro_batches if part.index == step.micro_batch]
+        assert part.home is Tier.DISK
+        new = part.query_tokens
+        assert step.bytes == 13 * (part.kv_tokens - new if step.kind is StepKind.READ_KV else new)
+    for kind in (StepKind.READ_KV, StepKind.WRITE_KV):
+        slabs = sum(part.home is Tier.DISK for shape in shapes for part in shape.micro_batches)
+        assert sum(step.kind is kind for step in steps) == scheduler.num_layers * slabs
+    experts = Counter((step.pass_index, step.unit) for step in steps if step.kind is StepKind.EXPERTS)
+    assert experts == Counter((shape.index, unit.index) for shape in shapes for unit in units if unit.experts)
     attends = Counter((step.pass_index, step.layer, step.micro_batch) for step in steps if step.kind is StepKind.ATTEND)
     assert attends == Counter(
         (shape.index, layer, micro_batch.index)
@@ -289,6 +346,48 @@ def test_weights_cross_the_pass_border():
     reads = [step.unit for step in steps if step.kind is StepKind.READ_WEIGHTS]
     assert reads[:7] == list(range(7))
     assert reads[7:11] == [0, 1, 2, 3], "two layers of the next pass are read before this one ends"
+
+
+def test_groups_of_experts_run_one_after_another_behind_the_router():
+    units = make_units(2, [(2, 0)] * len(unit_keys(2, 3)), False, groups=3)
+    scheduler = Scheduler(units, WORK, 2, compute_lane=Lane.CPU, host_ring_bytes=40)
+    part = MicroBatchShape(0, 4, 4, 10, Tier.CPU, Lane.CPU)
+    steps = [step for step in scheduler.pass_steps(PassShape(0, 4, 1, (part,), False)) if step.layer == 1]
+    compute = [(step.kind, step.unit) for step in steps if step.kind not in STREAMING]
+    inputs, router, first = (
+        unit.index for unit in units if unit.layer == 1 and unit.module in ("attention", "mlp", "experts.0")
+    )
+    assert compute == [
+        (StepKind.ATTENTION_INPUTS, inputs),
+        (StepKind.ATTEND, -1),
+        (StepKind.ATTENTION_OUTPUT, inputs),
+        (StepKind.MLP, router),
+        *((StepKind.EXPERTS, first + group) for group in range(3)),
+    ]
+    assert [step.flops for step in steps if step.kind is StepKind.EXPERTS] == [4 * 2 * 29] * 3
+
+
+@pytest.mark.parametrize("on_device, lane", [(False, Lane.CPU), (True, Lane.CPU), (True, Lane.GPU)])
+def test_kv_on_disk_is_read_before_it_is_attended_and_written_after_it_is_made(on_device, lane):
+    compute = Lane.GPU if on_device else Lane.CPU
+    units = make_units(1, [(0, 0)] * 3, on_device)
+    scheduler = Scheduler(units, WORK, 1, compute_lane=compute, host_ring_bytes=0, kv_slots=2)
+    parts = tuple(MicroBatchShape(index, 1, 9, 9, Tier.DISK, lane) for index in range(3))
+    first = scheduler.pass_steps(PassShape(0, 3, 3, parts, True))
+    reads = [step for step in first if step.kind is StepKind.READ_KV]
+    assert [(step.bytes, step.offset) for step in reads] == [(8 * 13, 0), (8 * 13, 1), (8 * 13, 0)]
+    users = [step for step in first if step.kind is (StepKind.LOAD_KV if lane is Lane.GPU else StepKind.ATTEND)]
+    assert all((Lane.DISK_READ, read.order) in user.depends_on for read, user in zip(reads, users))
+    assert reads[2].depends_on == ((users[0].lane, users[0].order),), "a slot waits for its user"
+    writes = [step for step in first if step.kind is StepKind.WRITE_KV]
+    assert [step.bytes for step in writes] == [13] * 3
+    kinds = {step.lane: step for step in first if step.kind in (StepKind.OFFLOAD_QUERY, StepKind.SAVE_KV)}
+    assert ({Lane.D2H} if on_device else {Lane.CPU}) == {step.depends_on[0][0] for step in writes}
+    assert bool(kinds) == on_device
+    (logits,) = [step for step in first if step.kind is StepKind.LOGITS]
+    assert (Lane.DISK_WRITE, writes[-1].order) in logits.depends_on, "a pass ends when its rows are on disk"
+    again = [step for step in scheduler.pass_steps(PassShape(1, 3, 3, parts, False)) if step.kind is StepKind.READ_KV]
+    assert all((Lane.DISK_WRITE, write.order) in read.depends_on for read, write in zip(again, writes))
 
 
 def test_flops_and_bytes_of_the_steps():
