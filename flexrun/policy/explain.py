@@ -164,10 +164,8 @@ def _lane_words(layout: Layout, forecast: Forecast) -> list[str]:
         for lane in Lane
         if forecast.lane_seconds[lane] > 0 and (layout.on_device or lane is not Lane.GPU)
     ]
-    return [
-        *words,
-        f"{LANE_WORDS[forecast.binding_lane]} bind: alone they take {format_seconds(forecast.bound_seconds)}",
-    ]
+    bound = f"bound: {LANE_WORDS[forecast.binding_lane]}, {format_seconds(forecast.bound_seconds)} without any waiting"
+    return [*words, bound]
 
 
 def _gain_words(tier: Tier, gain: float) -> str:
