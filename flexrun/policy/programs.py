@@ -96,11 +96,13 @@ class Programs:
             if choice.seconds <= PURE_WITHIN * self.solved()[0].seconds:
                 for kv_home in self.kv_homes:
                     self.solve(choice.policy.sequences_in_flight, choice.policy.tokens_per_pass, kv_home)
-        by_size: dict[int, Choice] = {}
+        by_size: dict[tuple[int, int, int], Choice] = {}
         for choice in self.solved():
-            by_size.setdefault(choice.policy.tokens_per_pass, choice)
+            policy = choice.policy
+            by_size.setdefault((policy.tokens_per_pass, policy.weight_bits, policy.kv_bits), choice)
+        kinds = len(self._bits("weight_bits")) * len(self._bits("kv_bits"))
         pure = [choice for kv_home in self.kv_homes for choice in self.solved(kv_home)[:1]]
-        return [*list(by_size.values())[:SIZES_ROUNDED], *pure]
+        return [*list(by_size.values())[: SIZES_ROUNDED * kinds], *pure]
 
     def solved(self, kv_home: str | None = None) -> list[Choice]:
         """Solved programs, best first: those with the KV cache placed freely, or all at one home."""
