@@ -29,7 +29,7 @@ LP_MICRO_BATCHES = 4  # assumed beside a device while only fractions are solved
 KIND_PASSES = 60  # passes looked at to see what kinds a job has
 CPU_ROWS, GPU_ROWS = 512, 2048  # of one linear-layer call: enough to reach the matmul rate
 PRICED_BYTES = 8 << 30
-DOUBLING_COST, AWAY_COST = 0.004, 0.0005
+DOUBLING_COST, AWAY_COST, FEWER_SLOTS_COST = 0.004, 0.0005, 0.0001
 PURE_TRIED, PURE_WITHIN = 8, 3.0  # free programs, within this factor of the best, whose pure forms are solved
 SIZES_ROUNDED = 4
 
@@ -183,7 +183,9 @@ class Programs:
             self.fixed,
             kv_home,
         )
-        return solution and Choice(solution.seconds * size_cost(policy), policy, solution)
+        # Programs that tie are told apart by their slots: more of them let a pass fill up.
+        slots = 1.0 + FEWER_SLOTS_COST * math.log2(self.most_sequences / policy.sequences_in_flight)
+        return solution and Choice(solution.seconds * size_cost(policy) * slots, policy, solution)
 
     def _pass_kinds(self, policy: Policy) -> list[PassKind]:
         key = (policy.sequences_in_flight, policy.tokens_per_pass)
