@@ -79,12 +79,13 @@ class Layout:
         }
         spec = dataclasses.replace(spec, num_layers=layers, **parts)
         placement = place_weights(spec, self.policy, on_device=self.on_device)
-        host_unit, device_unit = placement.max_unit_stream_bytes  # other tensors may move than in the whole model
-        account = dataclasses.replace(
-            self.account,
-            host_ring_bytes=max(self.account.host_ring_bytes, host_unit),
-            device_ring_bytes=max(self.account.device_ring_bytes, device_unit),
-        )
+        account, (host_unit, device_unit) = self.account, placement.max_unit_stream_bytes
+        if host_unit > account.host_ring_bytes or (self.on_device and device_unit > account.device_ring_bytes):
+            account = dataclasses.replace(  # other tensors may move than in the whole model
+                account,
+                host_ring_bytes=max(account.host_ring_bytes, host_unit),
+                device_ring_bytes=max(account.device_ring_bytes, device_unit),
+            )
         return dataclasses.replace(self, spec=spec, placement=placement, account=account)
 
     @property

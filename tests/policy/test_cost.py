@@ -71,7 +71,7 @@ def test_the_seconds_of_a_lane_are_those_of_its_steps(name, machine, on_device):
                 sums[step.lane] += costs.seconds(step, shape)
             told = costs.lane_seconds(shape)
             for lane, seconds in sums.items():
-                near = 1e-6 if not averaged else 0.02 if spec.experts is None else 0.04
+                near = 1e-6 if not averaged else 0.02 if spec.experts is None else 0.07
                 assert told[lane] == pytest.approx(seconds, rel=near, abs=1e-12), (lane, weights, kv, share)
 
 
@@ -110,8 +110,10 @@ def test_a_window_bounds_what_attention_reads():
         (part,) = decoding(4, context).micro_batches
         unlimited, windowed = (costs.attend_seconds(LAPTOP.cpu, layer, part) for layer in (0, 5))
         assert unlimited > windowed
-        overhead, speed = LAPTOP.cpu.step_overhead_seconds, LAPTOP.cpu.rates["float16"].decode_kv_bytes_per_second
-        assert windowed == pytest.approx(overhead + 4 * 64 * planned("windows").kv_bytes_per_token / speed)
+        spec, rates = planned("windows"), LAPTOP.cpu.rates["float16"]
+        read = 4 * 64 * spec.kv_bytes_per_token / rates.decode_kv_bytes_per_second
+        products = 4 * 64 * spec.decode_attention_flops_per_pair / rates.prefill_attention_flops_per_second
+        assert windowed == pytest.approx(LAPTOP.cpu.step_overhead_seconds + read + products / 2)
 
 
 def test_decoding_with_latent_attention_may_be_bound_by_its_products():
@@ -198,7 +200,7 @@ def test_compressed_cache_is_read_in_its_bits():
         )
         for bits in (16, 4)
     )
-    assert full / 4 < four < full / 3  # scales come beside the bits
+    assert full / 4 < four < full / 2.8  # scales come beside the bits, and the products stay
 
 
 # Mixtures of experts -----------------------------------------------------------------------------------

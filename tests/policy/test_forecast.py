@@ -68,7 +68,7 @@ DEEP, SPARSE = planned("gqa", num_hidden_layers=24), planned("deepseek", num_hid
 def test_a_part_tells_what_the_whole_would(spec, machine, on_device, policy, job):
     layout = layout_of(spec, policy, job, on_device)
     exact = forecast(layout, job, machine, EXACT)
-    assert forecast(layout, job, machine, FULL).seconds == pytest.approx(exact.seconds, rel=0.04)
+    assert forecast(layout, job, machine, FULL).seconds == pytest.approx(exact.seconds, rel=0.06)
     assert forecast(layout, job, machine, QUICK).seconds == pytest.approx(exact.seconds, rel=0.12)
 
 
@@ -123,7 +123,7 @@ def test_it_matters_little_which_rows_are_drawn(seed):
     job = ragged(400, seed)
     layout = layout_of(DEEP, IN_RAM, job, True)
     exact = forecast(layout, job, T4, ALL_PASSES)
-    assert forecast(layout, job, T4, QUICK).seconds == pytest.approx(exact.seconds, rel=0.1)
+    assert forecast(layout, job, T4, QUICK).seconds == pytest.approx(exact.seconds, rel=0.15)
 
 
 def test_a_million_rows_are_forecast_from_some():

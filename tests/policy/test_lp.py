@@ -82,7 +82,7 @@ def test_what_fits_the_gpu_stays_there():
     assert solution.weights == Placement(1.0, 0.0, 0.0)
     assert solution.kv_placement == Placement(1.0, 0.0, 0.0)
     assert solution.prices == {Tier.GPU: 0.0, Tier.CPU: 0.0}
-    assert solution.seconds < solve(T4, Budgets(8 * GIB, 300 * MIB)).seconds
+    assert solution.seconds < solve(T4, Budgets(8 * GIB, 300 * MIB), kv_home="cpu_to_gpu").seconds
 
 
 def test_what_fits_in_ram_stays_there():
