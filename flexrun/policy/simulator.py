@@ -125,7 +125,7 @@ class _Clock:
 
     def _keeps(self, lane: str, other: str) -> float:
         keeps = self._costs.hardware.keeps(lane, other)
-        if (lane, other) == ("compute", "host_copy"):
+        if (lane, other) == ("compute", "host_copy") and keeps < 1:
             # An emulated link takes a core, and threads that compute wait for each other after every operation: with
             # the short operations of a run they stand still more than the profile's long ones.
             return min(keeps, BESIDE_EMULATED_LINK)

@@ -55,7 +55,7 @@ def timed(monkeypatch):
 
     def set_durations(table: dict[StepKind, float], between: float = 0.0) -> None:
         class Table(StepCosts):
-            def seconds(self, step: Step, shape: PassShape) -> float:
+            def seconds_in_run(self, step: Step, shape: PassShape) -> float:
                 return table.get(step.kind, 0.0)
 
             def between_passes_seconds(self, sequences: int) -> float:
@@ -140,7 +140,8 @@ def test_lanes_slow_each_other_as_the_machine_says(timed):
     assert timeline.seconds == pytest.approx(3.75 + 10 - 1.875)
 
 
-def test_copies_to_an_emulated_device_contend_like_a_copy_thread(timed):
+def test_copies_to_an_emulated_device_contend_like_a_copy_thread(timed, monkeypatch):
+    monkeypatch.setattr(simulator, "BESIDE_EMULATED_LINK", 1.0)  # what the profile says alone
     spec = planned("llama", num_hidden_layers=1)
     layout = layout_of(Policy(sequences_in_flight=1, kv=ON_GPU), on_device=True, spec=spec)
     timed({StepKind.EMBED: 10.0, StepKind.COPY_WEIGHTS: 1.0})
@@ -180,7 +181,7 @@ def naive(layout: Layout, machine: Hardware, passes: list[PassShape]) -> tuple[l
         )
         for step in scheduler.pass_steps(dataclasses.replace(shape, index=index)):
             start = max(free[step.lane], emitted, *(ends[each] for each in step.depends_on), 0.0)
-            free[step.lane] = ends[step.lane, step.order] = start + costs.seconds(step, shape)
+            free[step.lane] = ends[step.lane, step.order] = start + costs.seconds_in_run(step, shape)
             events.append(Event(step.kind.value, step.lane, start, free[step.lane], index, step.layer))
         emitted = free[scheduler.compute_lane]
         pass_ends.append(emitted)
