@@ -56,13 +56,13 @@ def assert_fits(plan: Plan, workload: Workload, budgets: Budgets) -> None:
 # Budgets -----------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, derandomize=True, max_examples=20)
+@settings(deadline=None, derandomize=True, max_examples=14)
 @given(
+    st.integers(1, 60),
+    st.integers(1, 400),
+    st.integers(1, 20),
     st.integers(1, 100),
-    st.integers(1, 1000),
-    st.integers(1, 50),
-    st.integers(1, 300),
-    st.one_of(st.just(0), st.integers(1, 200)),
+    st.one_of(st.just(0), st.just(0), st.integers(1, 60)),
     st.sampled_from([LAPTOP, T4]),
 )
 def test_a_plan_fits_its_budgets_or_says_what_is_short(sequences, prompt_tokens, max_tokens, cpu, gpu, machine):
@@ -127,17 +127,16 @@ def test_a_model_that_fits_in_ram_stays_there(machine):
 
 
 @pytest.mark.parametrize(
-    "machine, workload",
+    "name, workload",
     [
-        (T4, UNIFORM(32, 100, 20)),
-        (T4, UNIFORM(64, 10, 60)),
-        (T4, UNIFORM(64, 500, 1)),
-        (T4, Workload.of(range(300, 10, -10), [9, 30, 17] * 9 + [4, 4])),
+        ("gqa", UNIFORM(32, 100, 20)),
+        ("gqa", UNIFORM(64, 500, 1)),
+        ("llama", UNIFORM(64, 10, 30)),
+        ("llama", Workload.of(range(300, 10, -10), [9, 30, 17] * 9 + [4, 4])),
     ],
 )
-@pytest.mark.parametrize("name", ["gqa", "llama"])
-def test_nothing_is_offloaded_from_a_gpu_that_holds_all(machine, workload, name):
-    plan = search(planned(name), machine, workload, Budgets(8 * GIB, 8 * GIB))
+def test_nothing_is_offloaded_from_a_gpu_that_holds_all(name, workload):
+    plan = search(planned(name), T4, workload, Budgets(8 * GIB, 8 * GIB))
     assert plan.policy.weights == Placement(1.0, 0.0)
     assert plan.policy.kv == Placement(1.0, 0.0)
     moved = {Tier.GPU: 0, Tier.CPU: 0}
@@ -158,8 +157,8 @@ def test_the_gpu_is_filled_before_ram():
 
 
 def test_more_memory_never_makes_a_plan_much_slower():
-    workload = UNIFORM(64, 200, 20)
-    times = [plan_for(workload, GIB, size * MIB, machine=T4).forecast.seconds for size in (12, 25, 50, 100, 300)]
+    workload = UNIFORM(32, 100, 8)
+    times = [plan_for(workload, GIB, size * MIB, machine=T4).forecast.seconds for size in (12, 30, 300)]
     for less, more in pairwise(times):
         assert more <= less * 1.03
     assert times[-1] < times[0] / 1.5
@@ -182,7 +181,7 @@ def test_the_most_expensive_budget_has_a_price():
 FIXABLE = {
     "sequences_in_flight": 5,
     "tokens_per_pass": 300,
-    "attention_micro_batch": 3,
+    "attention_micro_batch": 7,
     "token_micro_batch": 77,
     "kv_tokens": 4000,
     "weights": Placement(0.25, 0.5, 0.25),
@@ -196,7 +195,7 @@ FIXABLE = {
 
 @pytest.mark.parametrize("field", FIXABLE)
 def test_a_field_that_is_fixed_is_kept_and_the_others_are_chosen(field):
-    plan = plan_for(UNIFORM(60, 100, 20), 8 * GIB, 60 * MIB, machine=T4, fixed={field: FIXABLE[field]})
+    plan = plan_for(UNIFORM(20, 100, 8), 8 * GIB, 40 * MIB, machine=T4, fixed={field: FIXABLE[field]})
     assert getattr(plan.policy, field) == FIXABLE[field]
     chosen = dataclasses.replace(plan.policy, **{field: getattr(Policy(), field)})
     assert chosen != Policy(), "the rest is the search's"
@@ -256,26 +255,35 @@ def test_kv_goes_to_disk_where_it_may_and_must():
 
 
 def test_fewer_bits_are_taken_where_they_are_offered_and_pay():
-    spec, workload, budgets = planned("llama", num_hidden_layers=16), UNIFORM(64, 100, 20), Budgets(8 * GIB, 150 * MIB)
-    full = search(spec, T4, workload, budgets)
-    offered = search(spec, T4, workload, budgets, features=Features(weight_bits=(16, 4)))
+    spec, workload, budgets = planned("llama", num_hidden_layers=16), UNIFORM(32, 100, 8), Budgets(8 * GIB, 150 * MIB)
+    fixed, either = {"cpu_attention_share": 1.0, "token_micro_batch": 1024}, Features(weight_bits=(16, 4))
+    full = search(spec, T4, workload, budgets, fixed=fixed)
+    offered = search(spec, T4, workload, budgets, fixed=fixed, features=either)
     assert (full.policy.weight_bits, offered.policy.weight_bits) == (16, 4)
     assert offered.forecast.seconds < 1.02 * full.forecast.seconds
-    roomy = search(spec, T4, workload, Budgets(8 * GIB, 8 * GIB), features=Features(weight_bits=(16, 4)))
+    roomy = search(spec, T4, workload, Budgets(8 * GIB, 8 * GIB), fixed=fixed, features=either)
     assert roomy.policy.weight_bits == 16, "dequantising what fits anyway costs time"
 
 
 # Whatever the model ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["window", "windows", "mixtral", "deepseek"])
-@pytest.mark.parametrize("machine, gpu_bytes", [(T4, 200 * MIB), (LAPTOP, 0), (LAPTOP, 120 * MIB)])
+@pytest.mark.parametrize(
+    "name, machine, gpu_bytes",
+    [
+        *((name, LAPTOP, 0) for name in ("window", "windows", "mixtral", "deepseek")),
+        ("window", T4, 100 * MIB),
+        ("mixtral", T4, 400 * MIB),
+        ("deepseek", T4, 200 * MIB),
+        ("deepseek", LAPTOP, 120 * MIB),
+    ],
+)
 def test_every_kind_of_model_is_planned(name, machine, gpu_bytes):
-    spec, workload = planned(name), UNIFORM(32, 100, 10)
+    spec, workload = planned(name, num_hidden_layers=4), UNIFORM(16, 100, 10)
     budgets = Budgets(spec.weight_bytes * 3 // 4, gpu_bytes)
     plan = search(spec, machine, workload, budgets)
     assert_fits(plan, workload, budgets)
-    assert plan.forecast.generated_tokens == 320
+    assert plan.forecast.generated_tokens == 160
     assert plan.solution is None or plan.forecast.seconds > 0.8 * plan.solution.seconds, "a program is a lower bound"
 
 
@@ -287,8 +295,8 @@ def test_one_row_one_token_one_layer():
 
 
 def test_a_search_gives_the_same_plan_each_time():
-    workload = Workload.of(range(200, 20, -5), [9, 17, 30] * 12)
-    first, second = (plan_for(workload, 40 * MIB, 30 * MIB, machine=T4) for _ in range(2))
+    workload, fixed = Workload.of(range(200, 20, -10), [9, 17, 30] * 6), {"cpu_attention_share": 1.0}
+    first, second = (plan_for(workload, 40 * MIB, 30 * MIB, machine=T4, fixed=fixed) for _ in range(2))
     assert (first.policy, first.forecast) == (second.policy, second.forecast)
     assert (first.programs, first.simulations) == (second.programs, second.simulations)
 
