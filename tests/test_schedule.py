@@ -204,10 +204,9 @@ def _same_kv(step: Step, other: Step) -> bool:
 
 def unit_keys(layers: int, groups: int = 0) -> list[tuple[int, str]]:
     """groups: of routed experts in each odd layer."""
-    modules = {layer: [f"experts.{group}" for group in range(groups * (layer % 2))] for layer in range(layers)}
-    return [(layer, module) for layer in modules for module in ("attention", "mlp", *modules[layer])] + [
-        (layers, "head")
-    ]
+    experts = [f"experts.{group}" for group in range(groups)]
+    keys = [(layer, module) for layer in range(layers) for module in ("attention", "mlp", *experts * (layer % 2))]
+    return [*keys, (layers, "head")]
 
 
 def make_units(layers: int, sizes: list[tuple[int, int]], on_device: bool, groups: int = 0) -> list[WeightUnit]:
