@@ -116,5 +116,5 @@ def simulate(
     machine = as_hardware(hardware)
     layout = Layout.of(as_spec(model), policy, workload, as_budgets(budgets, machine))
     layout.check()
-    chosen = islice(job_passes(workload, layout.policy, layout.micro_batches), skip, skip + passes)
+    chosen = islice(job_passes(workload, layout.policy, layout.micro_batches, skip + passes), skip, None)
     return simulate_layout(layout, machine, chosen, events=True)

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from functools import cached_property, lru_cache
 
+import numpy
+
 from flexrun.config import Policy
 from flexrun.core import Lane, Tier
 from flexrun.errors import ConfigError
 from flexrun.hardware import Hardware, LinearWork, Processor, Transfer
 from flexrun.models.spec import ModelSpec
 from flexrun.placement import LOGITS_ROWS, WeightPlacement, kv_bytes_per_token
+from flexrun.policy.passes import COLUMNS, Passes
 from flexrun.steps import MicroBatchShape, PassShape, Step, StepKind
 
 ROW_READ_SECONDS = 4e-6  # one embedding row out of the page cache
@@ -46,6 +49,7 @@ class StepCosts:
         self._absorption = LinearWork.of(spec.decode_absorption_shapes)
         self._expansion = LinearWork.of(spec.prefill_expansion_shapes)
         self._linear = lru_cache(maxsize=4096)(self._linear_seconds)
+        self._compute = lru_cache(maxsize=None)(self._compute_seconds)
         self._seconds = {
             StepKind.READ_ROWS: lambda step, shape: shape.tokens * ROW_READ_SECONDS,
             StepKind.EMBED: lambda step, shape: self.embed_seconds(shape.tokens),
@@ -155,11 +159,14 @@ class StepCosts:
 
     def attention_inputs_seconds(self, shape: PassShape, plain: float) -> float:
         """Norm, projections, rotary, storing K and V; for MLA also the absorbed or expanded products."""
-        seconds = self._linear("attention_inputs", 0, shape.tokens, plain)
-        seconds += shape.tokens * self.spec.kv_bytes_per_token / self._rates.activation_bytes_per_second
+        decode_tokens = sum(micro_batch.decode_tokens for micro_batch in shape.micro_batches)
+        return self._attention_inputs_seconds(shape.tokens, decode_tokens, plain)
+
+    def _attention_inputs_seconds(self, tokens: int, decode_tokens: int, plain: float) -> float:
+        seconds = self._linear("attention_inputs", 0, tokens, plain)
+        seconds += tokens * self.spec.kv_bytes_per_token / self._rates.activation_bytes_per_second
         if self.spec.latent is not None:
-            decode = sum(micro_batch.decode_tokens for micro_batch in shape.micro_batches)
-            for work, rows in ((self._absorption, decode), (self._expansion, shape.tokens - decode)):
+            for work, rows in ((self._absorption, decode_tokens), (self._expansion, tokens - decode_tokens)):
                 if rows:
                     seconds += self._matmul_seconds(rows, work, plain)
         return seconds
@@ -192,24 +199,26 @@ class StepCosts:
         return seconds + rows * (sampling + TOKEN_SECONDS) + self.device.step_overhead_seconds
 
     def attend_seconds(self, processor: Processor, layer: int, micro_batch: MicroBatchShape) -> float:
-        """softmax(QK^T)V of one micro-batch in one layer.
+        """softmax(QK^T)V of one micro-batch in one layer."""
+        counts = [getattr(micro_batch, name) for name in COLUMNS]
+        return float(self._attend_seconds(processor, self.spec.layer_windows[layer], *counts))
+
+    def _attend_seconds(self, processor, window, query_tokens, _, query_kv_pairs, decode_tokens, decode_kv_tokens):
+        """The same for COLUMNS as numbers or arrays.
 
         Decoding rows read KV and, where many heads share it, also wait for their products, which run at up to twice the
         rate of a prompt's as no mask is in the way; with MLA the products bind. Prompts are bound by their products.
         """
         spec, rates = self.spec, processor.rates_of(self.spec.dtype)
         flops_per_second = rates.prefill_attention_flops_per_second
-        window = spec.layer_windows[layer]
-        decode_pairs = micro_batch.decode_kv_tokens
-        prefill_pairs = micro_batch.query_kv_pairs - decode_pairs
-        prefill_tokens = micro_batch.query_tokens - micro_batch.decode_tokens
+        decode_pairs, prefill_pairs = decode_kv_tokens, query_kv_pairs - decode_kv_tokens
         if window:
-            decode_pairs = min(decode_pairs, micro_batch.decode_tokens * window)
-            prefill_pairs = min(prefill_pairs, prefill_tokens * window)
-        read = decode_pairs * self.kv_bytes / rates.decode_kv_bytes_per_second
-        products = decode_pairs * spec.decode_attention_flops_per_pair / flops_per_second
-        decode = max(read + products / 2, products)
-        prefill = prefill_pairs * spec.prefill_attention_flops_per_pair / flops_per_second
+            decode_pairs = numpy.minimum(decode_pairs, decode_tokens * window)
+            prefill_pairs = numpy.minimum(prefill_pairs, (query_tokens - decode_tokens) * window)
+        read = self.kv_bytes / rates.decode_kv_bytes_per_second
+        products = spec.decode_attention_flops_per_pair / flops_per_second
+        decode = decode_pairs * max(read + products / 2, products)
+        prefill = prefill_pairs * (spec.prefill_attention_flops_per_pair / flops_per_second)
         return decode + prefill + processor.step_overhead_seconds
 
     def _attend_step(self, step: Step, shape: PassShape) -> float:
@@ -221,16 +230,21 @@ class StepCosts:
 
     def compute_seconds(self, shape: PassShape) -> float:
         """Everything of a pass that runs on the compute lane whatever the KV placement is: all but attention."""
+        decode_tokens = sum(micro_batch.decode_tokens for micro_batch in shape.micro_batches)
+        return self._compute(shape.tokens, shape.logits_rows, decode_tokens)
+
+    def _compute_seconds(self, tokens: int, logits_rows: int, decode_tokens: int) -> float:
         spec = self.spec
         plain = self._plain_share
-        total = self.embed_seconds(shape.tokens) + self.logits_seconds(shape.logits_rows, plain)
+        total = self.embed_seconds(tokens) + self.logits_seconds(logits_rows, plain)
         total += spec.num_layers * (
-            self.attention_inputs_seconds(shape, plain) + self._linear("attention_output", 0, shape.tokens, plain)
+            self._attention_inputs_seconds(tokens, decode_tokens, plain)
+            + self._linear("attention_output", 0, tokens, plain)
         )
         for layer, count in self._layer_kinds:
-            total += count * self._linear("mlp", layer, shape.tokens, plain)
+            total += count * self._linear("mlp", layer, tokens, plain)
             if spec.is_sparse(layer):
-                total += count * self.experts_seconds(spec.experts.num_experts, shape.tokens)
+                total += count * self.experts_seconds(spec.experts.num_experts, tokens)
         return total
 
     @cached_property
@@ -268,35 +282,41 @@ class StepCosts:
 
     def lane_seconds(self, shape: PassShape) -> dict[Lane, float]:
         """Seconds each lane works in one pass: the durations of all its steps, without any waiting."""
+        return dict(zip(Lane, self.lane_seconds_of(Passes.of([shape]))[0].tolist()))
+
+    def lane_seconds_of(self, passes: Passes) -> numpy.ndarray:
+        """The same for many passes: float64 [passes, lanes], lanes in the order of Lane."""
         spec, layers = self.spec, self.spec.num_layers
         compute = Lane.GPU if self.on_device else Lane.CPU
-        seconds = dict.fromkeys(Lane, 0.0)
-        seconds[compute] = self.compute_seconds(shape)
-        for lane, moving in self._weight_seconds.items():
-            seconds[lane] += moving
+        tokens = passes.tokens
+        decode_tokens = passes.decode_tokens if spec.latent else numpy.zeros_like(tokens)
+        asked = zip(tokens.tolist(), passes.logits_rows.tolist(), decode_tokens.tolist())
+        seconds = {lane: numpy.full(len(passes), float(self._weight_seconds.get(lane, 0))) for lane in Lane}
+        seconds[compute] += [self._compute(*each) for each in asked]
         if self.placement.embedding_on_disk:
-            seconds[Lane.DISK_READ] += shape.tokens * ROW_READ_SECONDS
-        hidden_bytes = self.hidden_bytes(shape.tokens) * (1.0 - self.policy.hidden.gpu)
-        if hidden_bytes and self.on_device:  # in and out of the device around both modules of each layer
+            seconds[Lane.DISK_READ] += tokens * ROW_READ_SECONDS
+        hidden_bytes = self.hidden_bytes(tokens) * (1.0 - self.policy.hidden.gpu)
+        if self.on_device and self.policy.hidden.gpu < 1:  # in and out of the device around both modules of each layer
             seconds[Lane.H2D] += self.h2d.seconds(hidden_bytes)
             seconds[Lane.D2H] += self.d2h.seconds(hidden_bytes)
-        query_bytes = spec.query_size * spec.dtype_bytes
-        for micro_batch in shape.micro_batches:
-            new_bytes = micro_batch.query_tokens * self.kv_bytes
-            there_bytes = max(micro_batch.kv_tokens * self.kv_bytes - new_bytes, 0)
-            lane = compute if not self.on_device or micro_batch.home is Tier.GPU else micro_batch.attend_lane
+        for number, place in enumerate(passes.places):
+            counts = passes.counts[:, number].T
+            present = counts[0] > 0
+            query_bytes = counts[0] * (spec.query_size * spec.dtype_bytes)
+            new_bytes = counts[0] * self.kv_bytes
+            there_bytes = numpy.maximum(counts[1] * self.kv_bytes - new_bytes, 0)
+            lane = compute if not self.on_device or place.home is Tier.GPU else place.attend_lane
             processor = self.device if lane is compute else self.hardware.cpu
-            seconds[lane] += self.attend_pass_seconds(processor, micro_batch)
-            if micro_batch.home is Tier.DISK:
-                seconds[Lane.DISK_READ] += layers * self.hardware.disk_read.seconds(there_bytes)
-                seconds[Lane.DISK_WRITE] += layers * self.hardware.disk_write.seconds(new_bytes)
-            if not self.on_device or micro_batch.home is Tier.GPU:
-                continue
-            if lane is Lane.CPU:
-                moved = micro_batch.query_tokens * query_bytes
-                seconds[Lane.D2H] += layers * self.d2h.seconds(moved + new_bytes)
-                seconds[Lane.H2D] += layers * self.h2d.seconds(moved)
-            else:
-                seconds[Lane.H2D] += layers * self.h2d.seconds(there_bytes)
-                seconds[Lane.D2H] += layers * self.d2h.seconds(new_bytes)
-        return seconds
+            seconds[lane] += present * sum(
+                times * self._attend_seconds(processor, spec.layer_windows[layer], *counts)
+                for layer, times in self._window_kinds
+            )
+            moved = []
+            if place.home is Tier.DISK:
+                moved += [(Lane.DISK_READ, there_bytes), (Lane.DISK_WRITE, new_bytes)]
+            if self.on_device and place.home is not Tier.GPU:
+                on_cpu = [(Lane.D2H, query_bytes + new_bytes), (Lane.H2D, query_bytes)]
+                moved += on_cpu if lane is Lane.CPU else [(Lane.H2D, there_bytes), (Lane.D2H, new_bytes)]
+            for carrier, nbytes in moved:
+                seconds[carrier] += present * layers * self.transfer(carrier).seconds(nbytes)
+        return numpy.stack([seconds[lane] for lane in Lane], axis=1)

@@ -18,9 +18,8 @@ from flexrun.core import Lane
 from flexrun.hardware import Hardware
 from flexrun.policy.cost import StepCosts
 from flexrun.policy.layout import Layout
-from flexrun.policy.passes import job_passes
+from flexrun.policy.passes import Passes, job_passes
 from flexrun.policy.simulator import simulate_layout
-from flexrun.steps import PassShape
 from flexrun.workload import Workload
 
 
@@ -89,23 +88,26 @@ def forecast(
     hardware: Hardware,
     effort: Effort = FULL,
     limit_seconds: float = float("inf"),
+    known: dict[tuple, Passes] | None = None,
 ) -> Forecast:
     """Time of a job whose sequences all run to ``max_tokens``. Raises nothing of its own: check the layout first.
 
     limit_seconds: where the busiest lanes alone take longer, their time is the answer and nothing is simulated.
+    known: passes of this workload that other policies had; filled here.
     """
+    known = {} if known is None else known
     rows = len(workload)
     costs = StepCosts(layout.spec, layout.policy, layout.placement, hardware, on_device=layout.on_device)
     shrink = passes_guess(layout.policy, workload) / effort.passes
     rows_a_slot = 3 * layout.policy.sequences_in_flight  # a start, a steady middle and a tail
     large_rows = min(max(int(rows / max(shrink, 1.0)), rows_a_slot, 2), rows)
-    parts = [_Part.of(drawn(workload, large_rows), layout, costs)]
-    if large_rows < rows and parts[0].passes:
+    parts = [_Part.of(drawn(workload, large_rows), layout, costs, known)]
+    if large_rows < rows and len(parts[0].passes):
         # T(small) holds start and tail; T(large) - T(small) is the steady middle of the rows between. Rows of the one
         # are among those of the other, so that it matters little which are drawn.
-        parts.append(_Part.of(drawn(parts[0].workload, max(large_rows // 2, 1)), layout, costs))
+        parts.append(_Part.of(drawn(parts[0].workload, max(large_rows // 2, 1)), layout, costs, known))
     bound = _whole(workload, [part.forecast(_no_waiting) for part in parts])
-    if bound.seconds > limit_seconds or not parts[0].passes:
+    if bound.seconds > limit_seconds or not len(parts[0].passes):
         return bound
     ratio = _simulated_ratio(layout, hardware, parts[0].passes, parts[0].lanes, effort)
     return _whole(workload, [part.forecast(ratio, costs.start_seconds) for part in parts])
@@ -153,22 +155,27 @@ class _Part:
     """Some rows of a job, their passes, and what each pass asks of each lane: seconds [passes, lanes]."""
 
     workload: Workload
-    passes: list[PassShape]
+    passes: Passes
     lanes: numpy.ndarray
 
     @classmethod
-    def of(cls, workload: Workload, layout: Layout, costs: StepCosts) -> _Part:
-        passes = list(job_passes(workload, layout.policy, layout.micro_batches))
-        return cls(workload, passes, numpy.array([list(costs.lane_seconds(shape).values()) for shape in passes]))
+    def of(cls, workload: Workload, layout: Layout, costs: StepCosts, known: dict[tuple, Passes]) -> _Part:
+        policy, places = layout.policy, layout.micro_batches
+        key = (len(workload), policy.sequences_in_flight, policy.tokens_per_pass, policy.attention_micro_batch)
+        key += tuple(place.capacity_tokens for place in places)
+        if key not in known:
+            known[key] = job_passes(workload, policy, places)
+        passes = known[key].at(places)
+        return cls(workload, passes, costs.lane_seconds_of(passes))
 
     def forecast(self, ratio: Ratio, start_seconds: float = 0.0) -> Forecast:
         """Of exactly these rows, given what waiting adds to the busiest lane of each pass, and what the start adds."""
-        if not self.passes:  # no row fits the cache: a run refuses them all
+        if not len(self.passes):  # no row fits the cache: a run refuses them all
             return Forecast(0.0, 0.0, 0.0, 0, 0, 0, dict.fromkeys(Lane, 0.0))
         # Moving hidden states is not scheduled yet: it counts where its lane alone would take longer.
         pass_seconds = self.lanes.max(axis=1) * numpy.maximum(ratio(self.lanes), 1.0)
         pass_seconds[0] += start_seconds
-        shares = [sum(part.decode_tokens for part in shape.micro_batches) / shape.tokens for shape in self.passes]
+        shares = self.passes.decode_tokens / self.passes.tokens
         decode, total = float((pass_seconds * shares).sum()), float(pass_seconds.sum())
         return Forecast(
             total,
@@ -185,9 +192,7 @@ def _no_waiting(lanes: numpy.ndarray) -> numpy.ndarray:
     return numpy.ones(len(lanes))
 
 
-def _simulated_ratio(
-    layout: Layout, hardware: Hardware, passes: Sequence[PassShape], lanes: numpy.ndarray, effort: Effort
-) -> Ratio:
+def _simulated_ratio(layout: Layout, hardware: Hardware, passes: Passes, lanes: numpy.ndarray, effort: Effort) -> Ratio:
     """Simulate all passes, or some that differ as much as possible.
 
     Each runs behind the pass before it, which fills the pipeline, and twice, as neighbours in a job are alike.
@@ -203,12 +208,12 @@ def _simulated_ratio(
         layout = layout.shallow(layers)
     costs = StepCosts(layout.spec, layout.policy, layout.placement, hardware, on_device=layout.on_device)
     chosen = _most_different(lanes, max(effort.steps // (3 * steps_a_pass), 4))
-    ratios = []
+    seconds = []
     for place in chosen:
-        window = [passes[max(place - 1, 0)], passes[place], passes[place]]
-        seconds = simulate_layout(layout, hardware, window).pass_seconds
-        ratios.append(sum(seconds[1:]) / 2 / max(costs.lane_seconds(passes[place]).values()))
-    return partial(_of_nearest, known=lanes[chosen], ratios=numpy.array(ratios))
+        window = [passes.shape(number) for number in (max(place - 1, 0), place, place)]
+        seconds.append(sum(simulate_layout(layout, hardware, window).pass_seconds[1:]) / 2)
+    ratios = numpy.array(seconds) / costs.lane_seconds_of(passes.chosen(chosen)).max(axis=1)
+    return partial(_of_nearest, known=lanes[chosen], ratios=ratios)
 
 
 def _most_different(lanes: numpy.ndarray, count: int) -> list[int]:

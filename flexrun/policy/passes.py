@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy
 
@@ -11,108 +13,182 @@ from flexrun.placement import KVMicroBatch
 from flexrun.steps import MicroBatchShape, PassShape
 from flexrun.workload import Workload
 
+COLUMNS = ("query_tokens", "kv_tokens", "query_kv_pairs", "decode_tokens", "decode_kv_tokens")
 
-def job_passes(workload: Workload, policy: Policy, micro_batches: Sequence[KVMicroBatch]) -> Iterator[PassShape]:
-    """Every pass of a job whose sequences all run to their last token, in the order of the workload's rows.
+
+@dataclass(frozen=True, eq=False)
+class Passes:
+    """Passes as columns, so that a cost is computed for all of them at once; iterating gives them one by one.
+
+    places: the micro-batches. counts: int64 [passes, micro-batches, COLUMNS], the fields of MicroBatchShape.
+    logits_rows: int64 [passes]. last: whether the job ends with the last of them.
+    """
+
+    places: Sequence[KVMicroBatch]
+    counts: numpy.ndarray
+    logits_rows: numpy.ndarray
+    last: bool
+
+    @classmethod
+    def of(cls, shapes: Sequence[PassShape]) -> Passes:
+        """Passes of equal micro-batches as columns."""
+        parts = [part for shape in shapes for part in shape.micro_batches]
+        places = [KVMicroBatch(part.home, 0, part.attend_lane) for part in parts[: len(parts) // len(shapes)]]
+        counts = [[getattr(part, name) for name in COLUMNS] for part in parts]
+        rows = numpy.array([shape.logits_rows for shape in shapes])
+        return cls(places, numpy.array(counts).reshape(len(shapes), len(places), -1), rows, not shapes[-1].more)
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def __iter__(self) -> Iterator[PassShape]:
+        return map(self.shape, range(len(self)))
+
+    def chosen(self, numbers: Sequence[int]) -> Passes:
+        """Some of the passes."""
+        return replace(self, counts=self.counts[numbers], logits_rows=self.logits_rows[numbers])
+
+    def at(self, places: Sequence[KVMicroBatch]) -> Passes:
+        """The same passes with their KV cache at other places."""
+        return replace(self, places=places)
+
+    def column(self, name: str) -> numpy.ndarray:
+        """int64 [passes, micro-batches]."""
+        return self.counts[:, :, COLUMNS.index(name)]
+
+    @property
+    def tokens(self) -> numpy.ndarray:
+        """int64 [passes]."""
+        return self.column("query_tokens").sum(axis=1)
+
+    @property
+    def decode_tokens(self) -> numpy.ndarray:
+        """int64 [passes]."""
+        return self.column("decode_tokens").sum(axis=1)
+
+    def shape(self, number: int) -> PassShape:
+        micro_batches = tuple(
+            MicroBatchShape(index, *counts[:3], place.home, place.attend_lane, *counts[3:])
+            for index, (place, counts) in enumerate(zip(self.places, self.counts[number].tolist()))
+            if counts[0]
+        )
+        tokens = sum(part.query_tokens for part in micro_batches)
+        more = not self.last or number < len(self) - 1
+        return PassShape(number, tokens, int(self.logits_rows[number]), micro_batches, more)
+
+
+def job_passes(
+    workload: Workload, policy: Policy, micro_batches: Sequence[KVMicroBatch], most: int | None = None
+) -> Passes:
+    """The passes of a job whose sequences all run to their last token, in the order of the workload's rows.
 
     Follows offload.batcher: decoding sequences first, then prompts under way, then new ones while there is room in
     the pass, a slot and cache room. Gaps that ragged sequences leave in a slab are not modelled. Rows that no slab
-    could hold are left out, as a run refuses them.
+    could hold are left out, as a run refuses them. most: stop after so many passes.
     """
-    return _Job(workload, policy, micro_batches).passes()
+    return _Job(workload, policy, micro_batches).passes(most)
+
+
+@dataclass
+class _Prompt:
+    """A sequence whose prompt is under way: ``cached`` of its ``tokens`` are done."""
+
+    tokens: int
+    limit: int
+    home: int
+    cached: int = 0
 
 
 class _Job:
-    """Sequences in flight as columns, in order of admission."""
+    """What is in flight: prompts one by one, decoding sequences as sums a micro-batch, for they advance alike."""
 
     def __init__(self, workload: Workload, policy: Policy, micro_batches: Sequence[KVMicroBatch]):
         self.policy, self.places = policy, micro_batches
         fits = workload.kv_tokens <= max(place.capacity_tokens for place in micro_batches)
-        self.prompts, self.limits = workload.prompt_tokens[fits].tolist(), workload.max_tokens[fits].tolist()
-        self.next_row = 0
+        self.rows = list(zip(workload.prompt_tokens[fits].tolist(), workload.max_tokens[fits].tolist()))
+        self.next_row = self.in_flight = 0
         self.free = [place.capacity_tokens for place in micro_batches]
         self.counts = [0] * len(micro_batches)
-        empty = numpy.empty(0, dtype=numpy.int64)
-        self.prompt, self.limit, self.cached, self.made, self.home = empty, empty, empty, empty, empty
+        self.refused = False  # until a sequence ends, the next row finds no room
+        self.prompts: deque[_Prompt] = deque()
+        self.decoding = [0] * len(micro_batches)
+        self.decoding_kv = [0] * len(micro_batches)  # tokens they attend in the coming pass
+        self.ends: dict[int, list[tuple[int, int]]] = {}  # pass -> (micro-batch, cached tokens) of what it ends
 
-    def passes(self) -> Iterator[PassShape]:
-        index = 0
-        while len(self.prompt) or self.next_row < len(self.prompts):
-            query, sampled = self._fill()
-            shape = self._shape(index, query, sampled)
-            self.cached = self.cached + query
-            self.made = self.made + sampled
-            ended = self.made >= self.limit
-            if ended.any():
-                self._retire(ended)
-            index += 1
-            yield shape
+    def passes(self, most: int | None) -> Passes:
+        counts, logits_rows, number = [], [], 0
+        while (self.in_flight or self.next_row < len(self.rows)) and number != most:
+            pass_counts, sampled = self._one(number)
+            counts.append(pass_counts)
+            logits_rows.append(sampled)
+            number += 1
+        table = numpy.array(counts, dtype=numpy.int64).reshape(number, len(COLUMNS), len(self.places))
+        last = not self.in_flight and self.next_row == len(self.rows)
+        return Passes(self.places, table.transpose(0, 2, 1), numpy.array(logits_rows, dtype=numpy.int64), last)
 
-    def _fill(self) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """(query tokens, whether a token is sampled) of each sequence in this pass, new ones included."""
-        decoding = self.made > 0
-        room = self.policy.tokens_per_pass - int(decoding.sum())
-        query = decoding.astype(numpy.int64)
-        for place in numpy.flatnonzero(~decoding):
-            count = max(min(int(self.prompt[place] - self.cached[place]), room), 0)
-            query[place] = count
-            room -= count
-        new = []
-        while room > 0 and (row := self._admit(len(query) + len(new))) is not None:
-            count = min(row[0], room)
-            new.append((*row, count))
-            room -= count
-        if new:
-            prompt, limit, home, count = numpy.array(new, dtype=numpy.int64).T
-            zero = numpy.zeros(len(new), dtype=numpy.int64)
-            self.prompt = numpy.concatenate((self.prompt, prompt))
-            self.limit = numpy.concatenate((self.limit, limit))
-            self.home = numpy.concatenate((self.home, home))
-            self.cached = numpy.concatenate((self.cached, zero))
-            self.made = numpy.concatenate((self.made, zero))
-            query = numpy.concatenate((query, count))
-        sampled = (query > 0) & (self.cached + query >= self.prompt)
-        return query, sampled.astype(numpy.int64)
+    def _one(self, number: int) -> tuple[list[list[int]], int]:
+        """COLUMNS of one pass, each by micro-batch, and how many tokens are sampled."""
+        decoding, decoding_kv = self.decoding, self.decoding_kv
+        table = [column[:] for column in (decoding, decoding_kv, decoding_kv, decoding, decoding_kv)]
+        query, kv, pairs, single, single_kv = table
+        sampled = sum(decoding)
+        room = self.policy.tokens_per_pass - sampled
+        under_way, self.prompts, done = self.prompts, deque(), []
+        while under_way or room > 0:
+            prompt = under_way.popleft() if under_way else self._admit()
+            if prompt is None:
+                break
+            count = max(min(prompt.tokens - prompt.cached, room), 0)
+            if count:
+                room -= count
+                home, seen = prompt.home, prompt.cached + count
+                query[home] += count
+                kv[home] += seen
+                pairs[home] += count * prompt.cached + count * (count + 1) // 2
+                if count == 1:
+                    single[home] += 1
+                    single_kv[home] += seen
+                prompt.cached = seen
+            (done if prompt.cached == prompt.tokens else self.prompts).append(prompt)
+        for home, count in enumerate(decoding):
+            decoding_kv[home] += count
+        for home, tokens in self.ends.pop(number, ()):
+            decoding[home] -= 1
+            decoding_kv[home] -= tokens + 1
+            self._release(home, tokens)
+        for prompt in done:
+            if prompt.limit <= 1:
+                self._release(prompt.home, prompt.tokens)
+                continue
+            decoding[prompt.home] += 1
+            decoding_kv[prompt.home] += prompt.tokens + 1
+            last_tokens = prompt.tokens + prompt.limit - 1
+            self.ends.setdefault(number + prompt.limit - 1, []).append((prompt.home, last_tokens))
+        return table, sampled + len(done)
 
-    def _admit(self, in_flight: int) -> tuple[int, int, int] | None:
-        """(prompt, limit, micro-batch) of the next sequence, or None while it must wait."""
-        if in_flight >= self.policy.sequences_in_flight or self.next_row >= len(self.prompts):
+    def _admit(self) -> _Prompt | None:
+        """The next sequence, or None while it must wait."""
+        if self.refused or self.in_flight >= self.policy.sequences_in_flight or self.next_row >= len(self.rows):
             return None
-        prompt, limit = self.prompts[self.next_row], self.limits[self.next_row]
-        tokens = prompt + limit - 1
+        prompt, limit = self.rows[self.next_row]
+        tokens, most = prompt + limit - 1, self.policy.attention_micro_batch
         fitting = [
             (count, -free, home)
             for home, (count, free) in enumerate(zip(self.counts, self.free))
-            if count < self.policy.attention_micro_batch and free >= tokens
+            if count < most and free >= tokens
         ]
-        if not fitting:
+        self.refused = not fitting
+        if self.refused:
             return None
         home = min(fitting)[2]
         self.counts[home] += 1
         self.free[home] -= tokens
         self.next_row += 1
-        return prompt, limit, home
+        self.in_flight += 1
+        return _Prompt(prompt, limit, home)
 
-    def _retire(self, ended: numpy.ndarray) -> None:
-        for place in numpy.flatnonzero(ended):
-            home = self.home[place]
-            self.counts[home] -= 1
-            self.free[home] += int(self.prompt[place] + self.limit[place] - 1)
-        stay = ~ended
-        self.prompt, self.limit, self.cached = self.prompt[stay], self.limit[stay], self.cached[stay]
-        self.made, self.home = self.made[stay], self.home[stay]
-
-    def _shape(self, index: int, query: numpy.ndarray, sampled: numpy.ndarray) -> PassShape:
-        places = len(self.places)
-        kv = numpy.where(query > 0, self.cached + query, 0)
-        pairs = query * self.cached + query * (query + 1) // 2
-        single = query == 1
-        columns = numpy.stack((query, kv, pairs, single, numpy.where(single, kv, 0)))
-        sums = [numpy.bincount(self.home, column, places).astype(numpy.int64).tolist() for column in columns]
-        shapes = tuple(
-            MicroBatchShape(number, tokens, kv_tokens, kv_pairs, place.home, place.attend_lane, decode, decode_kv)
-            for number, (place, tokens, kv_tokens, kv_pairs, decode, decode_kv) in enumerate(zip(self.places, *sums))
-            if tokens
-        )
-        more = self.next_row < len(self.prompts) or bool(((self.made + sampled) < self.limit).any())
-        return PassShape(index, int(query.sum()), int(sampled.sum()), shapes, more)
+    def _release(self, home: int, tokens: int) -> None:
+        self.counts[home] -= 1
+        self.free[home] += tokens
+        self.in_flight -= 1
+        self.refused = False

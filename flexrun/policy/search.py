@@ -23,6 +23,7 @@ from flexrun.policy.fill import fill_weights, refuse
 from flexrun.policy.forecast import FULL, QUICK, Forecast, forecast
 from flexrun.policy.layout import Budgets, Layout
 from flexrun.policy.lp import Solution
+from flexrun.policy.passes import Passes
 from flexrun.policy.programs import CPU_ROWS, GPU_ROWS, USUAL_PASS_TOKENS, Choice, Programs, size_cost
 from flexrun.workload import Workload
 
@@ -78,6 +79,7 @@ class _Search:
         self.fixed: dict[str, Any] = fixed
         self.programs = Programs(spec, hardware, workload, budgets, fixed, features)
         self._scores: dict[Policy, tuple[float, Layout] | None] = {}
+        self._passes: dict[tuple, Passes] = {}
         self._best_score = float("inf")  # whose bound is above it need not be simulated
 
     def run(self) -> Plan:
@@ -166,7 +168,7 @@ class _Search:
 
     def _scored(self, layout: Layout) -> tuple[float, Layout]:
         cost = size_cost(layout.policy)
-        job = forecast(layout, self.workload, self.hardware, QUICK, self._best_score / cost)
+        job = forecast(layout, self.workload, self.hardware, QUICK, self._best_score / cost, self._passes)
         self._best_score = min(self._best_score, job.seconds * cost)
         return job.seconds * cost, layout
 
