@@ -14,6 +14,7 @@ from flexrun.disk_io import DirectFile
 from flexrun.errors import ExecutionError
 from flexrun.offload.engine import Engine
 from flexrun.placement import memory_account, place_weights
+from flexrun.steps import StepKind
 from flexrun.weights.packed import PackedWeights
 
 pytestmark = pytest.mark.usefixtures("matrices_move")
@@ -142,13 +143,12 @@ def test_a_failure_in_any_lane_ends_the_run(open_engine, make_group, lane):
     """The emulated accelerator's copies and the host's attention fail as clearly as a read."""
     share = {"cpu": 1.0, "h2d": 0.0, "d2h": 0.0}[lane]
     engine = open_engine(True, cpu_attention_share=share)
-    executor = engine._executor
-    method = {"cpu": "_attend_on_host", "h2d": "_load_kv", "d2h": "_save_kv"}[lane]
+    kind = {"cpu": StepKind.ATTEND, "h2d": StepKind.LOAD_KV, "d2h": StepKind.SAVE_KV}[lane]
 
     def fail(step):
         raise ZeroDivisionError(f"injected in {step.lane.value}")
 
-    setattr(executor, method, fail)
+    engine._executor._transfers._whole[kind] = fail
     error = outcome(lambda: list(engine.run(iter(groups_of(make_group)))))
     assert isinstance(error, ExecutionError)
     assert f"injected in {lane}" in str(error)
@@ -161,7 +161,7 @@ def test_an_interrupted_pass_does_not_go_on(open_engine, make_group, monkeypatch
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(engine._executor._compute, next(iter(engine._executor._compute)), interrupt)
+    monkeypatch.setattr(engine._executor._modules, "run", interrupt)
     assert isinstance(outcome(lambda: list(engine.run(iter(groups_of(make_group))))), KeyboardInterrupt)
     assert engine.failed
     assert isinstance(outcome(lambda: list(engine.run(iter(groups_of(make_group))))), ExecutionError)

@@ -1,0 +1,197 @@
+"""The compute steps of a pass, module by module, and the activations that they and the copies work on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from flexrun.attention import attend
+from flexrun.config import Policy
+from flexrun.core import DTYPES, Lane, Tier
+from flexrun.models import decoder
+from flexrun.models.rope import RopeTables, Rotary
+from flexrun.models.spec import ModelSpec
+from flexrun.offload.batcher import MicroBatchRows, PassPlan
+from flexrun.offload.kv_store import KVStore
+from flexrun.offload.tiers import MemoryTier
+from flexrun.offload.weight_store import TOKEN_EMBEDDING, WeightStore
+from flexrun.placement import LOGITS_ROWS, offloaded_query_bytes, workspace_bytes
+from flexrun.steps import Step, StepKind
+
+
+class Activations:
+    """The rows of one pass, allocated once for the largest pass, and what is known of the pass at hand.
+
+    hidden: [tokens, hidden_size]. query, attended: [tokens, heads, head_dim]; key, value: [tokens, kv_heads, head_dim],
+    kept only for KV that lives elsewhere, until a copy lane has carried them there. host_query, host_attended: their
+    host copies for attention on the CPU. embedding_rows: rows of a table on disk, one for each different token.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        policy: Policy,
+        weights: WeightStore,
+        kv: KVStore,
+        rope: RopeTables,
+        host: MemoryTier,
+        device: MemoryTier | None,
+    ):
+        self._rope = rope
+        self.compute_tier = Tier.CPU if device is None else Tier.GPU
+        self._row_count = min(policy.token_micro_batch, policy.tokens_per_pass)
+        memory = host if device is None else device
+        self._reserved = [(memory, "workspace", workspace_bytes(spec, policy))]
+        dtype, tokens = DTYPES[spec.dtype], policy.tokens_per_pass
+        heads = (tokens, spec.num_heads, spec.head_dim)
+        kv_heads = (tokens, spec.num_kv_heads, spec.head_dim)
+        on_host = [place for place in kv.micro_batches if place.home is Tier.CPU] if device is not None else []
+        attends_on_host = any(place.attend_lane is Lane.CPU for place in on_host)
+        if attends_on_host:
+            self._reserved.append((host, "offloaded_query", offloaded_query_bytes(spec, policy)))
+        row_bytes = weights.embedding_rows.row_bytes if weights.embedding_rows else 0
+        self.embedding_rows = host.allocate("embedding_rows", tokens * row_bytes) if row_bytes else None
+        for tier, kind, nbytes in self._reserved:
+            tier.reserve(kind, nbytes)
+        self.hidden = torch.empty(tokens, spec.hidden_size, dtype=dtype)
+        self.query_rows, self.attended = torch.empty(heads, dtype=dtype), torch.empty(heads, dtype=dtype)
+        self.query = self.query_rows
+        self.branches: list[Tensor] = []  # the attention branch of each chunk of rows, until the MLP takes it
+        if on_host:  # rows that a copy lane carries to the host KV while the compute lane goes on
+            self.key, self.value = torch.empty(kv_heads, dtype=dtype), torch.empty(kv_heads, dtype=dtype)
+        if attends_on_host:
+            self.host_query, self.host_attended = torch.empty(heads, dtype=dtype), torch.empty(heads, dtype=dtype)
+        self.plan: PassPlan | None = None
+        self.rows: dict[int, MicroBatchRows] = {}
+
+    def begin(self, plan: PassPlan) -> None:
+        """Take up a pass: its rows, positions and tokens."""
+        self.plan = plan
+        self.rows = {rows.index: rows for rows in plan.micro_batches}
+        self.rotary: Rotary = self._rope.gather(torch.from_numpy(plan.positions), torch.from_numpy(plan.lengths))
+        self.kv_rows = [torch.from_numpy(rows.kv_rows) for rows in plan.micro_batches]
+        tokens = plan.shape.tokens
+        self.chunks = [(start, min(start + self._row_count, tokens)) for start in range(0, tokens, self._row_count)]
+        token_ids = torch.from_numpy(plan.token_ids)
+        self.unique, self.token_ids = (
+            torch.unique(token_ids, return_inverse=True) if self.embedding_rows is not None else (None, token_ids)
+        )
+
+    def close(self) -> None:
+        while self._reserved:
+            tier, kind, nbytes = self._reserved.pop()
+            tier.release(kind, nbytes)
+        if self.embedding_rows is not None:
+            self.embedding_rows.close()
+
+
+class Modules:
+    """Runs steps of the compute lane. ``consume(start, logits)``: see ``Executor.run``."""
+
+    def __init__(self, spec: ModelSpec, weights: WeightStore, kv: KVStore, activations: Activations):
+        self._spec, self._weights, self._kv = spec, weights, kv
+        self._activations = activations
+        self.consume: Callable[[int, Tensor], None] | None = None
+        self._steps = {
+            StepKind.EMBED: self._embed,
+            StepKind.ATTENTION_INPUTS: self._attention_inputs,
+            StepKind.ATTEND: self._attend,
+            StepKind.ATTENTION_OUTPUT: self._attention_output,
+            StepKind.MLP: self._mlp,
+            StepKind.LOGITS: self._logits,
+        }
+
+    def run(self, step: Step) -> None:
+        self._steps[step.kind](step)
+
+    def _in_place(self, index: int) -> bool:
+        """Whether a micro-batch's slab is in the memory of the compute lane."""
+        return self._kv.micro_batches[index].home is self._activations.compute_tier
+
+    def _embed(self, step: Step) -> None:
+        rows, weights = self._activations, self._weights.embedding
+        if rows.unique is not None:
+            table = rows.embedding_rows.view(0, (len(rows.unique), self._spec.embedding_size), rows.hidden.dtype)
+            weights = {**weights, TOKEN_EMBEDDING: table}
+        positions = torch.from_numpy(rows.plan.positions)
+        for start, stop in rows.chunks:
+            rows.hidden[start:stop] = decoder.embed(
+                self._spec, weights, rows.token_ids[start:stop], positions[start:stop]
+            )
+
+    def _attention_inputs(self, step: Step) -> None:
+        activations, weights = self._activations, self._weights.unit_weights(step)
+        for start, stop in activations.chunks:
+            query, key, value = decoder.attention_inputs(
+                self._spec, step.layer, weights, activations.hidden[start:stop], activations.rotary.rows(start, stop)
+            )
+            if len(activations.chunks) == 1:
+                activations.query = query  # a view of the projection: no need to copy what is whole
+            else:
+                activations.query = activations.query_rows
+                activations.query[start:stop] = query
+            for rows, kv_rows in zip(activations.plan.micro_batches, activations.kv_rows):
+                low, high = max(start, rows.start), min(stop, rows.stop)
+                if low >= high:
+                    continue
+                part = slice(low - start, high - start)
+                if self._in_place(rows.index):
+                    slab = self._kv.slab(step.layer, rows.index)
+                    store(slab, kv_rows[low - rows.start : high - rows.start], key[part], value[part])
+                else:
+                    activations.key[low:high], activations.value[low:high] = key[part], value[part]
+
+    def _attend(self, step: Step) -> None:
+        activations = self._activations
+        rows = activations.rows[step.micro_batch]
+        if self._in_place(rows.index):
+            slab = self._kv.slab(step.layer, rows.index)
+        else:  # host-resident KV, copied to a staging slot: add this pass's own rows
+            slab = self._kv.staging(step.offset)
+            part = slice(rows.start, rows.stop)
+            store(slab, torch.from_numpy(rows.kv_rows), activations.key[part], activations.value[part])
+        attend_rows(self._spec, step.layer, rows, slab, activations.query, activations.attended)
+
+    def _attention_output(self, step: Step) -> None:
+        activations, weights = self._activations, self._weights.unit_weights(step)
+        activations.branches = [
+            decoder.attention_output(self._spec, step.layer, weights, activations.attended[start:stop])
+            for start, stop in activations.chunks
+        ]
+
+    def _mlp(self, step: Step) -> None:
+        activations, weights = self._activations, self._weights.unit_weights(step)
+        for (start, stop), branch in zip(activations.chunks, activations.branches):
+            decoder.mlp(self._spec, step.layer, weights, activations.hidden[start:stop], branch)
+
+    def _logits(self, step: Step) -> None:
+        activations, weights = self._activations, self._weights.unit_weights(step)
+        rows = torch.from_numpy(activations.plan.sampled_rows)
+        for start in range(0, len(rows), LOGITS_ROWS):
+            chosen = activations.hidden.index_select(0, rows[start : start + LOGITS_ROWS])
+            self.consume(start, decoder.logits(self._spec, weights, chosen))
+
+
+def attend_rows(
+    spec: ModelSpec, layer: int, rows: MicroBatchRows, slab: Tensor, query: Tensor, attended: Tensor
+) -> None:
+    """Attention of one micro-batch's rows over slab [2, tokens, kv_heads, head_dim], on the device of the tensors."""
+    form = spec.attention_form(layer)
+    attend(
+        query[rows.start : rows.stop],
+        slab[0],
+        slab[1],
+        rows.segments,
+        scale=form.scale,
+        window=form.window,
+        softcap=form.softcap,
+        out=attended[rows.start : rows.stop],
+    )
+
+
+def store(slab: Tensor, kv_rows: Tensor, key: Tensor, value: Tensor) -> None:
+    """Write key and value [T, KV, D] to rows ``kv_rows`` of slab [2, tokens, KV, D]."""
+    slab[0].index_copy_(0, kv_rows, key)
+    slab[1].index_copy_(0, kv_rows, value)

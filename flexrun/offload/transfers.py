@@ -1,0 +1,81 @@
+"""The steps of worker lanes: what moves between tiers while the compute lane goes on, and attention on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from flexrun.models.spec import ModelSpec
+from flexrun.offload.batcher import MicroBatchRows
+from flexrun.offload.kv_store import KVStore
+from flexrun.offload.modules import Activations, attend_rows, store
+from flexrun.offload.weight_store import WeightStore
+from flexrun.steps import Step, StepKind
+
+
+class Transfers:
+    """Turns a step of a worker lane into the parts that the lane's threads run."""
+
+    def __init__(self, spec: ModelSpec, weights: WeightStore, kv: KVStore, activations: Activations):
+        self._spec, self._weights, self._kv = spec, weights, kv
+        self._activations = activations
+        self._parts = {StepKind.READ_WEIGHTS: weights.read_parts, StepKind.COPY_WEIGHTS: weights.copy_parts}
+        self._whole = {
+            StepKind.READ_ROWS: self._read_rows,
+            StepKind.OFFLOAD_QUERY: self._offload_query,
+            StepKind.LOAD_KV: self._load_kv,
+            StepKind.SAVE_KV: self._save_kv,
+            StepKind.ATTEND: self._attend_on_host,
+            StepKind.RETURN_ATTENDED: self._return_attended,
+        }
+
+    def parts(self, step: Step) -> list[Callable[[], None]]:
+        if step.kind in self._parts:
+            return self._parts[step.kind](step)
+        return [partial(self._run, step)]
+
+    @torch.inference_mode()
+    def _run(self, step: Step) -> None:
+        self._whole[step.kind](step)
+
+    def _read_rows(self, step: Step) -> None:
+        activations, table = self._activations, self._weights.embedding_rows
+        target = activations.embedding_rows.view(0, (len(activations.unique), table.row_bytes), torch.uint8)
+        table.read_rows(activations.unique.tolist(), target)
+
+    def _offload_query(self, step: Step) -> None:
+        activations = self._activations
+        rows = activations.rows[step.micro_batch]
+        part = slice(rows.start, rows.stop)
+        activations.host_query[part].copy_(activations.query[part])
+        self._store_to_host(step, rows)
+
+    def _save_kv(self, step: Step) -> None:
+        self._store_to_host(step, self._activations.rows[step.micro_batch])
+
+    def _store_to_host(self, step: Step, rows: MicroBatchRows) -> None:
+        part = slice(rows.start, rows.stop)
+        slab = self._kv.slab(step.layer, rows.index)
+        store(slab, torch.from_numpy(rows.kv_rows), self._activations.key[part], self._activations.value[part])
+
+    def _load_kv(self, step: Step) -> None:
+        """Tokens cached before this pass, one copy a run of neighbouring sequences."""
+        rows = self._activations.rows[step.micro_batch]
+        slab, staging = self._kv.slab(step.layer, rows.index), self._kv.staging(step.offset)
+        for _, query_len, kv_start, kv_len in rows.segments.rows:
+            part = slice(kv_start, kv_start + kv_len - query_len)
+            staging[:, part].copy_(slab[:, part])
+
+    def _attend_on_host(self, step: Step) -> None:
+        activations = self._activations
+        rows = activations.rows[step.micro_batch]
+        slab = self._kv.slab(step.layer, rows.index)
+        attend_rows(self._spec, step.layer, rows, slab, activations.host_query, activations.host_attended)
+
+    def _return_attended(self, step: Step) -> None:
+        activations = self._activations
+        rows = activations.rows[step.micro_batch]
+        part = slice(rows.start, rows.stop)
+        activations.attended[part].copy_(activations.host_attended[part])
