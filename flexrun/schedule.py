@@ -66,10 +66,10 @@ class _Loaded:
 
 
 class _Slots:
-    """Staging slots taken in turn, and the last step that uses each."""
+    """Staging slots taken in turn, and the last steps that use each."""
 
     def __init__(self, count: int):
-        self.users: list[Dependency | None] = [None] * count
+        self.users: list[tuple[Dependency, ...]] = [()] * count
         self.following = 0
 
 
@@ -115,6 +115,7 @@ class Scheduler:
         self._orders = dict.fromkeys(Lane, 0)
         self._device_slots, self._host_slots = _Slots(kv_slots), _Slots(kv_slots)
         self._kv_saved: dict[tuple[int, int], Dependency] = {}  # (layer, micro-batch) -> its newest rows are home
+        self._last_write: Dependency | None = None  # of KV to disk in this pass
         self._steps: list[Step] = []
         self._shape: PassShape | None = None
 
@@ -122,6 +123,7 @@ class Scheduler:
         """All steps of one pass, in an order in which every dependency comes before its dependents."""
         self._steps = []
         self._shape = shape
+        self._last_write = None
         work, tokens = self.work, shape.tokens
         self._load_ahead()
         rows = ()
@@ -162,9 +164,11 @@ class Scheduler:
                     )
                 else:
                     self._run_module(StepKind.MLP, layer, module, tokens * work.mlp_flops_per_token[layer])
-        # The next pass overwrites the rows that the last layer's copies read, so the pass ends after them.
+        # The next pass overwrites the rows that the last layer's copies read, so the pass ends after them; and no
+        # pass leaves rows that are on neither the device nor the disk.
+        waits = (*busy_buffers, *((self._last_write,) if self._last_write else ()))
         flops = shape.logits_rows * work.logits_flops_per_row
-        self._run_module(StepKind.LOGITS, self.num_layers, "head", flops, tuple(busy_buffers))
+        self._run_module(StepKind.LOGITS, self.num_layers, "head", flops, waits)
         self._load_ahead()
         return self._steps
 
@@ -195,34 +199,39 @@ class Scheduler:
             return self._emit(StepKind.ATTEND, self.compute_lane, (inputs,), bytes=kv_bytes, flops=flops, **where)
         key = (layer, micro_batch.index)
         there = max(kv_bytes - new_bytes, 0)  # what earlier passes left
-        read, slot = (), 0
-        if micro_batch.home is Tier.DISK:
-            slot, waits = self._take_slot(self._host_slots, key)
-            read = (self._emit(StepKind.READ_KV, Lane.DISK_READ, waits, offset=slot, bytes=there, **where),)
-        if not self.on_device or micro_batch.attend_lane is Lane.CPU:
-            down, lane = inputs, self.compute_lane
-            if self.on_device:
-                down = self._emit(StepKind.OFFLOAD_QUERY, Lane.D2H, (inputs,), bytes=query_bytes + new_bytes, **where)
-                lane = Lane.CPU
-                busy.append(down)
-            done = self._emit(StepKind.ATTEND, lane, (down, *read), offset=slot, bytes=kv_bytes, flops=flops, **where)
-            if read:
-                self._host_slots.users[slot] = done
-                self._write_back(key, down, new_bytes, busy, where)
-            if not self.on_device:
-                return done
+        read, slot = (), 0  # what must be over before the host slot takes this pass's rows
+        on_disk = micro_batch.home is Tier.DISK
+        if on_disk:
+            slot, read = self._take_slot(self._host_slots, key)
+            if there:
+                read = (self._emit(StepKind.READ_KV, Lane.DISK_READ, read, offset=slot, bytes=there, **where),)
+        if not self.on_device:  # the step that attends also stores the new rows
+            done = self._emit(
+                StepKind.ATTEND, self.compute_lane, (inputs, *read), offset=slot, bytes=kv_bytes, flops=flops, **where
+            )
+            self._host_slots.users[slot] = (self._write_back(key, done, slot, new_bytes, where),)
+            return done
+        if micro_batch.attend_lane is Lane.CPU:
+            down = self._emit(
+                StepKind.OFFLOAD_QUERY, Lane.D2H, (inputs, *read), offset=slot, bytes=query_bytes + new_bytes, **where
+            )
+            busy.append(down)
+            done = self._emit(StepKind.ATTEND, Lane.CPU, (down,), offset=slot, bytes=kv_bytes, flops=flops, **where)
+            if on_disk:
+                self._host_slots.users[slot] = (done, self._write_back(key, down, slot, new_bytes, where))
             return self._emit(StepKind.RETURN_ATTENDED, Lane.H2D, (done,), bytes=query_bytes, **where)
         device_slot, waits = self._take_slot(self._device_slots, key)
-        load = self._emit(StepKind.LOAD_KV, Lane.H2D, (*waits, *read), offset=device_slot, bytes=there, **where)
+        load = self._emit(
+            StepKind.LOAD_KV, Lane.H2D, (*waits, *read), offset=device_slot, source_offset=slot, bytes=there, **where
+        )
         attended = self._emit(
             StepKind.ATTEND, self.compute_lane, (inputs, load), offset=device_slot, bytes=kv_bytes, flops=flops, **where
         )
-        self._device_slots.users[device_slot] = attended
-        saved = self._emit(StepKind.SAVE_KV, Lane.D2H, (inputs,), bytes=new_bytes, **where)
+        self._device_slots.users[device_slot] = (attended,)
+        saved = self._emit(StepKind.SAVE_KV, Lane.D2H, (inputs, *read), offset=slot, bytes=new_bytes, **where)
         busy.append(saved)
-        if read:
-            self._host_slots.users[slot] = load
-            self._write_back(key, saved, new_bytes, busy, where)
+        if on_disk:
+            self._host_slots.users[slot] = (load, self._write_back(key, saved, slot, new_bytes, where))
         else:
             self._kv_saved[key] = saved
         return attended
@@ -231,13 +240,15 @@ class Scheduler:
         """The next staging slot, and what must be over before it is filled with the KV of ``key``."""
         slot = slots.following
         slots.following = (slot + 1) % len(slots.users)
-        waits = (slots.users[slot], self._kv_saved.get(key))
-        return slot, tuple(wait for wait in waits if wait is not None)
+        saved = self._kv_saved.get(key)
+        return slot, slots.users[slot] + ((saved,) if saved else ())
 
-    def _write_back(self, key: tuple[int, int], ready: Dependency, nbytes: int, busy: list, where: dict) -> None:
-        written = self._emit(StepKind.WRITE_KV, Lane.DISK_WRITE, (ready,), bytes=nbytes, **where)
-        self._kv_saved[key] = written
-        busy.append(written)
+    def _write_back(self, key: tuple[int, int], stored: Dependency, slot: int, nbytes: int, where: dict) -> Dependency:
+        """Emit the write of new rows out of a host slot, once ``stored`` has put them there."""
+        self._last_write = self._kv_saved[key] = self._emit(
+            StepKind.WRITE_KV, Lane.DISK_WRITE, (stored,), offset=slot, bytes=nbytes, **where
+        )
+        return self._last_write
 
     # Weights ------------------------------------------------------------------------------------------
 

@@ -39,8 +39,10 @@ class Step(NamedTuple):  # millions are made while plans are compared: much chea
 
     order: position of the step in its lane, counted over the whole run.
     unit: index of the weight unit read, copied or used (-1: none). offset: its byte offset in the ring
-    that the step fills or uses (KV copies: the staging slot). source_offset: where a copied unit waits in the
-    host ring.
+    that the step fills or uses. source_offset: where a copied unit waits in the host ring.
+    Of steps that handle staged KV the offset is a slot: of READ_KV and WRITE_KV one on the host; of OFFLOAD_QUERY,
+    SAVE_KV and ATTEND on the CPU the same where the KV lives on disk; of LOAD_KV and ATTEND on the GPU one on the
+    device, and source_offset the one on the host that KV from disk is copied out of.
     bytes moved and flops done are totals of the step. depends_on: (lane, order) pairs that must be finished.
     """
 

@@ -1,219 +1,20 @@
-"""Every list of steps runs to its end on lanes that keep their order, and no byte is overwritten while it is needed.
-
-A small machine runs random schedules: lanes start their steps in order, in any interleaving, the disk lane several
-at once, as its threads do; a pass is emitted when the compute of the last one is done.
-"""
+"""Every list of steps runs to its end on lanes that keep their order, and no byte is overwritten while it is needed."""
 
 from __future__ import annotations
 
 import random
-from collections import Counter, defaultdict, deque
-from dataclasses import dataclass
+from collections import Counter, defaultdict
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from step_machine import DEVICE, HOST, STREAMING, Machine, make_units, unit_keys
 
 from flexrun.core import Lane, Tier
 from flexrun.schedule import Scheduler
-from flexrun.steps import MicroBatchShape, ModelWork, PassShape, Step, StepKind, WeightUnit
+from flexrun.steps import MicroBatchShape, ModelWork, PassShape, StepKind, WeightUnit
 
 WORK = ModelWork(2, 3, 5, (7,) * 8, 11, 13, 17, 19, 23, 29.0)
-DISK_STEPS_UNDER_WAY = 3
-HOST, DEVICE = "host ring", "device ring"
-COMPUTE_WITH_WEIGHTS = (
-    StepKind.ATTENTION_INPUTS,
-    StepKind.ATTENTION_OUTPUT,
-    StepKind.MLP,
-    StepKind.EXPERTS,
-    StepKind.LOGITS,
-)
-STREAMING = (StepKind.READ_WEIGHTS, StepKind.COPY_WEIGHTS)
-
-
-@dataclass
-class Load:
-    """A unit's bytes in a ring, and how many steps have yet to use them."""
-
-    start: int
-    end: int
-    users_left: int
-    written: bool = False
-
-
-class Machine:
-    """Runs steps in a random order that lanes and dependencies allow, and checks what each one touches."""
-
-    def __init__(self, scheduler: Scheduler, units: list[WeightUnit], rings: dict[str, int], chooser: random.Random):
-        self.scheduler, self.units, self.rings, self.chooser = scheduler, units, rings, chooser
-        self.pace = {lane: chooser.choice((1.0, 1.0, 0.001)) for lane in Lane}  # a slow lane brings races to light
-        self.compute_ring = DEVICE if scheduler.on_device else HOST
-        self.queues: dict[Lane, deque[Step]] = defaultdict(deque)
-        self.under_way: list[Step] = []
-        self.ended: dict[Lane, set[int]] = defaultdict(set)
-        self.done: Counter = Counter()  # finished prefix of each lane
-        self.emitted: Counter = Counter()
-        self.turns: dict[Step, int] = {}  # which of a unit's loads a step makes or uses: one a pass
-        self.started: Counter = Counter()
-        self.live: dict[str, dict[tuple[int, int], Load]] = {HOST: {}, DEVICE: {}}
-        self.slots: dict[int, Step] = {}
-        self.host_slots: dict[int, Step] = {}  # READ_KV whose bytes are still needed
-        self.homes: dict[int, Tier] = {}  # of each micro-batch
-
-    def run_pass(self, shape: PassShape) -> list[Step]:
-        pending = [step for step in self._unfinished() if step.kind not in STREAMING]
-        assert not pending, f"a pass begins, and replaces the rows that these still need: {pending}"
-        self.homes |= {micro_batch.index: micro_batch.home for micro_batch in shape.micro_batches}
-        steps = self.scheduler.pass_steps(shape)
-        for step in steps:
-            assert step.order == self.emitted[step.lane], "orders count the steps of a lane"
-            for lane, order in step.depends_on:
-                assert order < self.emitted[lane], f"{step} depends on a step that is not emitted yet"
-            self.emitted[step.lane] += 1
-            self.queues[step.lane].append(step)
-        compute = self.scheduler.compute_lane
-        while self.done[compute] < self.emitted[compute]:
-            self._advance()
-        return steps
-
-    def drain(self) -> None:
-        while self._unfinished():
-            self._advance()
-
-    def _unfinished(self) -> list[Step]:
-        return [*self.under_way, *(step for queue in self.queues.values() for step in queue)]
-
-    def _advance(self) -> None:
-        heads = [queue[0] for queue in self.queues.values() if queue]
-        moves = [(self._start, step) for step in heads if self._may_start(step)]
-        moves += [(self._end, step) for step in self.under_way]
-        assert moves, f"deadlock before {heads}"
-        ((move, step),) = self.chooser.choices(moves, [self.pace[step.lane] for _, step in moves])
-        move(step)
-
-    def _may_start(self, step: Step) -> bool:
-        limit = DISK_STEPS_UNDER_WAY if step.lane is Lane.DISK_READ else 1
-        free = sum(other.lane is step.lane for other in self.under_way) < limit
-        return free and all(self.done[lane] > order for lane, order in step.depends_on)
-
-    def _start(self, step: Step) -> None:
-        self.turns[step] = self.started[step.kind, step.unit] if step.kind in STREAMING else step.pass_index
-        self.started[step.kind, step.unit] += 1
-        self.queues[step.lane].popleft()
-        unit = self.units[step.unit]
-        moved_bytes = unit.disk_bytes + unit.host_bytes
-        if step.kind is StepKind.READ_WEIGHTS:
-            self._fill(HOST, step, unit.disk_bytes)
-        elif step.kind is StepKind.COPY_WEIGHTS:
-            if unit.disk_bytes:
-                self._check_there(HOST, step, step.source_offset, unit.disk_bytes)
-            self._fill(DEVICE, step, moved_bytes)
-        elif step.kind in COMPUTE_WITH_WEIGHTS and moved_bytes:
-            self._check_there(self.compute_ring, step, step.offset, moved_bytes)
-        elif step.kind is StepKind.READ_KV:
-            assert step.offset not in self.host_slots, "a staging slot of the host is filled while it is in use"
-            self.host_slots[step.offset] = step
-            assert not [other for other in self._unfinished() if self._saves_for(other, step)]
-        elif step.kind is StepKind.LOAD_KV:
-            assert step.offset not in self.slots, "a staging slot is filled while it is in use"
-            self.slots[step.offset] = step
-            assert not [other for other in self._unfinished() if self._saves_for(other, step)]
-            self._check_read(step)
-        elif step.kind is StepKind.ATTEND:
-            if self._load_of(step):
-                assert self._load_of(step) not in self.under_way, "KV is attended before it has arrived"
-            else:
-                self._check_read(step)
-        elif step.kind is StepKind.WRITE_KV:
-            makers = (StepKind.ATTENTION_INPUTS, StepKind.OFFLOAD_QUERY, StepKind.SAVE_KV)
-            late = [other for other in self._unfinished() if other.kind in makers and _same_kv(other, step)]
-            assert not late, f"rows are written before {late} has made them"
-        if step.kind is StepKind.ATTENTION_INPUTS:
-            late = [other for other in self._unfinished() if self._reads_rows_before(other, step)]
-            assert not late, f"{step} overwrites rows that {late} still needs"
-        self.under_way.append(step)
-
-    def _end(self, step: Step) -> None:
-        self.under_way.remove(step)
-        self.ended[step.lane].add(step.order)
-        while self.done[step.lane] in self.ended[step.lane]:
-            self.done[step.lane] += 1
-        key = self.turns[step], step.unit
-        if step.kind is StepKind.READ_WEIGHTS:
-            self.live[HOST][key].written = True
-        elif step.kind is StepKind.COPY_WEIGHTS:
-            self.live[DEVICE][key].written = True
-            if self.units[step.unit].disk_bytes:
-                self.live[HOST][key].users_left -= 1
-        elif step.kind in COMPUTE_WITH_WEIGHTS and key in self.live[self.compute_ring]:
-            self.live[self.compute_ring][key].users_left -= 1
-        elif step.kind is StepKind.ATTEND and self._load_of(step):
-            del self.slots[step.offset]
-        if step.kind is StepKind.LOAD_KV or (step.kind is StepKind.ATTEND and step.lane is not Lane.GPU):
-            self.host_slots = {slot: read for slot, read in self.host_slots.items() if not _same_kv(read, step)}
-
-    def _fill(self, ring: str, step: Step, nbytes: int) -> None:
-        start, end = step.offset, step.offset + nbytes
-        assert 0 <= start < end <= self.rings[ring]
-        for key, load in list(self.live[ring].items()):
-            if load.start < end and start < load.end:
-                assert not load.users_left, f"{step} overwrites {key} in the {ring}, which is still needed"
-                del self.live[ring][key]
-        by_copy = ring == HOST and self.scheduler.on_device
-        users = 1 if by_copy or self.units[step.unit].module != "attention" else 2
-        self.live[ring][self.turns[step], step.unit] = Load(start, end, users)
-
-    def _check_there(self, ring: str, step: Step, offset: int, nbytes: int) -> None:
-        load = self.live[ring].get((self.turns[step], step.unit))
-        assert load is not None, f"{step} uses a unit that was never loaded, or is overwritten already"
-        assert (load.start, load.end) == (offset, offset + nbytes), "a step looks at another place than was filled"
-        assert load.written, f"{step} starts before its weights have arrived"
-
-    def _check_read(self, step: Step) -> None:
-        """KV that lives on disk is in its staging slot before it is copied on or attended."""
-        if self.homes[step.micro_batch] is not Tier.DISK:
-            return
-        (read,) = [read for read in self.host_slots.values() if _same_kv(read, step)]
-        assert read not in self.under_way, f"{step} starts before {read} has ended"
-        if step.kind is StepKind.ATTEND:
-            assert read.offset == step.offset, "attention looks at another slot than was filled"
-
-    def _load_of(self, attend: Step) -> Step | None:
-        load = self.slots.get(attend.offset)
-        same = load and (load.layer, load.micro_batch) == (attend.layer, attend.micro_batch)
-        return load if same and attend.lane is Lane.GPU else None
-
-    @staticmethod
-    def _saves_for(other: Step, load: Step) -> bool:
-        """Whether ``other`` writes the rows, on the host or on disk, that ``load`` is about to read."""
-        same = (other.layer, other.micro_batch) == (load.layer, load.micro_batch)
-        return other.kind in (StepKind.SAVE_KV, StepKind.WRITE_KV) and same and other.pass_index < load.pass_index
-
-    @staticmethod
-    def _reads_rows_before(other: Step, inputs: Step) -> bool:
-        """Whether ``other`` reads the q, k, v rows of an earlier layer or pass, which ``inputs`` overwrites."""
-        reads = other.kind in (StepKind.SAVE_KV, StepKind.OFFLOAD_QUERY, StepKind.WRITE_KV, StepKind.ATTEND)
-        return reads and (other.pass_index, other.layer) < (inputs.pass_index, inputs.layer)
-
-
-def _same_kv(step: Step, other: Step) -> bool:
-    """Whether two steps are about the same rows: those of a layer and, where one names it, of a micro-batch."""
-    same = -1 in (step.micro_batch, other.micro_batch) or step.micro_batch == other.micro_batch
-    return same and (step.pass_index, step.layer) == (other.pass_index, other.layer)
-
-
-def unit_keys(layers: int, groups: int = 0) -> list[tuple[int, str]]:
-    """groups: of routed experts in each odd layer."""
-    experts = [f"experts.{group}" for group in range(groups)]
-    keys = [(layer, module) for layer in range(layers) for module in ("attention", "mlp", *experts * (layer % 2))]
-    return [*keys, (layers, "head")]
-
-
-def make_units(layers: int, sizes: list[tuple[int, int]], on_device: bool, groups: int = 0) -> list[WeightUnit]:
-    return [
-        WeightUnit(index, layer, module, disk, host if on_device else 0, 2 if module.startswith("experts") else 0)
-        for index, ((layer, module), (disk, host)) in enumerate(zip(unit_keys(layers, groups), sizes, strict=True))
-    ]
 
 
 def stream_sizes(units: list[WeightUnit]) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -258,8 +59,8 @@ def machines(draw, roomy: bool = False):
     for index in range(passes):
         present = draw(st.sets(st.integers(0, len(places) - 1), min_size=1))
         micro_batches = tuple(
-            MicroBatchShape(number, tokens := draw(st.integers(1, 5)), tokens + 2, tokens * 3, *places[number])
-            for number in sorted(present)
+            MicroBatchShape(number, tokens := draw(st.integers(1, 5)), tokens + cached, tokens * 3, *places[number])
+            for number, cached in zip(sorted(present), draw(st.lists(st.sampled_from([0, 2]), min_size=4, max_size=4)))
         )
         tokens = sum(micro_batch.query_tokens for micro_batch in micro_batches)
         more = index + 1 < passes and draw(st.booleans())
@@ -287,9 +88,10 @@ def test_any_schedule_runs_to_its_end_and_never_overwrites_what_is_needed(drawn)
         assert part.home is Tier.DISK
         new = part.query_tokens
         assert step.bytes == 13 * (part.kv_tokens - new if step.kind is StepKind.READ_KV else new)
-    for kind in (StepKind.READ_KV, StepKind.WRITE_KV):
-        slabs = sum(part.home is Tier.DISK for shape in shapes for part in shape.micro_batches)
-        assert sum(step.kind is kind for step in steps) == scheduler.num_layers * slabs
+    slabs = [part for shape in shapes for part in shape.micro_batches if part.home is Tier.DISK]
+    cached = [part for part in slabs if part.kv_tokens > part.query_tokens]
+    for kind, moved in ((StepKind.READ_KV, cached), (StepKind.WRITE_KV, slabs)):
+        assert sum(step.kind is kind for step in steps) == scheduler.num_layers * len(moved)
     experts = Counter((step.pass_index, step.unit) for step in steps if step.kind is StepKind.EXPERTS)
     assert experts == Counter((shape.index, unit.index) for shape in shapes for unit in units if unit.experts)
     attends = Counter((step.pass_index, step.layer, step.micro_batch) for step in steps if step.kind is StepKind.ATTEND)
@@ -375,17 +177,38 @@ def test_kv_on_disk_is_read_before_it_is_attended_and_written_after_it_is_made(o
     reads = [step for step in first if step.kind is StepKind.READ_KV]
     assert [(step.bytes, step.offset) for step in reads] == [(8 * 13, 0), (8 * 13, 1), (8 * 13, 0)]
     users = [step for step in first if step.kind is (StepKind.LOAD_KV if lane is Lane.GPU else StepKind.ATTEND)]
-    assert all((Lane.DISK_READ, read.order) in user.depends_on for read, user in zip(reads, users))
-    assert reads[2].depends_on == ((users[0].lane, users[0].order),), "a slot waits for its user"
+    stores = [step for step in first if step.kind in (StepKind.OFFLOAD_QUERY, StepKind.SAVE_KV)] or users
     writes = [step for step in first if step.kind is StepKind.WRITE_KV]
-    assert [step.bytes for step in writes] == [13] * 3
-    kinds = {step.lane: step for step in first if step.kind in (StepKind.OFFLOAD_QUERY, StepKind.SAVE_KV)}
-    assert ({Lane.D2H} if on_device else {Lane.CPU}) == {step.depends_on[0][0] for step in writes}
-    assert bool(kinds) == on_device
+    for store in (stores, users) if lane is Lane.GPU else (stores,):
+        assert all((Lane.DISK_READ, read.order) in user.depends_on for read, user in zip(reads, store))
+    freed = {(writes[0].lane, writes[0].order)} | ({(users[0].lane, users[0].order)} if on_device else set())
+    assert set(reads[2].depends_on) == freed, "a slot waits for who copies or attends it, and for its writer"
+    assert [(step.bytes, step.offset) for step in writes] == [(13, 0), (13, 1), (13, 0)]
+    assert [step.depends_on for step in writes] == [((step.lane, step.order),) for step in stores]
+    assert [user.source_offset if lane is Lane.GPU else user.offset for user in users] == [0, 1, 0]
+    assert [step.offset for step in stores] == [0, 1, 0]
     (logits,) = [step for step in first if step.kind is StepKind.LOGITS]
     assert (Lane.DISK_WRITE, writes[-1].order) in logits.depends_on, "a pass ends when its rows are on disk"
     again = [step for step in scheduler.pass_steps(PassShape(1, 3, 3, parts, False)) if step.kind is StepKind.READ_KV]
-    assert all((Lane.DISK_WRITE, write.order) in read.depends_on for read, write in zip(again, writes))
+    assert all(
+        any(on is Lane.DISK_WRITE and order >= write.order for on, order in read.depends_on)
+        for read, write in zip(again, writes)
+    )
+
+
+@pytest.mark.parametrize("on_device, lane", [(False, Lane.CPU), (True, Lane.CPU), (True, Lane.GPU)])
+def test_nothing_is_read_where_nothing_is_cached(on_device, lane):
+    """What first stores into the slot waits in the reader's place."""
+    units = make_units(1, [(0, 0)] * 3, on_device)
+    compute = Lane.GPU if on_device else Lane.CPU
+    scheduler = Scheduler(units, WORK, 1, compute_lane=compute, host_ring_bytes=0, kv_slots=1)
+    parts = tuple(MicroBatchShape(index, 4, 4, 10, Tier.DISK, lane) for index in range(2))
+    steps = scheduler.pass_steps(PassShape(0, 8, 2, parts, False))
+    assert StepKind.READ_KV not in {step.kind for step in steps}
+    stores = [step for step in steps if step.kind in (StepKind.OFFLOAD_QUERY, StepKind.SAVE_KV)]
+    stores = stores or [step for step in steps if step.kind is StepKind.ATTEND]
+    write, _ = [step for step in steps if step.kind is StepKind.WRITE_KV]
+    assert (write.lane, write.order) in stores[1].depends_on
 
 
 def test_flops_and_bytes_of_the_steps():

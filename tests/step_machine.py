@@ -1,0 +1,239 @@
+"""A small machine that runs schedules in a random order, and checks that no byte is overwritten while it is needed.
+
+Lanes start their steps in order, in any interleaving, the disk lane several at once, as its threads do; a pass is
+emitted when the compute of the last one is done.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, defaultdict, deque
+from dataclasses import dataclass
+
+from flexrun.core import Lane, Tier
+from flexrun.schedule import Scheduler
+from flexrun.steps import PassShape, Step, StepKind, WeightUnit
+
+DISK_STEPS_UNDER_WAY = 3
+HOST, DEVICE = "host ring", "device ring"
+COMPUTE_WITH_WEIGHTS = (
+    StepKind.ATTENTION_INPUTS,
+    StepKind.ATTENTION_OUTPUT,
+    StepKind.MLP,
+    StepKind.EXPERTS,
+    StepKind.LOGITS,
+)
+STREAMING = (StepKind.READ_WEIGHTS, StepKind.COPY_WEIGHTS)
+
+
+@dataclass
+class Load:
+    """A unit's bytes in a ring, and how many steps have yet to use them."""
+
+    start: int
+    end: int
+    users_left: int
+    written: bool = False
+
+
+@dataclass
+class HostSlot:
+    """A staging slot of the host: whose KV it holds, whether rows are still being read into it, and who needs it."""
+
+    key: tuple[int, int, int]  # pass, layer, micro-batch
+    users_left: set[StepKind]
+    read_under_way: bool = False
+
+
+class Machine:
+    """Runs steps in a random order that lanes and dependencies allow, and checks what each one touches."""
+
+    def __init__(self, scheduler: Scheduler, units: list[WeightUnit], rings: dict[str, int], chooser: random.Random):
+        self.scheduler, self.units, self.rings, self.chooser = scheduler, units, rings, chooser
+        self.pace = {lane: chooser.choice((1.0, 1.0, 0.001)) for lane in Lane}  # a slow lane brings races to light
+        self.compute_ring = DEVICE if scheduler.on_device else HOST
+        self.queues: dict[Lane, deque[Step]] = defaultdict(deque)
+        self.under_way: list[Step] = []
+        self.ended: dict[Lane, set[int]] = defaultdict(set)
+        self.done: Counter = Counter()  # finished prefix of each lane
+        self.emitted: Counter = Counter()
+        self.turns: dict[Step, int] = {}  # which of a unit's loads a step makes or uses: one a pass
+        self.started: Counter = Counter()
+        self.live: dict[str, dict[tuple[int, int], Load]] = {HOST: {}, DEVICE: {}}
+        self.slots: dict[int, Step] = {}
+        self.host_slots: dict[int, HostSlot] = {}  # slots in use
+        self.homes: dict[int, Tier] = {}  # of each micro-batch
+
+    def run_pass(self, shape: PassShape) -> list[Step]:
+        pending = [step for step in self._unfinished() if step.kind not in STREAMING]
+        assert not pending, f"a pass begins, and replaces the rows that these still need: {pending}"
+        self.homes |= {micro_batch.index: micro_batch.home for micro_batch in shape.micro_batches}
+        steps = self.scheduler.pass_steps(shape)
+        for step in steps:
+            assert step.order == self.emitted[step.lane], "orders count the steps of a lane"
+            for lane, order in step.depends_on:
+                assert order < self.emitted[lane], f"{step} depends on a step that is not emitted yet"
+            self.emitted[step.lane] += 1
+            self.queues[step.lane].append(step)
+        compute = self.scheduler.compute_lane
+        while self.done[compute] < self.emitted[compute]:
+            self._advance()
+        return steps
+
+    def drain(self) -> None:
+        while self._unfinished():
+            self._advance()
+
+    def _unfinished(self) -> list[Step]:
+        return [*self.under_way, *(step for queue in self.queues.values() for step in queue)]
+
+    def _advance(self) -> None:
+        heads = [queue[0] for queue in self.queues.values() if queue]
+        moves = [(self._start, step) for step in heads if self._may_start(step)]
+        moves += [(self._end, step) for step in self.under_way]
+        assert moves, f"deadlock before {heads}"
+        ((move, step),) = self.chooser.choices(moves, [self.pace[step.lane] for _, step in moves])
+        move(step)
+
+    def _may_start(self, step: Step) -> bool:
+        limit = DISK_STEPS_UNDER_WAY if step.lane is Lane.DISK_READ else 1
+        free = sum(other.lane is step.lane for other in self.under_way) < limit
+        return free and all(self.done[lane] > order for lane, order in step.depends_on)
+
+    def _start(self, step: Step) -> None:
+        self.turns[step] = self.started[step.kind, step.unit] if step.kind in STREAMING else step.pass_index
+        self.started[step.kind, step.unit] += 1
+        self.queues[step.lane].popleft()
+        unit = self.units[step.unit]
+        moved_bytes = unit.disk_bytes + unit.host_bytes
+        if step.kind is StepKind.READ_WEIGHTS:
+            self._fill(HOST, step, unit.disk_bytes)
+        elif step.kind is StepKind.COPY_WEIGHTS:
+            if unit.disk_bytes:
+                self._check_there(HOST, step, step.source_offset, unit.disk_bytes)
+            self._fill(DEVICE, step, moved_bytes)
+        elif step.kind in COMPUTE_WITH_WEIGHTS and moved_bytes:
+            self._check_there(self.compute_ring, step, step.offset, moved_bytes)
+        elif step.kind is StepKind.READ_KV:
+            self._host_slot(step, step.offset).read_under_way = True
+            assert not [other for other in self._unfinished() if self._saves_for(other, step)]
+        elif step.kind is StepKind.LOAD_KV:
+            assert step.offset not in self.slots, "a staging slot is filled while it is in use"
+            self.slots[step.offset] = step
+            assert not [other for other in self._unfinished() if self._saves_for(other, step)]
+        elif step.kind is StepKind.ATTEND and self._load_of(step):
+            assert self._load_of(step) not in self.under_way, "KV is attended before it has arrived"
+        if self.homes.get(step.micro_batch) is Tier.DISK and (slot := self._host_slot_of(step)) is not None:
+            assert not self._host_slot(step, slot).read_under_way, "a slot is used before its rows have been read"
+            if step.kind is StepKind.WRITE_KV:
+                late = [other for other in self._unfinished() if self._makes_rows_of(other, step)]
+                assert not late, f"rows are written before {late} has made them"
+        if step.kind is StepKind.ATTENTION_INPUTS:
+            late = [other for other in self._unfinished() if self._reads_rows_before(other, step)]
+            assert not late, f"{step} overwrites rows that {late} still needs"
+        self.under_way.append(step)
+
+    def _end(self, step: Step) -> None:
+        self.under_way.remove(step)
+        self.ended[step.lane].add(step.order)
+        while self.done[step.lane] in self.ended[step.lane]:
+            self.done[step.lane] += 1
+        key = self.turns[step], step.unit
+        if step.kind is StepKind.READ_WEIGHTS:
+            self.live[HOST][key].written = True
+        elif step.kind is StepKind.COPY_WEIGHTS:
+            self.live[DEVICE][key].written = True
+            if self.units[step.unit].disk_bytes:
+                self.live[HOST][key].users_left -= 1
+        elif step.kind in COMPUTE_WITH_WEIGHTS and key in self.live[self.compute_ring]:
+            self.live[self.compute_ring][key].users_left -= 1
+        elif step.kind is StepKind.ATTEND and self._load_of(step):
+            del self.slots[step.offset]
+        if step.kind is StepKind.READ_KV:
+            self.host_slots[step.offset].read_under_way = False
+        elif self.homes.get(step.micro_batch) is Tier.DISK and (slot := self._host_slot_of(step)) is not None:
+            self.host_slots[slot].users_left.discard(step.kind)
+            if not self.host_slots[slot].users_left:
+                del self.host_slots[slot]
+
+    def _fill(self, ring: str, step: Step, nbytes: int) -> None:
+        start, end = step.offset, step.offset + nbytes
+        assert 0 <= start < end <= self.rings[ring]
+        for key, load in list(self.live[ring].items()):
+            if load.start < end and start < load.end:
+                assert not load.users_left, f"{step} overwrites {key} in the {ring}, which is still needed"
+                del self.live[ring][key]
+        by_copy = ring == HOST and self.scheduler.on_device
+        users = 1 if by_copy or self.units[step.unit].module != "attention" else 2
+        self.live[ring][self.turns[step], step.unit] = Load(start, end, users)
+
+    def _check_there(self, ring: str, step: Step, offset: int, nbytes: int) -> None:
+        load = self.live[ring].get((self.turns[step], step.unit))
+        assert load is not None, f"{step} uses a unit that was never loaded, or is overwritten already"
+        assert (load.start, load.end) == (offset, offset + nbytes), "a step looks at another place than was filled"
+        assert load.written, f"{step} starts before its weights have arrived"
+
+    def _host_slot_of(self, step: Step) -> int | None:
+        """The host slot that a step of disk-resident KV uses, READ_KV apart."""
+        if step.kind in (StepKind.OFFLOAD_QUERY, StepKind.SAVE_KV, StepKind.WRITE_KV):
+            return step.offset
+        if step.kind is StepKind.LOAD_KV:
+            return step.source_offset
+        return step.offset if step.kind is StepKind.ATTEND and step.lane is Lane.CPU else None
+
+    def _host_slot(self, step: Step, number: int) -> HostSlot:
+        """The slot, which is ``step``'s own or free to be."""
+        key = (step.pass_index, step.layer, step.micro_batch)
+        if number not in self.host_slots:
+            unfinished = [step, *self._unfinished()]
+            reader = next(
+                other.kind
+                for other in unfinished
+                if _same_kv(other, step)
+                and (other.kind is StepKind.LOAD_KV or (other.kind is StepKind.ATTEND and other.lane is Lane.CPU))
+            )
+            self.host_slots[number] = HostSlot(key, {reader, StepKind.WRITE_KV})
+        assert self.host_slots[number].key == key, "a staging slot of the host is used for two micro-batches"
+        return self.host_slots[number]
+
+    def _load_of(self, attend: Step) -> Step | None:
+        load = self.slots.get(attend.offset)
+        same = load and (load.layer, load.micro_batch) == (attend.layer, attend.micro_batch)
+        return load if same and attend.lane is Lane.GPU else None
+
+    @staticmethod
+    def _saves_for(other: Step, load: Step) -> bool:
+        """Whether ``other`` writes the rows, on the host or on disk, that ``load`` is about to read."""
+        same = (other.layer, other.micro_batch) == (load.layer, load.micro_batch)
+        return other.kind in (StepKind.SAVE_KV, StepKind.WRITE_KV) and same and other.pass_index < load.pass_index
+
+    def _makes_rows_of(self, other: Step, write: Step) -> bool:
+        """Whether ``other`` puts the rows into the slot that ``write`` writes out."""
+        makers = (StepKind.OFFLOAD_QUERY, StepKind.SAVE_KV) if self.scheduler.on_device else (StepKind.ATTEND,)
+        return other.kind in makers and _same_kv(other, write)
+
+    @staticmethod
+    def _reads_rows_before(other: Step, inputs: Step) -> bool:
+        """Whether ``other`` reads the q, k, v rows of an earlier layer or pass, which ``inputs`` overwrites."""
+        reads = other.kind in (StepKind.SAVE_KV, StepKind.OFFLOAD_QUERY, StepKind.ATTEND)
+        return reads and (other.pass_index, other.layer) < (inputs.pass_index, inputs.layer)
+
+
+def _same_kv(step: Step, other: Step) -> bool:
+    """Whether two steps are about the same rows: those of a layer and, where one names it, of a micro-batch."""
+    same = -1 in (step.micro_batch, other.micro_batch) or step.micro_batch == other.micro_batch
+    return same and (step.pass_index, step.layer) == (other.pass_index, other.layer)
+
+
+def unit_keys(layers: int, groups: int = 0) -> list[tuple[int, str]]:
+    """groups: of routed experts in each odd layer."""
+    experts = [f"experts.{group}" for group in range(groups)]
+    keys = [(layer, module) for layer in range(layers) for module in ("attention", "mlp", *experts * (layer % 2))]
+    return [*keys, (layers, "head")]
+
+
+def make_units(layers: int, sizes: list[tuple[int, int]], on_device: bool, groups: int = 0) -> list[WeightUnit]:
+    return [
+        WeightUnit(index, layer, module, disk, host if on_device else 0, 2 if module.startswith("experts") else 0)
+        for index, ((layer, module), (disk, host)) in enumerate(zip(unit_keys(layers, groups), sizes, strict=True))
+    ]
