@@ -1,14 +1,17 @@
-"""Reads from disk past the page cache: O_DIRECT blocks into page-aligned memory, buffered where a file system refuses.
+"""Disk past the page cache: O_DIRECT blocks from and to page-aligned memory, buffered where a file system refuses.
 
 A page cache between the disk and the arena would be a hidden fourth tier and costs ten times the CPU time.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
+import fcntl
 import os
-import threading
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +21,14 @@ from flexrun.core import PAGE_BYTES, align_up
 from flexrun.errors import ExecutionError
 
 BLOCK_BYTES = 4 << 20
+O_DIRECT = getattr(os, "O_DIRECT", 0)
+_NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT)  # what refusing O_TMPFILE looks like
+_NAMELESS = ".flexrun-nameless-"
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One request: ``nbytes`` at ``offset`` of ``file`` to ``address`` in memory (all page-aligned)."""
+    """One request: ``nbytes`` at ``offset`` of ``file`` to or from ``address`` in memory (all page-aligned)."""
 
     file: DirectFile
     offset: int
@@ -32,62 +38,111 @@ class Block:
     def read(self) -> None:
         self.file.read_into(self.address, self.offset, self.nbytes)
 
+    def write(self) -> None:
+        self.file.write_from(self.address, self.offset, self.nbytes)
+
 
 class DirectFile:
-    """A file opened for direct reads. ``direct`` says whether O_DIRECT is in force."""
+    """A file opened for direct reads. ``direct`` says whether O_DIRECT is in force.
 
-    def __init__(self, path: Path, *, direct: bool = True):
-        self.path = Path(path)
-        self.direct = direct and hasattr(os, "O_DIRECT")
-        self._retired: list[int] = []  # descriptors that other threads may still be reading from
-        self._reopen_lock = threading.Lock()
-        flags = os.O_RDONLY | os.O_CLOEXEC
+    hint: what to do where the file turns out shorter than it should be.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        direct: bool = True,
+        hint: str = "the packed cache is damaged; delete its folder and run again",
+    ):
         try:
-            self._descriptor = os.open(path, flags | (os.O_DIRECT if self.direct else 0))
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            if not self.direct or error.errno != errno.EINVAL:
-                raise ExecutionError(f"cannot open {path}: {error.strerror}", "check the disk and the path") from error
-            self.direct = False
-            self._descriptor = os.open(path, flags)
+            raise ExecutionError(f"cannot open {path}: {error.strerror}", "check the disk and the path") from error
+        self._take(path, descriptor, direct, hint)
+
+    @classmethod
+    def nameless(cls, folder: Path, nbytes: int, *, direct: bool = True) -> DirectFile:
+        """A new file of ``nbytes`` zeros in ``folder`` to read and write; it has no name and ends with the process.
+
+        Its space is taken at once. Raises OSError where the folder or its disk cannot give it.
+        """
+        descriptor = _open_nameless(Path(folder))
+        try:
+            os.posix_fallocate(descriptor, 0, nbytes)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        file = cls.__new__(cls)
+        file._take(Path(folder), descriptor, direct, "check the disk")
+        return file
+
+    def _take(self, path: Path, descriptor: int, direct: bool, hint: str) -> None:
+        self.path, self._descriptor, self._hint = Path(path), descriptor, hint
+        self.direct = direct and bool(O_DIRECT) and self._set_direct(True)
+
+    def _set_direct(self, wanted: bool) -> bool:
+        """Turn O_DIRECT on or off, also for requests of other threads; False where the file system refuses."""
+        flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+        try:
+            fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags | O_DIRECT if wanted else flags & ~O_DIRECT)
+        except OSError:
+            return False
+        return True
 
     def read_into(self, address: int, offset: int, nbytes: int) -> None:
         """Fill ``nbytes`` at ``address``, without the interpreter lock. Raises ExecutionError on error or early end."""
+        self._move("read", os.preadv, address, offset, nbytes)
+
+    def write_from(self, address: int, offset: int, nbytes: int) -> None:
+        """Write ``nbytes`` at ``address``, without the interpreter lock. Raises ExecutionError on error."""
+        self._move("write", os.pwritev, address, offset, nbytes)
+
+    def _move(self, what: str, call: Callable[..., int], address: int, offset: int, nbytes: int) -> None:
         done = 0
         while done < nbytes:
             window = (ctypes.c_char * (nbytes - done)).from_address(address + done)
-            descriptor = self._descriptor
+            was_direct = self.direct
             try:
-                count = os.preadv(descriptor, [window], offset + done)
+                count = call(self._descriptor, [window], offset + done)
             except OSError as error:
-                if error.errno == errno.EINVAL and self._replaced_by_buffered(descriptor):
+                if error.errno == errno.EINVAL and was_direct:  # found out only now that it has no direct access
+                    self._set_direct(False)
+                    self.direct = False
                     continue
                 raise ExecutionError(
-                    f"{self.path}: read of {nbytes} bytes at {offset} failed: {error.strerror}", "check the disk"
+                    f"{self.path}: {what} of {nbytes} bytes at {offset} failed: {error.strerror}", "check the disk"
                 ) from error
             if count == 0:
                 raise ExecutionError(
-                    f"{self.path}: short read, {done} of {nbytes} bytes at offset {offset}",
-                    "the packed cache is damaged; delete its folder and run again",
+                    f"{self.path}: short {what}, {done} of {nbytes} bytes at offset {offset}", self._hint
                 )
             done += count
-        if not self.direct:  # keep the page cache from becoming a tier of its own
+        if not self.direct and what == "read":  # keep the page cache from becoming a tier of its own
             os.posix_fadvise(self._descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
-    def _replaced_by_buffered(self, descriptor: int) -> bool:
-        """Fall back to buffered reads; True where ``descriptor`` is no longer the one in use."""
-        with self._reopen_lock:
-            if self.direct:
-                self._retired.append(self._descriptor)
-                self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-                self.direct = False
-            return descriptor != self._descriptor
-
     def close(self) -> None:
-        while self._retired:
-            os.close(self._retired.pop())
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def _open_nameless(folder: Path) -> int:
+    """Descriptor of a file that no folder lists, so that it goes however the process ends."""
+    flags = os.O_RDWR | os.O_CLOEXEC
+    if hasattr(os, "O_TMPFILE"):
+        try:
+            return os.open(folder, flags | os.O_TMPFILE | os.O_EXCL, 0o600)
+        except OSError as error:
+            if error.errno not in _NO_TMPFILE:
+                raise
+    for stale in folder.glob(f"{_NAMELESS}*"):  # left, empty, by a process that was killed between the next two calls
+        with contextlib.suppress(FileNotFoundError):
+            stale.unlink()
+    descriptor, path = tempfile.mkstemp(prefix=_NAMELESS, dir=folder)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    return descriptor
 
 
 def blocks_of(file: DirectFile, offset: int, nbytes: int, target: torch.Tensor) -> list[Block]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import threading
 
@@ -96,15 +97,20 @@ def test_an_absent_file_is_named(tmp_path):
         DirectFile(tmp_path / "nothing.bin")
 
 
-def test_a_file_system_without_direct_reads_is_read_through_the_cache(content, monkeypatch):
-    real = os.open
+@pytest.fixture
+def refuse_direct(monkeypatch):
+    """The file system at hand has no direct access, and says so when it is asked."""
+    real = disk_io.fcntl.fcntl
 
-    def refusing(path, flags, *rest):
-        if flags & os.O_DIRECT:
+    def refusing(descriptor, command, *flags):
+        if command == disk_io.fcntl.F_SETFL and flags[0] & os.O_DIRECT:
             raise OSError(errno.EINVAL, "Invalid argument")
-        return real(path, flags, *rest)
+        return real(descriptor, command, *flags)
 
-    monkeypatch.setattr(disk_io.os, "open", refusing)
+    monkeypatch.setattr(disk_io.fcntl, "fcntl", refusing)
+
+
+def test_a_file_system_without_direct_reads_is_read_through_the_cache(content, refuse_direct):
     file, target = DirectFile(content[0]), Buffer.outside_budget(PAGE_BYTES)
     assert not file.direct
     for block in blocks_of(file, PAGE_BYTES, PAGE_BYTES, target.data):
@@ -113,14 +119,14 @@ def test_a_file_system_without_direct_reads_is_read_through_the_cache(content, m
 
 
 def test_threads_that_lose_direct_reads_midway_all_go_on(content, monkeypatch):
-    """A file system may accept the open and refuse the read: every thread falls back, none loses its descriptor."""
+    """A file system may accept O_DIRECT and refuse the read: every thread falls back, none fails."""
     path, data = content
     file = DirectFile(path)
-    file.direct = True  # as if the open had been accepted
-    first, real, together = file._descriptor, os.preadv, threading.Barrier(4)
+    assert file.direct
+    real, together = os.preadv, threading.Barrier(4)
 
     def refusing(descriptor, *rest):
-        if descriptor == first:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
             together.wait(10)  # all four are inside a direct read when the first of them falls back
             raise OSError(errno.EINVAL, "Invalid argument")
         return real(descriptor, *rest)
@@ -146,6 +152,107 @@ def test_threads_that_lose_direct_reads_midway_all_go_on(content, monkeypatch):
     for number, target in enumerate(targets):
         assert torch.equal(target.data, data[number * PAGE_BYTES : (number + 1) * PAGE_BYTES])
     file.close()
+
+
+# A file without a name ------------------------------------------------------------------------------------
+
+
+def random_pages(pages: int) -> Buffer:
+    buffer = Buffer.outside_budget(pages * PAGE_BYTES)
+    buffer.data.random_(0, 256, generator=torch.Generator().manual_seed(1))
+    return buffer
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_a_nameless_file_gives_back_what_was_written(tmp_path, direct):
+    file, source, target = (
+        DirectFile.nameless(tmp_path, 6 * PAGE_BYTES, direct=direct),
+        random_pages(4),
+        random_pages(6),
+    )
+    assert direct or not file.direct
+    assert list(tmp_path.iterdir()) == []
+    assert os.fstat(file._descriptor).st_blocks * 512 >= 6 * PAGE_BYTES, "its space is taken at once"
+    for block in blocks_of(file, PAGE_BYTES, 4 * PAGE_BYTES, source.data):
+        block.write()
+    for block in blocks_of(file, 0, 6 * PAGE_BYTES, target.data):
+        block.read()
+    assert torch.equal(target.data[PAGE_BYTES : 5 * PAGE_BYTES], source.data)
+    assert not target.data[:PAGE_BYTES].any() and not target.data[5 * PAGE_BYTES :].any()
+    file.close()
+    file.close()
+
+
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.EISDIR])
+def test_a_file_system_without_nameless_files_gets_one_whose_name_is_gone(tmp_path, monkeypatch, code):
+    real = os.open
+
+    def refusing(path, flags, *rest, **more):
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(code, os.strerror(code))
+        return real(path, flags, *rest, **more)
+
+    (tmp_path / f"{disk_io._NAMELESS}stale").touch()
+    monkeypatch.setattr(disk_io.os, "open", refusing)
+    file, source, target = DirectFile.nameless(tmp_path, PAGE_BYTES), random_pages(1), Buffer.outside_budget(PAGE_BYTES)
+    assert list(tmp_path.iterdir()) == []
+    file.write_from(source.data.data_ptr(), 0, PAGE_BYTES)
+    file.read_into(target.data.data_ptr(), 0, PAGE_BYTES)
+    assert torch.equal(target.data, source.data)
+    file.close()
+
+
+def test_a_nameless_file_without_direct_access_is_used_through_the_cache(tmp_path, refuse_direct):
+    file, source, target = DirectFile.nameless(tmp_path, PAGE_BYTES), random_pages(1), Buffer.outside_budget(PAGE_BYTES)
+    assert not file.direct
+    file.write_from(source.data.data_ptr(), 0, PAGE_BYTES)
+    file.read_into(target.data.data_ptr(), 0, PAGE_BYTES)
+    assert torch.equal(target.data, source.data)
+    file.close()
+
+
+def test_writes_that_come_in_pieces_are_completed(tmp_path, monkeypatch):
+    file, source, target = DirectFile.nameless(tmp_path, 3 * PAGE_BYTES), random_pages(3), random_pages(3)
+    real = os.pwritev
+    monkeypatch.setattr(
+        disk_io.os, "pwritev", lambda fd, windows, at: real(fd, [memoryview(windows[0])[:PAGE_BYTES]], at)
+    )
+    file.write_from(source.data.data_ptr(), 0, 3 * PAGE_BYTES)
+    file.read_into(target.data.data_ptr(), 0, 3 * PAGE_BYTES)
+    assert torch.equal(target.data, source.data)
+    file.close()
+
+
+def test_a_write_that_fails_or_stops_is_named(tmp_path, monkeypatch):
+    file, source = DirectFile.nameless(tmp_path, PAGE_BYTES), random_pages(1)
+    arguments = (source.data.data_ptr(), 0, PAGE_BYTES)
+
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(disk_io.os, "pwritev", fail)
+    with pytest.raises(ExecutionError, match=rf"{tmp_path}: write of 4096 bytes at 0 failed: Input/output error"):
+        file.write_from(*arguments)
+    monkeypatch.setattr(disk_io.os, "pwritev", lambda *_: 0)
+    with pytest.raises(ExecutionError, match="short write, 0 of 4096 bytes at offset 0"):
+        file.write_from(*arguments)
+    file.close()
+
+
+def test_space_that_is_not_there_leaves_nothing_open(tmp_path, monkeypatch):
+    before = os.listdir("/proc/self/fd")
+
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(disk_io.os, "posix_fallocate", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        DirectFile.nameless(tmp_path, PAGE_BYTES)
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+    assert list(tmp_path.iterdir()) == []
+
+
+# Rows -----------------------------------------------------------------------------------------------------
 
 
 def test_rows_are_gathered(content):
