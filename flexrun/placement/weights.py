@@ -57,7 +57,8 @@ class _Columns:
                 ways.append(BY_ROWS if embedding and not spec.tie_word_embeddings else MOVES)
         self.ways, self.units = numpy.array(ways, dtype=numpy.int8), numpy.array(units)
         self.moving = numpy.flatnonzero(self.ways == MOVES)
-        self.moving_bytes = self.nbytes[self.moving].tolist()
+        self.places = self._places()
+        self.place_bytes = numpy.bincount(self.places, self.nbytes[self.moving].astype(float)).astype(int).tolist()
         self.keys = list(keys)
         self.head = self._head_place(spec)
         self.unit_bytes = self._by_unit(self.nbytes, self.units >= 0)
@@ -68,10 +69,20 @@ class _Columns:
             number for number, (_, tensor) in enumerate(self.rows) if tensor.name == "token_embedding.weight"
         )
 
+    def _places(self) -> numpy.ndarray:
+        """For each tensor that moves, its place in their order; the matrices of an expert share one."""
+        numbers: dict[tuple, int] = {}
+        places = []
+        for row in self.moving.tolist():
+            layer, tensor = self.rows[row]
+            key = (layer, expert_number(tensor) if tensor.module == "experts" else tensor.name)
+            places.append(numbers.setdefault(key, len(numbers)))
+        return numpy.array(places, dtype=numpy.int64)
+
     def _head_place(self, spec: ModelSpec) -> int:
         """Place of the head's matrix (or the embedding tied to it) among the tensors that move; -1 if it stays."""
         name = "token_embedding.weight" if spec.tie_word_embeddings else "lm_head.weight"
-        found = [place for place, row in enumerate(self.moving.tolist()) if self.rows[row][1].name == name]
+        found = [place for place, row in zip(self.places.tolist(), self.moving) if self.rows[row][1].name == name]
         return found[0] if found else -1
 
     def _by_unit(self, nbytes: numpy.ndarray, chosen: numpy.ndarray) -> numpy.ndarray:
@@ -154,7 +165,7 @@ class WeightPlacement:
 def place_weights(spec: ModelSpec, policy: Policy, *, on_device: bool) -> WeightPlacement:
     """Give every tensor a tier so that each tier holds at most its fraction and all layers stream alike.
 
-    Works like error diffusion: each tensor adds its share to a tier's credit, and a tensor goes to the
+    Works like error diffusion: each tensor (of experts, each expert) adds its share to a tier's credit, and goes to the
     fastest tier whose credit covers it, so the moved bytes spread evenly over the layers. The head goes first, to
     the fastest tier of whose share it takes no more than half: moved, it would be one lump at the end of each pass and
     need a ring of its size. Tensors under 64 KiB live with the compute device. An untied token embedding is gathered by
@@ -166,20 +177,24 @@ def place_weights(spec: ModelSpec, policy: Policy, *, on_device: bool) -> Weight
             f"the policy places {fractions.gpu:.0%} of the weights on a GPU, but there is no GPU memory",
             "give --gpu-memory, or a policy with weights.gpu = 0",
         )
-    columns = _columns(spec, policy.weight_bits, SMALL_TENSOR_BYTES)
+    return _placed(_columns(spec, policy.weight_bits, SMALL_TENSOR_BYTES), fractions, on_device)
+
+
+@lru_cache(maxsize=64)
+def _placed(columns: _Columns, fractions: Placement, on_device: bool) -> WeightPlacement:
     # The slowest tier in use takes what the credit of the faster ones does not cover.
     rest = 2 if fractions.disk > 1e-9 else 1 if fractions.cpu > 1e-9 else 0
     tiers = numpy.full(len(columns.rows), rest, dtype=numpy.int8)
     tiers[columns.ways == STAYS] = TIERS.index(Tier.GPU if on_device else Tier.CPU)
-    tiers[columns.moving] = _diffused(columns.moving_bytes, columns.head, fractions, rest)
+    tiers[columns.moving] = _diffused(columns.place_bytes, columns.head, fractions, rest)[columns.places]
     return WeightPlacement(columns, tiers, on_device)
 
 
-def _diffused(sizes: list[int], head: int, fractions: Placement, rest: int) -> list[int] | int:
-    """The tier of each tensor that moves; one number where all go to the same. head: place of the head, or -1."""
+def _diffused(sizes: list[int], head: int, fractions: Placement, rest: int) -> numpy.ndarray:
+    """The tier of each place (a tensor that moves, or an expert). head: place of the head, or -1."""
     gpu, cpu = fractions.gpu, fractions.cpu
     if rest == 0 or (gpu <= 1e-9 and (rest == 1 or cpu <= 1e-9)):
-        return rest
+        return numpy.full(len(sizes), rest)
     head_tier, total = rest, sum(sizes)
     if head >= 0:
         shares = {0: gpu, 1: cpu if rest == 2 else 0.0}
@@ -204,7 +219,7 @@ def _diffused(sizes: list[int], head: int, fractions: Placement, rest: int) -> l
             cpu_credit -= size
         else:
             tiers.append(2)
-    return tiers
+    return numpy.array(tiers)
 
 
 def stored_bytes(spec: ModelSpec, tensor: PackedTensor, bits: int) -> int:

@@ -70,6 +70,12 @@ class StepCosts:
         seconds = self._seconds.get(step.kind)
         return seconds(step, shape) if seconds else self.transfer(step.lane).seconds(step.bytes)
 
+    def alike(self, step: Step) -> tuple:
+        """Steps of a pass for which this is the same take equally long."""
+        window = self.spec.layer_windows[step.layer] if step.kind is StepKind.ATTEND else 0
+        plain = 1.0 if self.on_device else self._plain(step)
+        return step.kind, step.lane, step.bytes, step.flops, step.micro_batch, window, plain
+
     def seconds_in_run(self, step: Step, shape: PassShape) -> float:
         """The same with what a run adds to it: how long the step will really take while nothing else slows it down."""
         seconds = self.seconds(step, shape)
@@ -318,5 +324,6 @@ class StepCosts:
                 on_cpu = [(Lane.D2H, query_bytes + new_bytes), (Lane.H2D, query_bytes)]
                 moved += on_cpu if lane is Lane.CPU else [(Lane.H2D, there_bytes), (Lane.D2H, new_bytes)]
             for carrier, nbytes in moved:
-                seconds[carrier] += present * layers * self.transfer(carrier).seconds(nbytes)
+                happens = nbytes > 0 if carrier is Lane.DISK_READ else present  # what is not there is not read
+                seconds[carrier] += happens * layers * self.transfer(carrier).seconds(nbytes)
         return numpy.stack([seconds[lane] for lane in Lane], axis=1)

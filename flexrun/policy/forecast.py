@@ -2,16 +2,16 @@
 
 A job has up to millions of passes that change slowly. Long jobs are forecast from evenly drawn rows: the start and
 the tail of a job once, its steady middle as often as it comes. Of the passes looked at, some of each kind are simulated
-step by step; the others take the ratio of simulated time to the busiest lane's time from those of their kind.
+step by step; the others follow from those: a fit of how their lanes take turns, and what it misses on the nearest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy
+import scipy.optimize
 
 from flexrun.config import Policy
 from flexrun.core import Lane
@@ -42,7 +42,7 @@ class Effort:
 
 
 MIN_LAYERS = 4
-QUICK = Effort(passes=120, steps=3_000, layers=8, units=64)  # for ranking many policies
+QUICK = Effort(passes=240, steps=2_000, layers=8, units=64)  # for ranking many policies
 FULL = Effort(passes=1000, steps=10_000, layers=40, units=128)
 
 
@@ -109,8 +109,8 @@ def forecast(
     bound = _whole(workload, [part.forecast(_no_waiting) for part in parts])
     if bound.seconds > limit_seconds or not len(parts[0].passes):
         return bound
-    ratio = _simulated_ratio(layout, hardware, parts[0].passes, parts[0].lanes, effort)
-    return _whole(workload, [part.forecast(ratio, costs.start_seconds) for part in parts])
+    seconds_of = _simulated(layout, hardware, parts[0].passes, parts[0].lanes, effort)
+    return _whole(workload, [part.forecast(seconds_of, costs.start_seconds) for part in parts])
 
 
 def _whole(workload: Workload, parts: Sequence[Forecast]) -> Forecast:
@@ -147,7 +147,7 @@ def passes_guess(policy: Policy, workload: Workload) -> float:
     return max(generated / slots, (prompts + generated) / policy.tokens_per_pass)
 
 
-Ratio = Callable[[numpy.ndarray], numpy.ndarray]  # lane seconds [passes, lanes] -> simulated / busiest lane's time
+PassSeconds = Callable[[numpy.ndarray], numpy.ndarray]  # lane seconds [passes, lanes] -> seconds with all waiting
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,12 +168,12 @@ class _Part:
         passes = known[key].at(places)
         return cls(workload, passes, costs.lane_seconds_of(passes))
 
-    def forecast(self, ratio: Ratio, start_seconds: float = 0.0) -> Forecast:
-        """Of exactly these rows, given what waiting adds to the busiest lane of each pass, and what the start adds."""
+    def forecast(self, seconds_of: PassSeconds, start_seconds: float = 0.0) -> Forecast:
+        """Of exactly these rows, given how long passes take, and what the start adds."""
         if not len(self.passes):  # no row fits the cache: a run refuses them all
             return Forecast(0.0, 0.0, 0.0, 0, 0, 0, dict.fromkeys(Lane, 0.0))
         # Moving hidden states is not scheduled yet: it counts where its lane alone would take longer.
-        pass_seconds = self.lanes.max(axis=1) * numpy.maximum(ratio(self.lanes), 1.0)
+        pass_seconds = numpy.maximum(seconds_of(self.lanes), self.lanes.max(axis=1))
         pass_seconds[0] += start_seconds
         shares = self.passes.decode_tokens / self.passes.tokens
         decode, total = float((pass_seconds * shares).sum()), float(pass_seconds.sum())
@@ -189,10 +189,10 @@ class _Part:
 
 
 def _no_waiting(lanes: numpy.ndarray) -> numpy.ndarray:
-    return numpy.ones(len(lanes))
+    return lanes.max(axis=1)
 
 
-def _simulated_ratio(layout: Layout, hardware: Hardware, passes: Passes, lanes: numpy.ndarray, effort: Effort) -> Ratio:
+def _simulated(layout: Layout, hardware: Hardware, passes: Passes, lanes: numpy.ndarray, effort: Effort) -> PassSeconds:
     """Simulate all passes, or some that differ as much as possible.
 
     Each runs behind the pass before it, which fills the pipeline, and twice, as neighbours in a job are alike.
@@ -200,8 +200,9 @@ def _simulated_ratio(layout: Layout, hardware: Hardware, passes: Passes, lanes: 
     units = sum(1 for unit in layout.placement.units if unit.disk_bytes + unit.host_bytes)
     steps_a_pass = layout.spec.num_layers * (3 + 3 * len(layout.micro_batches)) + 2 * units
     if steps_a_pass * len(passes) <= effort.steps:
-        ratios = numpy.array(simulate_layout(layout, hardware, passes).pass_seconds) / lanes.max(axis=1)
-        return lambda asked: ratios if asked is lanes else _of_nearest(asked, lanes, ratios)
+        seconds = numpy.array(simulate_layout(layout, hardware, passes).pass_seconds)
+        ratios = seconds / lanes.max(axis=1)
+        return lambda asked: seconds if asked is lanes else asked.max(axis=1) * _of_nearest(asked, lanes, ratios)
     layers = effort.layers_of(layout)
     if layers < layout.spec.num_layers:
         steps_a_pass = steps_a_pass * layers // layout.spec.num_layers
@@ -212,8 +213,17 @@ def _simulated_ratio(layout: Layout, hardware: Hardware, passes: Passes, lanes: 
     for place in chosen:
         window = [passes.shape(number) for number in (max(place - 1, 0), place, place)]
         seconds.append(sum(simulate_layout(layout, hardware, window).pass_seconds[1:]) / 2)
-    ratios = numpy.array(seconds) / costs.lane_seconds_of(passes.chosen(chosen)).max(axis=1)
-    return partial(_of_nearest, known=lanes[chosen], ratios=ratios)
+    known = lanes[chosen]
+    # Of a model of which some layers are simulated, the ratio to the busiest lane holds for all of them.
+    seconds = known.max(axis=1) * numpy.array(seconds) / costs.lane_seconds_of(passes.chosen(chosen)).max(axis=1)
+    weights, _ = scipy.optimize.nnls(known, seconds)
+    ratios = seconds / _taking_turns(known, weights)
+    return lambda asked: _taking_turns(asked, weights) * _of_nearest(asked, known, ratios)
+
+
+def _taking_turns(lanes: numpy.ndarray, weights: numpy.ndarray) -> numpy.ndarray:
+    """Seconds of passes whose lanes partly wait for each other, but never less than the busiest lane's."""
+    return numpy.maximum(lanes @ weights, lanes.max(axis=1))
 
 
 def _most_different(lanes: numpy.ndarray, count: int) -> list[int]:

@@ -28,12 +28,13 @@ from flexrun.policy.programs import CPU_ROWS, GPU_ROWS, USUAL_PASS_TOKENS, Choic
 from flexrun.workload import Workload
 
 MICRO_BATCHES = (1, 4, 16)  # of attention, beside a device
-FINALISTS, CLOSE = 2, 1.05  # policies looked at in full, within this factor of the best
+FINALISTS, MOST_FINALISTS, CLOSE = 2, 8, 1.05  # policies looked at in full, within this factor of the best
 WORTH = 0.005  # a move must save this share of the time
 MOVES_TRIED = 36
 MANY_ROUNDS = 12
-DEEP_UNITS = 200
-MANY_MORE = 0.04  # share of the weights
+DEEP_UNITS, SHALLOW_MORE = 200, 6
+SIMPLE_PARTS = (8, 4, 2, 6, 3, 5, 7, 12, 16)
+MANY_MORE = 0.1  # share of the weights, those on the device counted twice
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,21 +195,24 @@ class _Search:
     def _finalist(self) -> tuple[Forecast, Layout]:
         """The best layout by a full look at those that a quick look cannot tell apart."""
         layouts = self._layouts()
-        close = [layout for seconds, layout in layouts[:FINALISTS] if seconds <= layouts[0][0] * CLOSE]
+        count = min(max(FINALISTS * DEEP_UNITS // len(layouts[0][1].placement.units), FINALISTS), MOST_FINALISTS)
+        close = [layout for seconds, layout in layouts[:count] if seconds <= layouts[0][0] * CLOSE]
         jobs = [(forecast(layout, self.workload, self.hardware, FULL), layout) for layout in close]
         return min(jobs, key=lambda pair: pair[0].seconds * size_cost(pair[1].policy))
 
     # Small moves --------------------------------------------------------------------------------------
 
     def _improve(self) -> None:
-        """Hill climbing from the best policy of each form: where the KV cache lives and where it is attended."""
-        starts: dict[tuple[bool, bool], Policy] = {}
+        """Hill climbing from the best policy of each form: where KV lives and is attended, how large a pass is."""
+        starts: dict[tuple, Policy] = {}
         for _, layout in self._layouts():
             policy = layout.policy
-            starts.setdefault((policy.kv.gpu > 0.5, policy.cpu_attention_share > 0.5), policy)
-        units = len(self._layouts()[0][1].placement.units)
-        left = min(max(MOVES_TRIED * DEEP_UNITS // units, MOVES_TRIED // 2), 3 * MOVES_TRIED)  # deep models cost more
-        for policy in starts.values():
+            form = (policy.kv.gpu > 0.5, policy.cpu_attention_share > 0.5)
+            starts.setdefault(form, policy)
+            starts.setdefault((*form, policy.tokens_per_pass), policy)
+        units = len(self._layouts()[0][1].placement.units)  # the more, the more a look at a policy costs
+        left = max(min(MOVES_TRIED * DEEP_UNITS // units, SHALLOW_MORE * MOVES_TRIED), MOVES_TRIED // 2)
+        for policy in dict.fromkeys(sorted(starts.values(), key=lambda start: self._scores[start][0])):
             left = self._climb(policy, left)
 
     def _climb(self, policy: Policy, left: int) -> int:
@@ -274,15 +278,31 @@ class _Search:
             for rows in (256, 512, 1024, 2048):
                 if rows <= min(tokens, most):
                     yield {"token_micro_batch": rows}
-        if "weights" in free and 0 < policy.weights.gpu < 1:  # which tensors move changes how evenly they move
-            for step in (-0.02, -0.04, -0.06, -0.1, 0.02):
-                gpu = min(max(round(policy.weights.gpu + step, 4), 0.0), 1.0)
-                cpu = min(policy.weights.cpu, 1.0 - gpu) if policy.weights.disk else 1.0 - gpu
-                yield {"weights": Placement(gpu, cpu, max(1.0 - gpu - cpu, 0.0))}
+        if "weights" in free:
+            for weights in _near(policy.weights):
+                yield {"weights": weights}
         for factor in (1.125, 0.875) if many else ():
             near = min(round(sequences * factor), self.programs.most_sequences)
             if 1 <= near != sequences:
                 yield {"sequences_in_flight": near, "attention_micro_batch": -(-near // count)}
+
+
+def _near(weights: Placement) -> Iterator[Placement]:
+    """Fewer weights on the fastest tier in use, and a little more: which tensors move changes how evenly they move.
+
+    In simple fractions every so many tensors are alike, and the lanes fall into step.
+    """
+    faster = weights.gpu if weights.gpu else weights.cpu
+    if not 0 < faster < 1:
+        return
+    shares = [math.floor(faster * parts - 1e-9) / parts for parts in SIMPLE_PARTS]
+    shares += [faster + step for step in (-0.02, -0.04, -0.06, -0.1, 0.02)]
+    for share in dict.fromkeys(round(min(max(share, 0.0), 1.0), 4) for share in shares):
+        if weights.gpu:
+            cpu = min(weights.cpu, 1.0 - share) if weights.disk else 1.0 - share
+            yield Placement(share, cpu, max(1.0 - share - cpu, 0.0))
+        else:
+            yield Placement(0.0, share, 1.0 - share)
 
 
 def _resident(layout: Layout) -> float:

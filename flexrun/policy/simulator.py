@@ -20,6 +20,8 @@ from flexrun.policy.layout import Layout
 from flexrun.steps import PassShape, Step
 
 BESIDE_EMULATED_LINK = 0.25
+LANES = list(Lane)
+LANE_NUMBERS = {lane: number for number, lane in enumerate(LANES)}
 
 
 @dataclass
@@ -49,15 +51,17 @@ def simulate_layout(
 
 
 class _Clock:
+    """Lanes as numbers, in the order of Lane: a search runs millions of steps through here."""
+
     def __init__(self, layout: Layout, costs: StepCosts, keep_events: bool):
         self._costs, self._keep_events = costs, keep_events
         self._scheduler = build_scheduler(layout.spec, layout.placement, layout.account, on_device=layout.on_device)
-        self._compute = self._scheduler.compute_lane
-        self._names = _contention_names(costs, self._compute)
-        self._speeds: dict[frozenset[Lane], list[tuple[Lane, float]]] = {}
-        self._waiting: dict[Lane, deque[tuple[Step | None, float]]] = {lane: deque() for lane in Lane}
-        self._running: dict[Lane, list] = {}  # lane -> [step, seconds of work left, start]
-        self._done = dict.fromkeys(Lane, 0)
+        self._compute = LANES.index(self._scheduler.compute_lane)
+        self._names = _contention_names(costs, self._scheduler.compute_lane)
+        self._speeds: dict[int, dict[int, float]] = {}
+        self._waiting: list[deque[tuple[tuple, float, Step | None]]] = [deque() for _ in LANES]
+        self._running: dict[int, list] = {}  # lane -> [seconds of work left, step, start]
+        self._done = [0] * len(LANES)
         self._now = 0.0
         self._timeline = Timeline()
 
@@ -66,60 +70,77 @@ class _Clock:
             shape = dataclasses.replace(shape, index=index)  # the scheduler counts passes from its first
             sequences = sum(micro_batch.decode_tokens for micro_batch in shape.micro_batches)
             between = self._costs.between_passes_seconds(sequences)
-            self._waiting[self._compute].append((None, between))
+            self._waiting[self._compute].append(((), between, None))
             durations: dict[tuple, float] = {}
             for step in self._scheduler.pass_steps(shape):
-                key = (step.kind, step.layer, step.micro_batch, step.unit, step.lane)
+                key = self._costs.alike(step)
                 seconds = durations.get(key)
                 if seconds is None:
                     durations[key] = seconds = self._costs.seconds_in_run(step, shape)
-                self._waiting[step.lane].append((step, seconds))
+                depends_on = tuple((LANE_NUMBERS[lane], order) for lane, order in step.depends_on)
+                self._waiting[LANE_NUMBERS[step.lane]].append((depends_on, seconds, step))
             self._run_pass()
             self._timeline.pass_ends_seconds.append(self._now)
         return self._timeline
 
     def _run_pass(self) -> None:
         """Advance until the compute lane has nothing left: the next pass is planned only then."""
-        running, waiting, compute = self._running, self._waiting, self._compute
-        while waiting[compute] or compute in running:
-            for lane, queue in waiting.items():
-                if queue and lane not in running and self._ready(queue[0][0]):
-                    step, seconds = queue.popleft()
-                    running[lane] = [step, seconds, self._now]
+        running, done, compute = self._running, self._done, self._compute
+        lanes = list(enumerate(self._waiting))
+        work_left = self._waiting[compute]
+        while work_left or compute in running:
+            for lane, queue in lanes:
+                if not queue or lane in running:
+                    continue
+                for other, order in queue[0][0]:
+                    if done[other] <= order:
+                        break
+                else:
+                    _, seconds, step = queue.popleft()
+                    running[lane] = [seconds, step, self._now]
             if not running:
                 raise ExecutionError("the schedule cannot go on: every lane waits for another")
             self._advance()
-
-    def _ready(self, step: Step | None) -> bool:
-        return step is None or all(self._done[lane] > order for lane, order in step.depends_on)
 
     def _advance(self) -> None:
         """To the moment at which the next running step ends."""
         running = self._running
         if len(running) == 1:
             ((lane, entry),) = running.items()
-            self._now += entry[1]
+            self._now += entry[0]
             self._finish(lane)
             return
-        speeds = self._speeds_of(frozenset(running))
-        elapsed = min(running[lane][1] / speed for lane, speed in speeds)
+        active = 0
+        for lane in running:
+            active |= 1 << lane
+        speeds = self._speeds.get(active) or self._speeds_of(active)
+        elapsed = min([entry[0] / speeds[lane] for lane, entry in running.items()])
         self._now += elapsed
-        for lane, speed in speeds:
-            entry = running[lane]
-            entry[1] -= elapsed * speed
-            if entry[1] <= 1e-12:
-                self._finish(lane)
+        over = []
+        for lane, entry in running.items():
+            entry[0] -= elapsed * speeds[lane]
+            if entry[0] <= 1e-12:
+                over.append(lane)
+        for lane in over:
+            self._finish(lane)
 
-    def _finish(self, lane: Lane) -> None:
-        step, _, start_seconds = self._running.pop(lane)
+    def _finish(self, lane: int) -> None:
+        _, step, start_seconds = self._running.pop(lane)
         if step is None:
             return
         self._done[lane] += 1
-        self._timeline.busy_seconds[lane] += self._now - start_seconds
+        self._timeline.busy_seconds[LANES[lane]] += self._now - start_seconds
         if self._keep_events:
             self._timeline.events.append(
                 Event(
-                    step.kind.value, lane, start_seconds, self._now, step.pass_index, step.layer, step.bytes, step.flops
+                    step.kind.value,
+                    step.lane,
+                    start_seconds,
+                    self._now,
+                    step.pass_index,
+                    step.layer,
+                    step.bytes,
+                    step.flops,
                 )
             )
 
@@ -131,21 +152,23 @@ class _Clock:
             return min(keeps, BESIDE_EMULATED_LINK)
         return keeps
 
-    def _speeds_of(self, active: frozenset[Lane]) -> list[tuple[Lane, float]]:
-        if active not in self._speeds:
-            hardware, speeds = self._costs.hardware, []
-            for lane in active:
-                speed = 1.0
-                for other in active - {lane}:
-                    speed *= self._keeps(self._names[lane], self._names[other])
-                    if {self._names[lane], self._names[other]} == {"h2d", "d2h"}:
-                        speed *= hardware.duplex_share
-                speeds.append((lane, speed))
-            self._speeds[active] = speeds
-        return self._speeds[active]
+    def _speeds_of(self, active: int) -> dict[int, float]:
+        """Of each lane in the set ``active`` (a bit a lane), the share of its speed that the others leave it."""
+        hardware, names = self._costs.hardware, self._names
+        busy = [lane for lane in range(len(LANES)) if active >> lane & 1]
+        speeds = dict.fromkeys(busy, 1.0)
+        for lane in busy:
+            for other in busy:
+                if other == lane:
+                    continue
+                speeds[lane] *= self._keeps(names[lane], names[other])
+                if {names[lane], names[other]} == {"h2d", "d2h"}:
+                    speeds[lane] *= hardware.duplex_share
+        self._speeds[active] = speeds
+        return speeds
 
 
-def _contention_names(costs: StepCosts, compute_lane: Lane) -> dict[Lane, str]:
+def _contention_names(costs: StepCosts, compute_lane: Lane) -> list[str]:
     """Under which name of hardware.LANES each lane's contention was measured."""
     emulated = costs.on_device and costs.hardware.gpu is None
     names = {lane: lane.value for lane in Lane}
@@ -153,4 +176,4 @@ def _contention_names(costs: StepCosts, compute_lane: Lane) -> dict[Lane, str]:
     if emulated:
         names[Lane.H2D] = names[Lane.D2H] = "host_copy"
     names[compute_lane] = "compute"
-    return names
+    return list(names.values())
