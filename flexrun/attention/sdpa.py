@@ -16,43 +16,70 @@ MASK_ELEMENTS = 1 << 22  # of one mask: bounds memory for long contexts
 SCORE_ELEMENTS = 1 << 23  # of one float32 score matrix of the explicit form
 
 
-def attend_segment(query, keys, values, *, scale: float, window: int, softcap: float, out) -> None:
-    """Causal attention of the last ``query_len`` positions of one sequence; writes ``out``.
+def attend_segment(
+    query, keys, values, *, query_position: int, scale: float, window: int, softcap: float, out, lse=None
+) -> None:
+    """Causal attention of one segment (see Segments); writes ``out`` and, where given, ``lse``.
 
-    query, out: [query_len, num_heads, D]; keys, values: [kv_len, num_kv_heads, D]; one dtype, last dim contiguous.
+    query, out: [query_len, num_heads, D]; keys, values: [kv_len, num_kv_heads, D]; one dtype, last dim contiguous;
+    lse: float32 [query_len, num_heads].
     """
-    query_len, num_heads, head_dim = query.shape
+    # what no query sees, and then the queries that see nothing, are cut off: every row below sees something
+    past, kv_len = query_position, len(keys)
+    stop_kv = min(kv_len, past + len(query))
+    first_kv = min(max(0, past - window + 1), stop_kv) if window else 0
+    keys, values, kv_len, past = keys[first_kv:stop_kv], values[first_kv:stop_kv], stop_kv - first_kv, past - first_kv
+    first = max(0, -past)
+    stop = len(query) if kv_len > 0 else first
+    if window:
+        stop = min(stop, kv_len + window - 1 - past)
+    if stop - first < len(query):
+        for part in (slice(0, first), slice(max(first, stop), None)):
+            out[part].zero_()
+            if lse is not None:
+                lse[part].fill_(float("-inf"))
+        if stop <= first:
+            return
+        query, out, past = query[first:stop], out[first:stop], past + first
+        lse = None if lse is None else lse[first:stop]
+    _attend_rows(query, keys, values, past, scale, window, softcap, out, lse)
+
+
+def _attend_rows(query, keys, values, past: int, scale, window, softcap, out, lse) -> None:
+    query_len, num_heads, _ = query.shape
     kv_len, num_kv_heads, _ = keys.shape
-    if window >= kv_len:
+    if window >= past + query_len:
         window = 0
-    if softcap:
-        block_tokens = max(1, min(query_len, SCORE_ELEMENTS // (num_heads * kv_len)))
+    reach = past + query_len if window else kv_len
+    if softcap or lse is not None:
+        block_tokens = max(1, min(query_len, SCORE_ELEMENTS // (num_heads * reach)))
         attend_block = _explicit_block
     elif query_len == 1:
         block_tokens, attend_block = 1, _decode_block
-    elif query_len == kv_len and not window:
+    elif query_len == kv_len and not past and not window:
         block_tokens, attend_block = query_len, _square_block
     else:
         block_tokens = QUERY_BLOCK_TOKENS
-        while block_tokens > 8 and block_tokens * kv_len > MASK_ELEMENTS:
+        while block_tokens > 8 and block_tokens * reach > MASK_ELEMENTS:
             block_tokens //= 2
         attend_block = _masked_block
-    folded = (-1, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    query = query.unflatten(1, folded[1:3])
-    out = out.unflatten(1, folded[1:3])
-    past = kv_len - query_len
+    folded = (num_kv_heads, num_heads // num_kv_heads)
+    query, out = query.unflatten(1, folded), out.unflatten(1, folded)
+    lse = None if lse is None else lse.unflatten(1, folded)
     for start in range(0, query_len, block_tokens):
         stop = min(start + block_tokens, query_len)
         first_kv = max(0, past + start - window + 1) if window else 0
-        visible = slice(first_kv, past + stop)
+        visible = slice(first_kv, min(past + stop, kv_len))
         result = attend_block(
             query[start:stop],
             keys[visible],
             values[visible],
+            past=past + start - first_kv,
             scale=scale,
             window=window,
             softcap=softcap,
             block_tokens=block_tokens,
+            lse=None if lse is None else lse[start:stop],
         )
         out[start:stop].copy_(result)
 
@@ -75,31 +102,34 @@ def _square_block(query, keys, values, *, scale, **_):
     return result.permute(2, 0, 1, 3)
 
 
-def _masked_block(query, keys, values, *, scale, window, block_tokens, **_):
-    query_len, kv_len = query.shape[0], keys.shape[0]
-    mask = _causal_band(query_len, kv_len, window, block_tokens, query.dtype, query.device)
+def _masked_block(query, keys, values, *, past, scale, window, block_tokens, **_):
+    mask = _causal_band(len(query), len(keys), past, window, block_tokens, query.dtype, query.device)
     result = scaled_dot_product_attention(*_grouped(query, keys, values), attn_mask=mask, scale=scale)
     return result.permute(2, 0, 1, 3)
 
 
-def _explicit_block(query, keys, values, *, scale, window, softcap, **_):
+def _explicit_block(query, keys, values, *, past, scale, window, softcap, lse, **_):
     query, keys, values = _grouped(query.float(), keys.float(), values.float())
     scores = (query @ keys.transpose(-1, -2)).mul_(scale)
-    scores.div_(softcap).tanh_().mul_(softcap)
+    if softcap:
+        scores.div_(softcap).tanh_().mul_(softcap)
     query_len, kv_len = scores.shape[-2:]
-    scores += _causal_band(query_len, kv_len, window, query_len, torch.float32, scores.device)
+    scores += _causal_band(query_len, kv_len, past, window, query_len, torch.float32, scores.device)
+    if lse is not None:
+        lse.copy_(scores.logsumexp(-1).permute(2, 0, 1))
     return (scores.softmax(-1) @ values).permute(2, 0, 1, 3)
 
 
-def _causal_band(query_len: int, kv_len: int, window: int, block_tokens: int, dtype, device):
-    """Additive mask [query_len, kv_len] whose last query row sees the last KV row.
+def _causal_band(query_len: int, kv_len: int, past: int, window: int, block_tokens: int, dtype, device):
+    """Additive mask [query_len, kv_len] whose query row ``t`` sees ``past + t - window + 1 .. past + t``.
 
     Causal masks of one block size are all slices of one band, so chunks of any offset share one tensor.
     """
-    past = kv_len - query_len
+    if not window:
+        past = min(past, kv_len)
     span = max(64, 1 << (past - 1).bit_length()) if past else 64
     band = _band(block_tokens, span, window, dtype, device)
-    return band[:query_len, span - past : span + query_len]
+    return band[:query_len, span - past : span - past + kv_len]
 
 
 @lru_cache(maxsize=16)

@@ -2,7 +2,7 @@
 
 The C sources beside this file are built by setup.py as an optional extension. Every function takes torch tensors and
 returns False where the kernels do not apply (no library, another dtype, device or layout): the caller then uses torch.
-``FLEXRUN_NATIVE=0`` in the environment switches all of them off.
+``FLEXRUN_NATIVE=0`` in the environment switches all of them off; the path of a library loads that one (and only it).
 """
 
 from __future__ import annotations
@@ -20,16 +20,21 @@ _ACTIVATION = {"silu": 0, "gelu_tanh": 1}
 _NORM = struct.Struct("@4P8q3fi").pack
 _GATED = struct.Struct("@3P5q2i").pack
 _ROPE = struct.Struct("@3P5qi").pack
-_ATTENTION = struct.Struct("@4P12q2fi").pack
+_ATTENTION = struct.Struct("@5P13q2fi").pack
+_LAYOUT = 2  # of dispatch.c: a library of other sources would misread the structs
 
 
 def _load():
-    if os.environ.get("FLEXRUN_NATIVE", "1") == "0":
+    wanted = os.environ.get("FLEXRUN_NATIVE", "1")
+    if wanted == "0":
         return None
-    for path in sorted(Path(__file__).parent.glob("_kernels*.so")):
+    paths = sorted(Path(__file__).parent.glob("_kernels*.so")) if wanted == "1" else [wanted]
+    for path in paths:
         try:
             library = ctypes.CDLL(str(path))
-        except OSError:
+            if library.flexrun_layout() != _LAYOUT:
+                continue
+        except (OSError, AttributeError):
             continue
         library.flexrun_select.argtypes = [ctypes.c_char_p]
         library.flexrun_select.restype = ctypes.c_char_p
@@ -160,10 +165,12 @@ def apply_rope(x, cosine, sine) -> bool:
     return True
 
 
-def attend(query, keys, values, out, segments_pointer: int, count: int, scale, window, softcap, long=False) -> bool:
+def attend(
+    query, keys, values, out, segments_pointer: int, count: int, scale, window, softcap, long=False, lse=None
+) -> bool:
     """Causal attention of ``count`` segments; shapes as in flexrun.attention.attend, which checks them.
 
-    segments_pointer: address of int64 [4, count] (query_start, query_len, kv_start, kv_len), in bounds.
+    segments_pointer: address of ``Segments.table``, int64 [5, count], in bounds.
     long: by the kernel for many query rows a segment (bfloat16 with AVX512-bf16 only), else by the one that reads KV
     once for few.
     """
@@ -179,10 +186,12 @@ def attend(query, keys, values, out, segments_pointer: int, count: int, scale, w
         keys.data_ptr(),
         values.data_ptr(),
         out.data_ptr(),
+        0 if lse is None else lse.data_ptr(),
         query_stride[0],
         query_stride[1],
         out_stride[0],
         out_stride[1],
+        0 if lse is None else lse.stride(0),
         key_stride[0],
         key_stride[1],
         value_stride[0],

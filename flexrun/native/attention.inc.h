@@ -1,35 +1,37 @@
-/* Attention of a few query rows against one chunk of KV rows, all query heads of a KV head together.
+/* Attention of a few query rows against one chunk of KV rows, all query heads together.
  *
- * KV is read once: for each block of tokens and KV head, scores of a tile of rows, then an online softmax, then the
- * weighted sum of V. Everything is accumulated in float32.
+ * KV is read once and in the order of memory, all heads of a few tokens before the next tokens: scores of a block of
+ * tokens, then one step of the online softmax, then the weighted sum of V. Everything is accumulated in float32.
  */
 
-#define BLOCK_TOKENS 32
+#define SCORE_TOKENS 4 /* tokens of one register tile of scores */
+#define VALUE_TOKENS 8 /* tokens added to the sums of a row between loading and storing them */
+#define AHEAD_TOKENS 8 /* how far ahead of computing KV is prefetched; a multiple of both */
 
 struct block {
-    const void *keys, *values;           /* at the block's first row and the KV head */
-    const void *next_keys, *next_values; /* at the next block's first row */
-    int64_t tokens, position;            /* position of the first token relative to the first query */
-    int64_t next_slice;                  /* first (token, head) row of the next block to prefetch */
-    int prefetch;
+    const void *keys, *values, *next_keys; /* at the first row of the block, and of the one after it */
+    int64_t tokens, next_tokens;
+    int64_t position; /* position of the first token relative to the first query */
 };
 
-/* Software prefetch of four (token, head) rows of the next block, in the order of memory: computing visits the heads of
- * a token-major slab one after another, an order in which DRAM and hardware prefetchers are slow. */
-INLINE void prefetch_rows(const void *base, int64_t stride, int64_t head_stride, int64_t num_kv_heads,
-                          int64_t head_dim, int64_t first, int dtype) {
-    int64_t bytes = element_bytes(dtype), token = first / num_kv_heads, head = first % num_kv_heads;
-    for (int64_t row = first; row < first + 4; row++) {
-        const char *start = (const char *)base + (token * stride + head * head_stride) * bytes;
-        for (int64_t offset = 0; offset < head_dim * bytes; offset += 64) __builtin_prefetch(start + offset, 0, 3);
-        if (++head == num_kv_heads) head = 0, token++;
+/* Prefetch one head of `count` tokens from `token` on; those past the end of `tokens` are the next array's first. */
+INLINE void prefetch_head(const void *base, int64_t stride, int64_t head_stride, int64_t tokens, const void *next,
+                          int64_t next_stride, int64_t next_head_stride, int64_t next_tokens, int64_t token,
+                          int64_t kv_head, int count, int64_t head_dim, int dtype) {
+    int64_t bytes = element_bytes(dtype);
+    if (token >= tokens) {
+        token -= tokens, tokens = next_tokens, base = next, stride = next_stride, head_stride = next_head_stride;
+        if (token >= tokens) return;
     }
+    const char *start = (const char *)base + (token * stride + kv_head * head_stride) * bytes;
+    for (int entry = 0; entry < count; entry++, start += stride * bytes)
+        for (int64_t offset = 0; offset < head_dim * bytes; offset += 64) __builtin_prefetch(start + offset, 0, 3);
 }
 
 #ifdef HAVE_BF16_DOT
-/* bfloat16 products, two a lane, of q as it lies in memory. */
-INLINE void scores_bf16(const void *const *query, const void *keys, int64_t stride, int64_t first, int64_t last,
-                        int64_t head_dim, float (*scores)[BLOCK_TOKENS], int rows) {
+/* bfloat16 products, two a lane. query: bfloat16 [rows][head_dim]; otherwise as scores_float. */
+INLINE void scores_bf16(const uint16_t *query, const void *keys, int64_t stride, int64_t first, int64_t last,
+                        int64_t head_dim, float *scores, int rows) {
     const uint16_t *key[4];
     for (int t = 0; t < 4; t++) key[t] = (const uint16_t *)keys + (first + t < last ? first + t : last) * stride;
     VEC sum[ROW_TILE][4];
@@ -40,7 +42,7 @@ INLINE void scores_bf16(const void *const *query, const void *keys, int64_t stri
         __m512bh k[4];
         for (int t = 0; t < 4; t++) k[t] = (__m512bh)_mm512_loadu_si512(key[t] + column);
         for (int row = 0; row < rows; row++) {
-            __m512bh q = (__m512bh)_mm512_loadu_si512((const uint16_t *)query[row] + column);
+            __m512bh q = (__m512bh)_mm512_loadu_si512(query + row * head_dim + column);
             for (int t = 0; t < 4; t++) sum[row][t] = _mm512_dpbf16_ps(sum[row][t], q, k[t]);
         }
     }
@@ -48,18 +50,18 @@ INLINE void scores_bf16(const void *const *query, const void *keys, int64_t stri
         __m512bh k[4];
         for (int t = 0; t < 4; t++) k[t] = (__m512bh)_mm512_maskz_loadu_epi16(0xffff, key[t] + column);
         for (int row = 0; row < rows; row++) {
-            __m512bh q = (__m512bh)_mm512_maskz_loadu_epi16(0xffff, (const uint16_t *)query[row] + column);
+            __m512bh q = (__m512bh)_mm512_maskz_loadu_epi16(0xffff, query + row * head_dim + column);
             for (int t = 0; t < 4; t++) sum[row][t] = _mm512_dpbf16_ps(sum[row][t], q, k[t]);
         }
     }
     for (int row = 0; row < rows; row++)
-        v_sum4(&scores[row][first], sum[row][0], sum[row][1], sum[row][2], sum[row][3]);
+        v_sum4(scores + row * BLOCK_TOKENS + first, sum[row][0], sum[row][1], sum[row][2], sum[row][3]);
 }
 #endif
 
-/* Scores of four tokens [first, first + 4); tokens past last repeat it and are masked by the caller. */
+/* Scores [rows][BLOCK_TOKENS] of four tokens [first, first + 4); tokens past last repeat it and are masked later. */
 INLINE void scores_float(const float *query, const void *keys, int64_t stride, int64_t first, int64_t last,
-                         int64_t head_dim, float (*scores)[BLOCK_TOKENS], int rows, int dtype) {
+                         int64_t head_dim, float *scores, int rows, int dtype) {
     int64_t key[4];
     for (int t = 0; t < 4; t++) key[t] = (first + t < last ? first + t : last) * stride;
     VEC sum[ROW_TILE][4];
@@ -74,28 +76,25 @@ INLINE void scores_float(const float *query, const void *keys, int64_t stride, i
         }
     }
     for (int row = 0; row < rows; row++)
-        v_sum4(&scores[row][first], sum[row][0], sum[row][1], sum[row][2], sum[row][3]);
+        v_sum4(scores + row * BLOCK_TOKENS + first, sum[row][0], sum[row][1], sum[row][2], sum[row][3]);
 }
 
-/* sum_values[row] = sum_values[row] * rescale[row] + sum over tokens of weight[row][token] * values[token], for
- * `vectors` vectors of columns from `column` on. */
-INLINE void weigh_columns(const struct attention *a, const struct block *block, float *sum_values, int64_t column,
-                          const float *rescale, float (*weight)[BLOCK_TOKENS], int rows, int vectors, int dtype) {
-    int64_t head_dim = a->head_dim, stride = a->value_stride;
-    sum_values += column;
+/* sum_values[row] = sum_values[row] * rescale[row] + sum over `tokens` tokens of weight[row][token] * values[token],
+ * for `vectors` vectors of columns; rescale NULL: 1. */
+INLINE void weigh_float(const void *values, int64_t stride, int64_t tokens, float *sum_values, int64_t head_dim,
+                          const float *rescale, const float *weight, int rows, int vectors, int dtype) {
     VEC sum[ROW_TILE][4];
     for (int row = 0; row < rows; row++)
-        for (int vector = 0; vector < vectors; vector++)
-            sum[row][vector] = v_mul(v_load(sum_values + row * head_dim + vector * LANES), v_set1(rescale[row]));
-    for (int64_t token = 0; token < block->tokens; token++) {
-        if (block->prefetch && !column && token % 4 == 0)
-            prefetch_rows(block->next_values, stride, a->value_head_stride, a->num_kv_heads, head_dim,
-                          block->next_slice + token, dtype);
+        for (int vector = 0; vector < vectors; vector++) {
+            sum[row][vector] = v_load(sum_values + row * head_dim + vector * LANES);
+            if (rescale) sum[row][vector] = v_mul(sum[row][vector], v_set1(rescale[row]));
+        }
+    for (int64_t token = 0; token < tokens; token++) {
         VEC v[4];
         for (int vector = 0; vector < vectors; vector++)
-            v[vector] = v_load_any(block->values, token * stride + column + vector * LANES, dtype);
+            v[vector] = v_load_any(values, token * stride + vector * LANES, dtype);
         for (int row = 0; row < rows; row++) {
-            VEC w = v_set1(weight[row][token]);
+            VEC w = v_set1(weight[row * BLOCK_TOKENS + token]);
             for (int vector = 0; vector < vectors; vector++) sum[row][vector] = v_fma(w, v[vector], sum[row][vector]);
         }
     }
@@ -103,6 +102,59 @@ INLINE void weigh_columns(const struct attention *a, const struct block *block, 
         for (int vector = 0; vector < vectors; vector++)
             v_store(sum_values + row * head_dim + vector * LANES, sum[row][vector]);
 }
+
+#ifdef HAVE_BF16_DOT
+/* Weights [tokens] become bfloat16, two tokens an element of 32 bits, in the same memory. */
+INLINE void round_weights(float *weights, int64_t tokens) {
+    for (int64_t token = 0; token < tokens; token += LANES)
+        _mm256_storeu_si256((__m256i *)((uint16_t *)weights + token),
+                            (__m256i)_mm512_cvtneps_pbh(v_load(weights + token)));
+}
+
+/* As weigh_float, two tokens a product. Sums of 32 columns are kept as the interleaving of two rows leaves them:
+ * columns 0-3, 8-11, 16-19, 24-27, then the others (see columns_in_order); a last 16 columns are in order. */
+INLINE void weigh_bf16(const uint16_t *values, int64_t stride, int64_t tokens, float *sum_values, int64_t head_dim,
+                       const float *rescale, const uint32_t *weight, int rows, int vectors) {
+    VEC sum[ROW_TILE][4];
+    for (int row = 0; row < rows; row++)
+        for (int vector = 0; vector < vectors; vector++) {
+            sum[row][vector] = v_load(sum_values + row * head_dim + vector * LANES);
+            if (rescale) sum[row][vector] = v_mul(sum[row][vector], v_set1(rescale[row]));
+        }
+    for (int64_t token = 0; token < tokens; token += 2) {
+        const uint16_t *low = values + token * stride, *high = token + 1 < tokens ? low + stride : low; /* weighs 0 */
+        __m512bh v[4];
+        if (vectors == 1) {
+            __m512i a = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)low));
+            __m512i b = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)high));
+            v[0] = (__m512bh)_mm512_or_si512(a, _mm512_slli_epi32(b, 16));
+        }
+        for (int vector = 0; vector + 2 <= vectors; vector += 2) {
+            __m512i a = _mm512_loadu_si512(low + vector * LANES), b = _mm512_loadu_si512(high + vector * LANES);
+            v[vector] = (__m512bh)_mm512_unpacklo_epi16(a, b);
+            v[vector + 1] = (__m512bh)_mm512_unpackhi_epi16(a, b);
+        }
+        for (int row = 0; row < rows; row++) {
+            __m512bh w = (__m512bh)_mm512_set1_epi32((int)weight[row * BLOCK_TOKENS + token / 2]);
+            for (int vector = 0; vector < vectors; vector++)
+                sum[row][vector] = _mm512_dpbf16_ps(sum[row][vector], w, v[vector]);
+        }
+    }
+    for (int row = 0; row < rows; row++)
+        for (int vector = 0; vector < vectors; vector++)
+            v_store(sum_values + row * head_dim + vector * LANES, sum[row][vector]);
+}
+
+INLINE void columns_in_order(float *sums, int64_t head_dim) {
+    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+    for (int64_t column = 0; column + 32 <= head_dim; column += 32) {
+        VEC a = v_load(sums + column), b = v_load(sums + column + 16);
+        v_store(sums + column, _mm512_permutex2var_ps(a, first, b));
+        v_store(sums + column + 16, _mm512_permutex2var_ps(a, second, b));
+    }
+}
+#endif
 
 /* Scores become weights exp(score - maximum); tokens outside [low, high) weigh 0. Returns the rescale of old sums. */
 INLINE float soften(float *scores, int64_t tokens, int64_t low, int64_t high, float scale, float softcap,
@@ -141,111 +193,164 @@ INLINE float soften(float *scores, int64_t tokens, int64_t low, int64_t high, fl
     return rescale;
 }
 
-INLINE void attend_tile(const struct attention *a, const struct block *block, const void *const *query_raw,
-                        const float *query, int64_t first_row, const struct partial *partial, int64_t state, int rows,
-                        int dtype) {
-    int64_t head_dim = a->head_dim, tokens = block->tokens, group = a->num_heads / a->num_kv_heads;
-    float weight[ROW_TILE][BLOCK_TOKENS] __attribute__((aligned(64)));
-    float rescale[ROW_TILE];
-    for (int64_t token = 0; token < tokens; token += 4) {
-        if (block->prefetch)
-            prefetch_rows(block->next_keys, a->key_stride, a->key_head_stride, a->num_kv_heads, head_dim,
-                          block->next_slice + token, dtype);
-#ifdef HAVE_BF16_DOT
-        if (dtype == BFLOAT16) {
-            scores_bf16(query_raw, block->keys, a->key_stride, token, tokens - 1, head_dim, weight, rows);
-            continue;
-        }
+/* Repeat `call` over the rows of a KV head in register tiles: `row` is the first of the tile, `count` a constant. */
+#if ROW_TILE > 3
+#define BY_ROW_TILE(rows, call)                                         \
+    for (int64_t row = 0; row < (rows);) {                              \
+        if ((rows)-row >= ROW_TILE) { enum { count = ROW_TILE }; call; row += count; } \
+        else if ((rows)-row == 3) { enum { count = 3 }; call; row += count; }          \
+        else if ((rows)-row == 2) { enum { count = 2 }; call; row += count; }          \
+        else { enum { count = 1 }; call; row += count; }                               \
+    }
+#else
+#define BY_ROW_TILE(rows, call)                                         \
+    for (int64_t row = 0; row < (rows);) {                              \
+        if ((rows)-row >= ROW_TILE) { enum { count = ROW_TILE }; call; row += count; } \
+        else { enum { count = 1 }; call; row += count; }                               \
+    }
 #endif
-        (void)query_raw;
-        scores_float(query, block->keys, a->key_stride, token, tokens - 1, head_dim, weight, rows, dtype);
-    }
-    for (int row = 0; row < rows; row++) {
-        int64_t position = (first_row + row) / group - block->position; /* of the query, from the block's first token */
-        int64_t high = position + 1 < tokens ? position + 1 : tokens;
-        int64_t low = a->window ? position - a->window + 1 : 0;
-        rescale[row] = soften(weight[row], tokens, low, high, a->scale, a->softcap, partial->maximum + state + row,
-                              partial->sum + state + row);
-    }
-    float *sum_values = partial->sum_values + state * head_dim;
-    for (int64_t column = 0; column < head_dim;) {
-        int64_t left = (head_dim - column) / LANES;
-#define WEIGH(vectors)                                                                        \
-    weigh_columns(a, block, sum_values, column, rescale, weight, rows, vectors, dtype), column += (vectors)*LANES
-        if (left >= 4) WEIGH(4);
-        else if (left >= 2) WEIGH(2);
-        else WEIGH(1);
-#undef WEIGH
-    }
+
+/* weights[row][token] = query[row] . keys[token], for all rows and the tokens of a block. */
+INLINE void score_block(const struct attention *a, const struct block *block, const void *query, int64_t rows,
+                        float *weights, int64_t head_dim, int dtype) {
+    int64_t bytes = element_bytes(dtype), tokens = block->tokens, stride = a->key_stride;
+    for (int64_t token = 0; token < tokens; token += SCORE_TOKENS)
+        for (int64_t kv_head = 0; kv_head < a->num_kv_heads; kv_head++) {
+            const void *keys = (const char *)block->keys + kv_head * a->key_head_stride * bytes;
+            prefetch_head(block->keys, stride, a->key_head_stride, tokens, block->values, a->value_stride,
+                          a->value_head_stride, tokens, token + AHEAD_TOKENS, kv_head, SCORE_TOKENS, head_dim, dtype);
+            float *scores = weights + kv_head * rows * BLOCK_TOKENS;
+#ifdef HAVE_BF16_DOT
+            if (dtype == BFLOAT16) {
+                const uint16_t *own = (const uint16_t *)query + kv_head * rows * head_dim;
+                BY_ROW_TILE(rows, scores_bf16(own + row * head_dim, keys, stride, token, tokens - 1, head_dim,
+                                              scores + row * BLOCK_TOKENS, count))
+                continue;
+            }
+#endif
+            const float *own = (const float *)query + kv_head * rows * head_dim;
+            BY_ROW_TILE(rows, scores_float(own + row * head_dim, keys, stride, token, tokens - 1, head_dim,
+                                           scores + row * BLOCK_TOKENS, count, dtype))
+        }
 }
 
-INLINE void attend_chunk_typed(const struct attention *a, const struct chunk *chunk, const struct partial *partial,
-                               float *workspace, int dtype) {
-    int64_t group = a->num_heads / a->num_kv_heads, head_dim = a->head_dim, bytes = element_bytes(dtype);
-    int64_t rows = group * chunk->query_len; /* of one KV head */
-    for (int64_t row = 0; row < rows * a->num_kv_heads; row++) {
-        partial->maximum[row] = -INFINITY;
-        partial->sum[row] = 0.0f;
-        int64_t head = row / rows * group + row % rows % group, token = chunk->query_row + row % rows / group;
-        int64_t source = token * a->query_stride + head * a->query_head_stride;
-        for (int64_t column = 0; column < head_dim; column += LANES) {
-            v_store(partial->sum_values + row * head_dim + column, v_set1(0.0f));
-            v_store(workspace + row * head_dim + column, v_load_any(a->query, source + column, dtype));
-        }
-    }
-    for (int64_t start = 0; start < chunk->kv_len; start += BLOCK_TOKENS) {
-        struct block block;
-        block.tokens = chunk->kv_len - start < BLOCK_TOKENS ? chunk->kv_len - start : BLOCK_TOKENS;
-        block.position = chunk->kv_position + start - chunk->query_position;
-        int64_t next_row = chunk->kv_row + start + BLOCK_TOKENS, next_tokens = chunk->kv_len - start - BLOCK_TOKENS;
-        if (next_tokens <= 0) next_row = chunk->after_row, next_tokens = chunk->after_len;
-        block.next_keys = (const char *)a->keys + next_row * a->key_stride * bytes;
-        block.next_values = (const char *)a->values + next_row * a->value_stride * bytes;
+/* sum_values = sum_values * rescale + weights . values, for all rows and the tokens of a block. */
+INLINE void weigh_block(const struct attention *a, const struct block *block, const float *rescale,
+                        const float *weights, int64_t rows, float *sum_values, int64_t head_dim, int dtype) {
+    int64_t bytes = element_bytes(dtype), stride = a->value_stride;
+    for (int64_t token = 0; token < block->tokens; token += VALUE_TOKENS) {
+        int64_t tokens = block->tokens - token < VALUE_TOKENS ? block->tokens - token : VALUE_TOKENS;
         for (int64_t kv_head = 0; kv_head < a->num_kv_heads; kv_head++) {
-            int64_t kv_row = chunk->kv_row + start;
-            block.keys = (const char *)a->keys + (kv_row * a->key_stride + kv_head * a->key_head_stride) * bytes;
-            block.values =
-                (const char *)a->values + (kv_row * a->value_stride + kv_head * a->value_head_stride) * bytes;
-            for (int64_t row = 0; row < rows;) {
-                int64_t state = kv_head * rows + row;
-                const void *query_raw[ROW_TILE] = {0};
-                for (int64_t tile = 0; tile < ROW_TILE && row + tile < rows; tile++) {
-                    int64_t token = chunk->query_row + (row + tile) / group;
-                    int64_t head = kv_head * group + (row + tile) % group;
-                    query_raw[tile] =
-                        (const char *)a->query + (token * a->query_stride + head * a->query_head_stride) * bytes;
-                }
-                block.next_slice = kv_head * BLOCK_TOKENS;
-                block.prefetch = row == 0 && block.next_slice < next_tokens * a->num_kv_heads;
-#define TILE(count)                                                                                             \
-    attend_tile(a, &block, query_raw, workspace + state * head_dim, row, partial, state, count, dtype), row += (count)
-                if (rows - row >= ROW_TILE) TILE(ROW_TILE);
-#if ROW_TILE > 3
-                else if (rows - row == 3) TILE(3);
+            prefetch_head(block->values, stride, a->value_head_stride, block->tokens, block->next_keys, a->key_stride,
+                          a->key_head_stride, block->next_tokens, token + AHEAD_TOKENS, kv_head, VALUE_TOKENS, head_dim,
+                          dtype);
+            int64_t state = kv_head * rows;
+            const char *values = (const char *)block->values + (token * stride + kv_head * a->value_head_stride) * bytes;
+            for (int64_t column = 0; column < head_dim;) {
+                int64_t left = (head_dim - column) / LANES;
+                const float *scale = token ? NULL : rescale + state, *own = weights + state * BLOCK_TOKENS;
+                float *sums = sum_values + state * head_dim + column;
+#ifdef HAVE_BF16_DOT
+#define WEIGH(vectors)                                                                                               \
+    if (dtype == BFLOAT16) {                                                                                         \
+        BY_ROW_TILE(rows, weigh_bf16((const uint16_t *)values + column, stride, tokens, sums + row * head_dim,       \
+                                     head_dim, scale ? scale + row : NULL,                                           \
+                                     (const uint32_t *)(own + row * BLOCK_TOKENS) + token / 2, count, vectors))      \
+    } else {                                                                                                         \
+        WEIGH_FLOAT(vectors)                                                                                         \
+    }                                                                                                                \
+    column += (vectors)*LANES;
+#else
+#define WEIGH(vectors)       \
+    WEIGH_FLOAT(vectors)     \
+    column += (vectors)*LANES;
 #endif
-                else if (rows - row == 2) TILE(2);
-                else TILE(1);
-#undef TILE
+#define WEIGH_FLOAT(vectors)                                                                                         \
+    BY_ROW_TILE(rows, weigh_float(values + column * bytes, stride, tokens, sums + row * head_dim, head_dim,        \
+                                    scale ? scale + row : NULL, own + row * BLOCK_TOKENS + token, count, vectors,    \
+                                    dtype))
+                if (left >= 4) { WEIGH(4) }
+                else if (left >= 2) { WEIGH(2) }
+                else { WEIGH(1) }
+#undef WEIGH
+#undef WEIGH_FLOAT
             }
         }
     }
 }
 
-static void attend_chunk(const struct attention *a, const struct chunk *chunk, const struct partial *partial,
-                         float *workspace) {
-    BY_DTYPE(a->dtype, attend_chunk_typed(a, chunk, partial, workspace, TYPE));
+INLINE void attend_chunk_typed(const struct attention *a, const struct chunk *chunk, const struct partial *partial,
+                               float *workspace, int64_t head_dim, int dtype) {
+    int64_t group = a->num_heads / a->num_kv_heads, bytes = element_bytes(dtype);
+    int64_t rows = group * chunk->query_len, all_rows = rows * a->num_kv_heads; /* of one KV head, of all */
+    float *query = workspace, *weights = query + all_rows * head_dim, *rescale = weights + all_rows * BLOCK_TOKENS;
+    for (int64_t row = 0; row < all_rows; row++) {
+        partial->maximum[row] = -INFINITY;
+        partial->sum[row] = 0.0f;
+        int64_t head = row / rows * group + row % rows % group, token = chunk->query_row + row % rows / group;
+        int64_t source = token * a->query_stride + head * a->query_head_stride;
+        for (int64_t column = 0; column < head_dim; column += LANES)
+            v_store(partial->sum_values + row * head_dim + column, v_set1(0.0f));
+#ifdef HAVE_BF16_DOT
+        if (dtype == BFLOAT16) {
+            memcpy((uint16_t *)query + row * head_dim, (const uint16_t *)a->query + source, (size_t)(head_dim * bytes));
+            continue;
+        }
+#endif
+        for (int64_t column = 0; column < head_dim; column += LANES)
+            v_store(query + row * head_dim + column, v_load_any(a->query, source + column, dtype));
+    }
+    for (int64_t start = 0; start < chunk->kv_len; start += BLOCK_TOKENS) {
+        int64_t left = chunk->kv_len - start, kv_row = chunk->kv_row + start;
+        int64_t next_row = left > BLOCK_TOKENS ? kv_row + BLOCK_TOKENS : chunk->after_row;
+        struct block block = {
+            .keys = (const char *)a->keys + kv_row * a->key_stride * bytes,
+            .values = (const char *)a->values + kv_row * a->value_stride * bytes,
+            .next_keys = (const char *)a->keys + next_row * a->key_stride * bytes,
+            .tokens = left < BLOCK_TOKENS ? left : BLOCK_TOKENS,
+            .next_tokens = left > BLOCK_TOKENS ? left - BLOCK_TOKENS : chunk->after_len,
+            .position = chunk->kv_position + start - chunk->query_position,
+        };
+        score_block(a, &block, query, rows, weights, head_dim, dtype);
+        for (int64_t row = 0; row < all_rows; row++) {
+            int64_t position = row % rows / group - block.position; /* of the query, from the block's first token */
+            int64_t high = position + 1 < block.tokens ? position + 1 : block.tokens;
+            int64_t low = a->window ? position - a->window + 1 : 0;
+            rescale[row] = soften(weights + row * BLOCK_TOKENS, block.tokens, low, high, a->scale, a->softcap,
+                                  partial->maximum + row, partial->sum + row);
+#ifdef HAVE_BF16_DOT
+            if (dtype == BFLOAT16) round_weights(weights + row * BLOCK_TOKENS, block.tokens);
+#endif
+        }
+        weigh_block(a, &block, rescale, weights, rows, partial->sum_values, head_dim, dtype);
+    }
 }
 
-/* Normalise a finished partial and store it as rows of out. */
+static void attend_chunk(const struct attention *a, const struct chunk *chunk, const struct partial *partial,
+                         float *workspace) {
+    /* head sizes that the compiler knows save a third of the time in address arithmetic */
+    switch (a->head_dim) {
+    case 64: BY_DTYPE(a->dtype, attend_chunk_typed(a, chunk, partial, workspace, 64, TYPE)); break;
+    case 128: BY_DTYPE(a->dtype, attend_chunk_typed(a, chunk, partial, workspace, 128, TYPE)); break;
+    default: BY_DTYPE(a->dtype, attend_chunk_typed(a, chunk, partial, workspace, a->head_dim, TYPE));
+    }
+}
+
+/* Normalise a finished partial and store it as rows of out and, where wanted, of lse. */
 static void finish_rows(const struct attention *a, const struct chunk *chunk, const struct partial *partial) {
     int64_t group = a->num_heads / a->num_kv_heads, rows = group * chunk->query_len;
     for (int64_t row = 0; row < rows * a->num_kv_heads; row++) {
         int64_t head = row / rows * group + row % rows % group, token = chunk->query_row + row % rows / group;
         int64_t target = token * a->out_stride + head * a->out_head_stride;
-        VEC inverse = v_set1(1.0f / partial->sum[row]);
+        float total = partial->sum[row];
+#ifdef HAVE_BF16_DOT
+        if (a->dtype == BFLOAT16) columns_in_order(partial->sum_values + row * a->head_dim, a->head_dim);
+#endif
+        VEC inverse = v_set1(total > 0.0f ? 1.0f / total : 0.0f); /* a row that sees nothing is 0 */
         for (int64_t column = 0; column < a->head_dim; column += LANES) {
             VEC sum = v_load(partial->sum_values + row * a->head_dim + column);
             BY_DTYPE(a->dtype, v_store_any(a->out, target + column, v_mul(sum, inverse), TYPE));
         }
+        if (a->lse) a->lse[token * a->lse_stride + head] = log_sum(partial->maximum[row], total);
     }
 }

@@ -37,6 +37,9 @@ EXPORT const char *flexrun_select(const char *name) {
     return NULL;
 }
 
+/* Changes whenever a struct or the meaning of an argument does: __init__.py refuses a library of another number. */
+EXPORT int flexrun_layout(void) { return 2; }
+
 EXPORT void flexrun_rms_norm(const struct norm *n, int threads) {
     int64_t bytes = element_bytes(n->dtype), rows = n->outer * n->inner;
 #pragma omp parallel for num_threads(threads) if (threads > 1 && rows * n->width > SERIAL_ELEMENTS)
@@ -67,30 +70,34 @@ EXPORT void flexrun_rope(const struct rope *r, int threads) {
                                r->cosine + row * r->half, r->sine + row * r->half, r->half, r->dtype);
 }
 
-/* A segment as the caller numbers it: four int64 arrays of length count behind one another. */
+/* A segment as the caller numbers it: five int64 arrays of length count behind one another. */
 struct segment {
-    int64_t query_row, query_len, kv_row, kv_len; /* KV rows seen by any query: the window is already cut */
-    int64_t position;                             /* of the first of them */
+    int64_t query_row, query_len, kv_row, kv_len; /* KV rows seen by any query: what none sees is already cut */
+    int64_t query_position, position;             /* of the first query and KV row, from the segment's first KV row */
 };
 
 static struct segment segment_at(const struct attention *a, const int64_t *segments, int64_t count, int64_t index) {
-    struct segment s = {segments[index], segments[count + index], segments[2 * count + index],
-                        segments[3 * count + index], 0};
-    int64_t first = s.kv_len - s.query_len - a->window + 1;
+    struct segment s = {segments[index],             segments[count + index],     segments[2 * count + index],
+                        segments[3 * count + index], segments[4 * count + index], 0};
+    if (s.kv_len > s.query_position + s.query_len) s.kv_len = s.query_position + s.query_len;
+    int64_t first = s.query_position - a->window + 1;
     if (a->window && first > 0) {
         s.position = first;
         s.kv_row += first;
         s.kv_len -= first;
     }
+    if (s.kv_len < 0) s.kv_len = 0;
     return s;
 }
 
-static int64_t chunk_count(const struct segment *s) { return (s->kv_len + CHUNK_TOKENS - 1) / CHUNK_TOKENS; }
+/* At least one, so that a segment that sees nothing is finished too. */
+static int64_t chunk_count(const struct segment *s) {
+    return s->kv_len > CHUNK_TOKENS ? (s->kv_len + CHUNK_TOKENS - 1) / CHUNK_TOKENS : 1;
+}
 
 static struct chunk chunk_at(const struct segment *s, int64_t index) {
     int64_t first = index * CHUNK_TOKENS, left = s->kv_len - first;
-    int64_t query_position = s->position + s->kv_len - s->query_len;
-    struct chunk chunk = {s->query_row,     s->query_len, query_position,
+    struct chunk chunk = {s->query_row,     s->query_len, s->query_position,
                           s->kv_row + first, left < CHUNK_TOKENS ? left : CHUNK_TOKENS,
                           s->position + first,
                           s->kv_row + first + CHUNK_TOKENS, left - CHUNK_TOKENS};
@@ -130,7 +137,7 @@ static struct chunk item_chunk(const struct attention *a, const int64_t *segment
     return chunk_at(&s, item->chunk < 0 ? 0 : item->chunk);
 }
 
-/* segments: int64[4][count] (query_start, query_len, kv_start, kv_len). Returns 0, or -1 where memory is short. */
+/* segments: int64[5][count], the table of flexrun.attention.Segments. Returns 0, or -1 where memory is short. */
 EXPORT int flexrun_attend(const struct attention *a, const int64_t *segments, int64_t count, int threads) {
     int64_t total_tokens = 0, longest_query = 0, head_dim = a->head_dim;
     for (int64_t index = 0; index < count; index++) {
@@ -150,7 +157,7 @@ EXPORT int flexrun_attend(const struct attention *a, const int64_t *segments, in
         else chunked++;
     }
     int64_t thread_rows = longest_query * a->num_heads;
-    int64_t thread_floats = thread_rows * (3 * head_dim + 4);
+    int64_t thread_floats = thread_rows * (2 * (head_dim + 2) + head_dim + BLOCK_TOKENS + 1);
     struct item *items = malloc((size_t)item_count * sizeof *items);
     float *memory = malloc((size_t)(split_rows * (head_dim + 2) + threads * thread_floats) * sizeof *memory);
     if (!items || !memory) {
@@ -244,14 +251,14 @@ EXPORT int flexrun_prefill(const struct attention *a, const int64_t *segments, i
         return -1;
     }
     for (int64_t index = 0; index < count; index++) {
-        int64_t query_len = segments[count + index], cached = segments[3 * count + index] - query_len;
+        int64_t query_len = segments[count + index], position = segments[4 * count + index];
         /* the last queries see most and take longest: first */
         for (int64_t block = (query_len - 1) / PREFILL_QUERIES; block >= 0; block--) {
             int64_t start = block * PREFILL_QUERIES, left = query_len - start;
             for (int64_t kv_head = 0; kv_head < a->num_kv_heads; kv_head++)
                 work[done++] = (struct prefill){segments[index] + start,
-                                                left < PREFILL_QUERIES ? left : PREFILL_QUERIES, cached + start,
-                                                segments[2 * count + index], kv_head};
+                                                left < PREFILL_QUERIES ? left : PREFILL_QUERIES, position + start,
+                                                segments[2 * count + index], segments[3 * count + index], kv_head};
         }
     }
 #pragma omp parallel num_threads(threads) if (threads > 1)

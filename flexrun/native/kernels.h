@@ -9,12 +9,14 @@ enum activation { SILU = 0, GELU_TANH = 1 };
 
 /* KV rows of one partial result: fixed, so that a sequence's result depends on neither threads nor other sequences. */
 #define CHUNK_TOKENS 256
+#define BLOCK_TOKENS 32 /* KV rows of one step of the online softmax */
 
 /* One attention call. Strides are in elements; the last dimension of every tensor is contiguous. */
 struct attention {
     const void *query, *keys, *values;
     void *out;
-    int64_t query_stride, query_head_stride, out_stride, out_head_stride;
+    float *lse; /* [tokens][num_heads]: natural logarithm of each row's sum of exp(score); may be NULL */
+    int64_t query_stride, query_head_stride, out_stride, out_head_stride, lse_stride;
     int64_t key_stride, key_head_stride, value_stride, value_head_stride;
     int64_t num_heads, num_kv_heads, head_dim;
     int64_t window; /* 0: unlimited */
@@ -25,9 +27,9 @@ struct attention {
 /* Part of a segment: query rows against at most CHUNK_TOKENS consecutive KV rows. */
 struct chunk {
     int64_t query_row, query_len;  /* rows of query */
-    int64_t query_position;        /* position in the sequence of the first of them */
+    int64_t query_position;        /* of the first of them, from the segment's first KV row; may be negative */
     int64_t kv_row, kv_len;        /* rows of the slab */
-    int64_t kv_position;           /* position in the sequence of the first of them */
+    int64_t kv_position;           /* of the first of them, likewise */
     int64_t after_row, after_len;  /* rows to prefetch at the end: where the thread probably continues */
 };
 
@@ -36,8 +38,8 @@ struct chunk {
 #define PREFILL_TOKENS 64 /* KV rows of a block */
 struct prefill {
     int64_t query_row, query_len; /* at most PREFILL_QUERIES */
-    int64_t query_position;       /* position in the sequence of the first of them */
-    int64_t kv_row;               /* slab row of position 0 */
+    int64_t query_position;       /* of the first of them, from the first KV row; may be negative */
+    int64_t kv_row, kv_len;       /* rows of the slab */
     int64_t kv_head;
 };
 
@@ -77,7 +79,7 @@ struct rope {
 
 struct kernels {
     const char *name;
-    /* workspace: float[num_heads * query_len * head_dim] */
+    /* workspace: float[num_heads * query_len * (head_dim + BLOCK_TOKENS + 1)] */
     void (*attend_chunk)(const struct attention *, const struct chunk *, const struct partial *, float *workspace);
     void (*finish_rows)(const struct attention *, const struct chunk *, const struct partial *);
     /* bfloat16 only; NULL where the instruction set has no bfloat16 products. workspace: see prefill_floats */

@@ -80,3 +80,6 @@ INLINE VEC v_tanh(VEC x) {
     VEC direct = v_sub(one, v_div(v_set1(2.0f), v_add(v_exp(v_add(x, x)), one)));
     return v_select_less(square, v_set1(0.09f), series, direct);
 }
+
+/* log(sum of exp(score)) of a row whose sum is relative to its maximum; -inf where it sees nothing. */
+INLINE float log_sum(float maximum, float sum) { return sum > 0.0f ? maximum + logf(sum) : -INFINITY; }

@@ -124,6 +124,7 @@ static void prefill_item(const struct attention *a, const struct prefill *p, flo
     memset(outputs, 0, (size_t)(rows * head_dim) * sizeof *outputs);
     for (int64_t row = 0; row < rows; row++) maximum[row] = -INFINITY, sum[row] = 0.0f;
     int64_t last = p->query_position + p->query_len; /* tokens behind the last query are never seen */
+    if (last > p->kv_len) last = p->kv_len;
     int64_t first = a->window && p->query_position - a->window + 1 > 0 ? p->query_position - a->window + 1 : 0;
     for (int64_t position = first; position < last; position += PREFILL_TOKENS) {
         int64_t tokens = last - position < PREFILL_TOKENS ? last - position : PREFILL_TOKENS;
@@ -154,8 +155,9 @@ static void prefill_item(const struct attention *a, const struct prefill *p, flo
     for (int64_t row = 0; row < rows; row++) {
         int64_t token = row / group, head = p->kv_head * group + row % group;
         uint16_t *out = (uint16_t *)a->out + (p->query_row + token) * a->out_stride + head * a->out_head_stride;
-        VEC factor = v_set1(1.0f / sum[row]);
+        VEC factor = v_set1(sum[row] > 0.0f ? 1.0f / sum[row] : 0.0f); /* a row that sees nothing is 0 */
         for (int64_t column = 0; column < head_dim; column += 16)
             v_store_bf16(out + column, v_mul(v_load(outputs + row * head_dim + column), factor));
+        if (a->lse) a->lse[(p->query_row + token) * a->lse_stride + head] = log_sum(maximum[row], sum[row]);
     }
 }

@@ -1,41 +1,14 @@
 """`attend` against its definition in float64, over everything that may vary."""
 
-import numpy
 import pytest
 import torch
+from attention_oracle import make, oracle
 
 from flexrun import native
 from flexrun.attention import Segments, attend, sdpa
 
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-
-
-def oracle(query, keys, values, segments, *, scale, window=0, softcap=0.0):
-    """The definition, in float64 with explicit masks; rows of no segment are zero."""
-    out = torch.zeros(query.shape, dtype=torch.float64)
-    group = query.shape[1] // keys.shape[1]
-    keys, values = (slab.double().repeat_interleave(group, dim=1) for slab in (keys, values))
-    for query_start, query_len, kv_start, kv_len in segments.rows:
-        position, seen = torch.arange(kv_len - query_len, kv_len)[:, None], torch.arange(kv_len)
-        visible = (seen <= position) & (seen > position - (window or kv_len))
-        rows, kv_rows = slice(query_start, query_start + query_len), slice(kv_start, kv_start + kv_len)
-        scores = torch.einsum("qhd,khd->hqk", query[rows].double(), keys[kv_rows]) * scale
-        if softcap:
-            scores = softcap * torch.tanh(scores / softcap)
-        weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
-        out[rows] = torch.einsum("hqk,khd->qhd", weights, values[kv_rows])
-    return out
-
-
-def make(query_lens, kv_lens, *, num_heads, num_kv_heads, head_dim, dtype, gap=3):
-    """Random tensors: q inside a fused qkv buffer, K and V interleaved in one slab, gaps between the sequences."""
-    generator = torch.Generator().manual_seed(sum(kv_lens) + head_dim)
-    query_start = numpy.cumsum([0, *query_lens[:-1]])
-    kv_start = numpy.cumsum([gap, *(length + gap for length in kv_lens[:-1])])
-    segments = Segments(query_start, numpy.array(query_lens), kv_start, numpy.array(kv_lens))
-    fused = torch.randn(segments.query_end, num_heads + 2 * num_kv_heads, head_dim, generator=generator).to(dtype)
-    slab = torch.randn(segments.kv_end + gap, num_kv_heads, 2 * head_dim, generator=generator).to(dtype)
-    return fused[:, :num_heads], slab[..., :head_dim], slab[..., head_dim:], segments
+LSE_TOLERANCE = 5e-6  # float32 sums of products of any dtype
 
 
 @pytest.fixture(params=[True, False], ids=["native", "torch"])
@@ -47,10 +20,16 @@ def path(request, monkeypatch):
 
 
 def check(query, keys, values, segments, **options):
-    expected = oracle(query, keys, values, segments, **options)
+    expected, expected_lse = oracle(query, keys, values, segments, **options)
+    tolerance = {"rtol": TOLERANCE[query.dtype], "atol": TOLERANCE[query.dtype]}
     out = torch.full(query.shape, float("nan"), dtype=query.dtype)
     assert attend(query, keys, values, segments, out=out, **options) is out
-    torch.testing.assert_close(out.double(), expected, rtol=TOLERANCE[query.dtype], atol=TOLERANCE[query.dtype])
+    torch.testing.assert_close(out.double(), expected, **tolerance)
+    out.fill_(float("nan"))
+    lse = torch.full((len(query), query.shape[1] + 3), float("nan"))[:, 1:-2]
+    assert attend(query, keys, values, segments, out=out, lse=lse, **options) is out
+    torch.testing.assert_close(out.double(), expected, **tolerance)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=LSE_TOLERANCE, atol=LSE_TOLERANCE)
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
@@ -73,6 +52,37 @@ def test_mixed_pass_of_decode_and_prefill_segments(path, dtype, heads, options):
 def test_prefill_chunk_longer_than_a_query_block(path, window):
     tensors = make([600, 1], [777, 500], num_heads=2, num_kv_heads=1, head_dim=16, dtype=torch.float32)
     check(*tensors, scale=0.25, window=window)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("options", [{}, {"window": 4}, {"window": 30, "softcap": 2.0}, {"window": 300}], ids=str)
+@pytest.mark.parametrize("query_len", [1, 3, 20])
+def test_queries_anywhere_around_their_part_of_the_kv(path, dtype, options, query_len):
+    positions = [-50, -query_len, 1 - query_len, -2, -1, 0, 5, 13, 14, 15, 16, 17, 18, 44, 400]
+    tensors = make(
+        [query_len] * len(positions),
+        [15] * len(positions),
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=32,
+        dtype=dtype,
+        query_position=positions,
+    )
+    check(*tensors, scale=0.3, **options)
+
+
+@pytest.mark.parametrize("query_len", [1, 9])
+def test_an_empty_part_is_nothing_seen(path, query_len):
+    tensors = make(
+        [query_len] * 3,
+        [0, 12, 0],
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=32,
+        dtype=torch.bfloat16,
+        query_position=[7, 12, 0],
+    )
+    check(*tensors, scale=0.3)
 
 
 def test_long_context_bounds_the_mask_and_the_scores(monkeypatch):
@@ -113,7 +123,16 @@ def test_no_segments_is_no_work(path):
 
 @pytest.mark.parametrize(
     "columns",
-    [([0], [1], [0], [0]), ([0], [0], [0], [3]), ([0], [4], [0], [3]), ([-1], [1], [0], [3]), ([0, 1], [1], [0], [3])],
+    [
+        ([0], [1], [0], [0]),
+        ([0], [0], [0], [3]),
+        ([0], [4], [0], [3]),
+        ([-1], [1], [0], [3]),
+        ([0, 1], [1], [0], [3]),
+        ([0], [1], [0], [3, 3]),
+        ([0], [1], [0], [3], [2, 2]),
+        ([0], [1], [0], [-1], [2]),
+    ],
 )
 def test_segments_that_cannot_be_are_refused(columns):
     with pytest.raises(ValueError, match="segments"):
@@ -129,6 +148,9 @@ def test_tensors_that_do_not_fit_are_refused():
         (query, keys, values.half(), query),
         (query[:, :3], keys, values, query[:, :3]),
     ]
+    for lse in (torch.empty(2, 3), torch.empty(4, 2).T, torch.empty(2, 4, dtype=torch.float64)):
+        with pytest.raises(ValueError, match="lse must be float32"):
+            attend(query, keys, values, segments, scale=1.0, out=query.clone(), lse=lse)
     for query_, keys_, values_, out in refused:
         with pytest.raises(ValueError, match="attend"):
             attend(query_, keys_, values_, segments, scale=1.0, out=out.clone())

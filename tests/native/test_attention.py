@@ -1,61 +1,67 @@
 """The decode attention kernel against float64 over shapes, strides, threads and instruction sets."""
 
-import numpy
+import attention_oracle
 import pytest
 import torch
+from attention_oracle import oracle
 
 from flexrun import native
 from flexrun.attention import Segments
 
 
-def oracle(query, keys, values, segments, scale, window, softcap):
-    out = torch.zeros(query.shape, dtype=torch.float64)
-    group = query.shape[1] // keys.shape[1]
-    keys, values = (slab.double().repeat_interleave(group, dim=1) for slab in (keys, values))
-    for query_start, query_len, kv_start, kv_len in segments.rows:
-        position = torch.arange(kv_len - query_len, kv_len)[:, None]
-        column = torch.arange(kv_len)
-        seen = column <= position
-        if window:
-            seen &= column > position - window
-        rows, kv_rows = slice(query_start, query_start + query_len), slice(kv_start, kv_start + kv_len)
-        scores = torch.einsum("qhd,khd->hqk", query[rows].double(), keys[kv_rows]) * scale
-        if softcap:
-            scores = softcap * torch.tanh(scores / softcap)
-        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
-        out[rows] = torch.einsum("hqk,khd->qhd", weights, values[kv_rows])
-    return out
+def make(query_lens, kv_lens, num_heads, num_kv_heads, head_dim, dtype, query_position=None):
+    sizes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "dtype": dtype}
+    return attention_oracle.make(query_lens, kv_lens, query_position=query_position, **sizes)
 
 
-def make(query_lens, kv_lens, num_heads, num_kv_heads, head_dim, dtype):
-    """q inside a fused qkv buffer, K and V interleaved in one slab, rows of other sequences (NaN) between."""
-    generator = torch.Generator().manual_seed(sum(kv_lens) + head_dim)
-    gap = 3
-    query_start = numpy.cumsum([0, *query_lens[:-1]])
-    kv_start = numpy.cumsum([gap, *(length + gap for length in kv_lens[:-1])])
-    segments = Segments(query_start, query_lens, kv_start, kv_lens)
-    fused = torch.randn(segments.query_end, num_heads + 2 * num_kv_heads, head_dim, generator=generator).to(dtype)
-    content = torch.randn(segments.kv_end + gap, num_kv_heads, 2 * head_dim, generator=generator).to(dtype)
-    slab = torch.full_like(content, float("nan"))
-    for _, _, start, length in segments.rows:
-        slab[start : start + length] = content[start : start + length]
-    return fused[:, :num_heads], slab[..., :head_dim], slab[..., head_dim:], segments
-
-
-def run(query, keys, values, segments, scale=0.2, window=0, softcap=0.0):
+def run(query, keys, values, segments, scale=0.2, window=0, softcap=0.0, lse=None):
     out = torch.full(query.shape, float("nan"), dtype=query.dtype)
-    assert native.attend(query, keys, values, out, segments.pointer, len(segments), scale, window, softcap)
+    assert native.attend(query, keys, values, out, segments.pointer, len(segments), scale, window, softcap, False, lse)
     return out
 
 
-def check(tensors, tolerance, scale=0.2, window=0, softcap=0.0):
-    result = run(*tensors, scale, window, softcap)
-    torch.testing.assert_close(result.double(), oracle(*tensors, scale, window, softcap), **tolerance)
+def check(tensors, tolerance, **options):
+    options = {"scale": 0.2} | options
+    lse = torch.full(tensors[0].shape[:2], float("nan"))
+    result = run(*tensors, **options, lse=lse)
+    expected, expected_lse = oracle(*tensors, **options)
+    torch.testing.assert_close(result.double(), expected, **tolerance)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=5e-6, atol=5e-6)
+    assert torch.equal(result, run(*tensors, **options))
 
 
-@pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 256])
-def test_head_dims(instruction_set, dtype, tolerance, head_dim):
-    check(make([1, 1, 3], [37, 300, 70], 8, 2, head_dim, dtype), tolerance, scale=head_dim**-0.5)
+@pytest.mark.parametrize("head_dim", [16, 48, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("thread_count", [1, 2, 3])
+def test_head_dims(instruction_set, dtype, tolerance, head_dim, thread_count):
+    torch.set_num_threads(thread_count)
+    check(make([1, 1, 3], [37, 301, 71], 8, 2, head_dim, dtype), tolerance, scale=head_dim**-0.5)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+def test_tensors_that_lie_apart(instruction_set, dtype, tolerance, head_dim):
+    """Strides that are no multiples of anything, addresses that are aligned to nothing but their dtype."""
+    query, keys, values, segments = make([1, 2], [67, 33], 8, 2, head_dim, dtype)
+
+    def apart(tensor, margin):
+        tokens, heads, width = tensor.shape
+        wide = torch.full((tokens, heads + 1, width + margin), float("nan"), dtype=dtype)
+        wide[:, :heads, 1 : 1 + width] = tensor
+        return wide[:, :heads, 1 : 1 + width]
+
+    check((apart(query, 3), apart(keys, 5), apart(values, 7), segments), tolerance, scale=head_dim**-0.5)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 6}], ids=str)
+def test_a_part_of_the_kv(instruction_set, threads, dtype, tolerance, options):
+    positions = [-9, -3, -1, 0, 6, 19, 20, 24, 25, 26, 900, 5]
+    tensors = make([3] * len(positions), [20] * 11 + [0], 4, 2, 32, dtype, positions)
+    check(tensors, tolerance, **options)
+
+
+@pytest.mark.parametrize("position", [-2, 600, 699, 5000])
+def test_a_part_of_the_kv_split_over_threads(instruction_set, threads, position):
+    tensors = make([2], [700], 8, 4, 64, torch.float32, [position])
+    check(tensors, {"rtol": 2e-6, "atol": 2e-6})
 
 
 @pytest.mark.parametrize("heads", [(3, 3), (6, 3), (9, 3), (5, 1), (14, 2)], ids=str)

@@ -1,10 +1,11 @@
-"""The kernel for long segments against plain float32 attention: tails, windows, caps, strides, threads."""
+"""The kernel for long segments against float64: tails, windows, caps, strides, threads."""
 
 from __future__ import annotations
 
 import numpy
 import pytest
 import torch
+from attention_oracle import oracle
 
 from flexrun import native
 from flexrun.attention import Segments
@@ -24,35 +25,24 @@ def inputs(heads: int, kv_heads: int, head_dim: int, tokens: int, capacity: int)
     return [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
 
 
-def reference(query, keys, values, rows, scale, window=0, softcap=0.0) -> torch.Tensor:
-    out = torch.zeros(query.shape)
-    group = query.shape[1] // keys.shape[1]
-    for query_start, query_len, kv_start, kv_len in rows:
-        q = query[query_start : query_start + query_len].float()
-        k, v = (slab[kv_start : kv_start + kv_len].float().repeat_interleave(group, 1) for slab in (keys, values))
-        scores = torch.einsum("thd,shd->hts", q, k) * scale
-        if softcap:
-            scores = softcap * torch.tanh(scores / softcap)
-        position, seen = torch.arange(kv_len - query_len, kv_len)[:, None], torch.arange(kv_len)[None]
-        visible = (seen <= position) & (seen > position - window if window else True)
-        weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
-        out[query_start : query_start + query_len] = torch.einsum("hts,shd->thd", weights, v)
-    return out
-
-
-def run(query, keys, values, rows, scale, window=0, softcap=0.0, out=None) -> torch.Tensor:
+def run(query, keys, values, rows, scale, window=0, softcap=0.0, out=None, lse=None) -> torch.Tensor:
     out = torch.zeros_like(query) if out is None else out
     segments = Segments(*numpy.array(rows).T)
-    assert native.attend(query, keys, values, out, segments.pointer, len(rows), scale, window, softcap, long=True)
+    assert native.attend(
+        query, keys, values, out, segments.pointer, len(rows), scale, window, softcap, long=True, lse=lse
+    )
     return out
 
 
 def check(heads, kv_heads, head_dim, rows, **options) -> None:
     tokens, capacity = (max(row[n] + row[n + 1] for row in rows) for n in (0, 2))
     query, keys, values = inputs(heads, kv_heads, head_dim, tokens, capacity)
-    got = run(query, keys, values, rows, head_dim**-0.5, **options)
-    expected = reference(query, keys, values, rows, head_dim**-0.5, **options)
-    torch.testing.assert_close(got.float(), expected, atol=2e-2, rtol=2e-2)
+    lse = torch.full((tokens, heads), float("nan"))
+    got = run(query, keys, values, rows, head_dim**-0.5, lse=lse, **options)
+    segments = Segments(*numpy.array(rows).T)
+    expected, expected_lse = oracle(query, keys, values, segments, scale=head_dim**-0.5, **options)
+    torch.testing.assert_close(got.double(), expected, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=5e-6, rtol=5e-6)
 
 
 @pytest.mark.parametrize("head_dim", [16, 32, 48, 64, 80, 96, 128, 256])
@@ -87,8 +77,14 @@ def test_strided_query_and_slab_views():
     slab = torch.randn(2, 150, 2, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
     query, rows = fused[:, :4], [(0, 100, 20, 120)]
     got = run(query, slab[0], slab[1], rows, 0.125, out=torch.zeros(100, 4, 64, dtype=torch.bfloat16))
-    expected = reference(query, slab[0], slab[1], rows, 0.125)
-    torch.testing.assert_close(got.float(), expected, atol=2e-2, rtol=2e-2)
+    expected, _ = oracle(query, slab[0], slab[1], Segments(*numpy.array(rows).T), scale=0.125)
+    torch.testing.assert_close(got.double(), expected, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 30}, {"softcap": 3.0}], ids=str)
+@pytest.mark.parametrize("position", [-200, -70, -33, -1, 0, 20, 99, 100, 130, 1000])
+def test_a_part_of_the_kv(position, options):
+    check(4, 2, 64, [(0, 90, 0, 100, position), (90, 70, 100, 0, 12), (160, 70, 101, 3, 0)], **options)
 
 
 def test_neither_threads_nor_company_change_a_bit():
