@@ -287,8 +287,9 @@ class LLM:
     def _settled_hardware(self) -> Hardware:
         """What to plan for; a GPU of the machine does not count while it is only emulated."""
         if not isinstance(self._hardware, Hardware):
-            hardware = settle_hardware(self._hardware, self._cache_dir, self._packed_dir, self._say)
-            self._hardware = dataclasses.replace(hardware, gpu=None, h2d=None, d2h=None)
+            self._hardware = settle_hardware(self._hardware, self._cache_dir, self._packed_dir, self._say)
+        if self._hardware.gpu is not None:
+            self._hardware = dataclasses.replace(self._hardware, gpu=None, h2d=None, d2h=None)
         return self._hardware
 
     def _say(self, text: str) -> None:

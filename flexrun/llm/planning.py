@@ -44,11 +44,15 @@ def as_budgets(budgets: BudgetsLike, hardware: Hardware) -> Budgets:
     unknown = set(given) - {"gpu", "cpu", "disk"}
     if unknown:
         raise ConfigError(f"unknown budget {sorted(unknown)[0]!r}", "name gpu, cpu or disk")
-    return Budgets(
-        given.get("cpu") or int(hardware.cpu_memory_bytes * HOST_SHARE),
-        given["gpu"] if given.get("gpu") is not None else int(hardware.gpu_memory_bytes * DEVICE_SHARE),
-        given.get("disk") or (int(hardware.disk_bytes) or None),
-    )
+    if given.get("cpu") == 0:
+        raise ConfigError("a budget of 0 bytes of cpu memory runs nothing", "give --cpu-memory a size, or leave it out")
+    most = {
+        "cpu": int(hardware.cpu_memory_bytes * HOST_SHARE),
+        "gpu": int(hardware.gpu_memory_bytes * DEVICE_SHARE),
+        "disk": int(hardware.disk_bytes) or None,
+    }
+    sizes = {name: most[name] if given.get(name) is None else given[name] for name in most}
+    return Budgets(sizes["cpu"], sizes["gpu"], sizes["disk"])
 
 
 def search_plan(

@@ -134,8 +134,9 @@ def _policy_words(layout: Layout) -> list[str]:
     places = [_fractions("weights", policy.weights, layout.on_device)]
     if layout.on_device or policy.kv.disk:
         places.append(_fractions("KV", policy.kv, layout.on_device))
-    if layout.on_device and policy.kv.gpu < 1:
-        places.append(f"{policy.cpu_attention_share:.0%} of the KV off the GPU attended on the CPU")
+    away = [place.attend_lane for place in micro_batches if place.home is not Tier.GPU]
+    if layout.on_device and away:
+        places.append(f"{away.count(Lane.CPU) / len(away):.0%} of the KV off the GPU attended on the CPU")
     if policy.weight_bits < 16 or policy.kv_bits < 16:
         places.append(f"weights in {policy.weight_bits} bits, KV in {policy.kv_bits} bits")
     return [", ".join(words), "; ".join(places)]

@@ -130,7 +130,7 @@ class _Search:
             policy,
             attention_micro_batch=attention_micro_batch,
             kv=self.fixed.get("kv", rounded),
-            cpu_attention_share=share,
+            cpu_attention_share=share if "cpu_attention_share" in self.fixed else _whole(share, count - on_gpu),
             hidden=self.fixed.get("hidden", solution.hidden),
         )
 
@@ -266,9 +266,9 @@ class _Search:
                 for size in {-(-sequences // (2 * count)), -(-sequences // max(count // 2, 1))}:
                     yield {"attention_micro_batch": size}
             if "cpu_attention_share" in free and policy.kv.gpu < 1:
+                away = count - int(count * policy.kv.gpu + 1e-9)
                 for step in (1, -1):
-                    share = min(max(policy.cpu_attention_share + step / count, 0.0), 1.0)
-                    yield {"cpu_attention_share": round(share, 4)}
+                    yield {"cpu_attention_share": _whole(policy.cpu_attention_share + step / away, away)}
             if "kv" in free:
                 most = 1.0 - policy.kv.disk
                 for share in {round(min(max(policy.kv.gpu + step / count, 0.0), most), 6) for step in (1, -1)}:
@@ -285,6 +285,11 @@ class _Search:
             near = min(round(sequences * factor), self.programs.most_sequences)
             if 1 <= near != sequences:
                 yield {"sequences_in_flight": near, "attention_micro_batch": -(-near // count)}
+
+
+def _whole(share: float, count: int) -> float:
+    """A share of ``count`` micro-batches as it will be: of whole ones."""
+    return round(min(max(round(share * count), 0), count) / count, 4) if count else 1.0
 
 
 def _near(weights: Placement) -> Iterator[Placement]:

@@ -247,11 +247,18 @@ def test_a_plan_follows_the_machine_that_is_named(open_llm, tmp_path, monkeypatc
 def test_an_emulated_device_is_planned_by_the_rates_of_the_cpu(open_llm, matrices_move):
     """A GPU of the named machine is none of ours."""
     seconds = []
-    for hardware in (T4_FILE, dataclasses.replace(T4, gpu=None, h2d=None, d2h=None)):
+    for hardware in (T4_FILE, T4, dataclasses.replace(T4, gpu=None, h2d=None, d2h=None)):
         llm = open_llm("llama", hardware=hardware, gpu_memory="32MiB")
         llm.prepare(Workload.uniform(4, 10, 5))
         seconds.append(llm.summary()["forecast"]["planned"]["seconds"])
     assert len(set(seconds)) == 1
+
+
+def test_a_budget_of_nothing_is_no_default():
+    with pytest.raises(ConfigError, match="0 bytes of cpu memory"):
+        search_plan(planned("llama"), T4, Workload.uniform(4, 10, 5), {"cpu": 0})
+    with pytest.raises(NoFit, match="disk memory is short"):
+        search_plan(planned("llama"), T4, Workload.uniform(4, 10, 5), {"disk": 0})
 
 
 def test_a_policy_that_only_can_be_planned_is_not_run(open_llm):
