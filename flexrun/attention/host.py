@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from flexrun import native
+from flexrun.attention.device import attend_on_device
 from flexrun.attention.sdpa import attend_segment
 from flexrun.attention.segments import Segments
 
@@ -25,6 +26,11 @@ def attend(
     Raises ValueError where shapes or dtypes disagree or a segment lies outside the tensors.
     """
     _check(query, keys, values, segments, out, lse)
+    if query.is_cuda:
+        whole = lse is None and attend_on_device(query, keys, values, segments, scale, window, softcap, out)
+        if not whole:
+            _attend_each(query, keys, values, segments, scale, window, softcap, out, lse)
+        return out
     if not native.available:
         _attend_each(query, keys, values, segments, scale, window, softcap, out, lse)
         return out

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 
 import torch
 
 from flexrun.config import Policy
-from flexrun.core import DTYPES, Event, Tier, align_up
+from flexrun.core import DTYPES, Event, Lane, Tier, align_up
 from flexrun.models.ops import can_pack, pack_matrix
 from flexrun.models.rope import rope_table_bytes, rope_tables
 from flexrun.models.spec import ModelSpec
 from flexrun.offload.batcher import Batcher, PassPlan
+from flexrun.offload.device import EmulatedDevice
 from flexrun.offload.executor import Executor
 from flexrun.offload.kv_store import KVStore
 from flexrun.offload.sequence import Group, Sequence
@@ -59,25 +61,46 @@ class Engine:
         *,
         cpu_budget_bytes: int | None,
         gpu_budget_bytes: int = 0,
+        accelerator: EmulatedDevice | None = None,
+        bytes_per_second: Mapping[Lane, float] = MappingProxyType({}),
         trace: bool = False,
         direct: bool = True,
     ):
-        """``gpu_budget_bytes`` > 0 emulates an accelerator with that much memory beside the host."""
+        """``gpu_budget_bytes`` > 0: an accelerator with that much memory beside the host, emulated unless one is given.
+
+        The engine closes the accelerator. bytes_per_second: bandwidths that lanes of an emulated one are held to.
+        """
         on_device = gpu_budget_bytes > 0
         self.policy, self.kv_tokens = policy, kv_tokens
-        self.tiers = {Tier.CPU: MemoryTier(Tier.CPU, cpu_budget_bytes)}
+        self._accelerator = accelerator or EmulatedDevice()
+        self.tiers = {Tier.CPU: MemoryTier(Tier.CPU, cpu_budget_bytes, self._accelerator.host_memory)}
         if on_device:
-            self.tiers[Tier.GPU] = MemoryTier(Tier.GPU, gpu_budget_bytes)
+            self.tiers[Tier.GPU] = MemoryTier(Tier.GPU, gpu_budget_bytes, self._accelerator.memory)
         host, device = self.tiers[Tier.CPU], self.tiers.get(Tier.GPU)
         pack = pack_matrix if can_pack(DTYPES[spec.dtype]) else None
-        self.weights = WeightStore(spec, packed, placement, account, host, device, direct=direct, pack=pack)
+        self.weights = WeightStore(
+            spec, packed, placement, account, host, device, accelerator=self._accelerator, direct=direct, pack=pack
+        )
         self.kv = KVStore(spec, kv_micro_batches(policy, kv_tokens, on_device=on_device), host, device)
         self._scheduler = build_scheduler(spec, placement, account, on_device=on_device)
         positions = rotary_positions(self.kv.micro_batches)
         self._rotary_bytes = align_up(rope_table_bytes(spec, positions))
         host.reserve("rotary", self._rotary_bytes)
         rope = rope_tables(spec, positions)
-        self._executor = Executor(spec, policy, self._scheduler, self.weights, self.kv, rope, host, device, trace=trace)
+        self._executor = Executor(
+            spec,
+            policy,
+            self._scheduler,
+            self.weights,
+            self.kv,
+            rope,
+            host,
+            device,
+            accelerator=self._accelerator,
+            bytes_per_second=bytes_per_second,
+            trace=trace,
+        )
+        self._accelerator.settle()  # lanes of other queues may now use what was allocated and filled on this one
         self._batcher = Batcher(policy, self.kv)
         self.totals = Totals()
 
@@ -141,7 +164,9 @@ class Engine:
 
     def close(self) -> None:
         self._executor.close()
+        self._accelerator.settle()
         self.kv.close()
         self.weights.close()
         self.tiers[Tier.CPU].release("rotary", self._rotary_bytes)
         self._rotary_bytes = 0
+        self._accelerator.close()

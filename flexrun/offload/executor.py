@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -14,21 +16,26 @@ from flexrun.errors import ExecutionError
 from flexrun.models.rope import RopeTables
 from flexrun.models.spec import ModelSpec
 from flexrun.offload.batcher import PassPlan
+from flexrun.offload.device import EmulatedDevice
 from flexrun.offload.kv_store import KVStore
-from flexrun.offload.lanes import LaneWorker, Progress, event_of
+from flexrun.offload.lanes import LaneMeter, LaneWorker, Progress, QueuedSteps, Throttle
 from flexrun.offload.modules import Activations, Modules
 from flexrun.offload.tiers import MemoryTier
 from flexrun.offload.transfers import Transfers
 from flexrun.offload.weight_store import WeightStore
 from flexrun.schedule import Scheduler
+from flexrun.steps import Step, StepKind
 
-READ_THREADS = 3  # enough requests in flight to fill one SSD; each costs little CPU
+THREADS = {Lane.DISK_READ: 3}  # enough requests in flight to fill one SSD; each costs little CPU
+WEIGHTS = (StepKind.READ_WEIGHTS, StepKind.COPY_WEIGHTS)
 
 
 class Executor:
     """Owns the lanes and the activations of a run.
 
-    ``events`` collects what every step took when ``trace`` is set.
+    Weights have a worker of their own in each lane: they are read and copied far ahead, and the rows of the pass at
+    hand must not wait behind them. Either of the two keeps to the order of the schedule.
+    bytes_per_second: of lanes that are held to a bandwidth. ``events`` collects what every step took, with ``trace``.
     """
 
     def __init__(
@@ -42,22 +49,26 @@ class Executor:
         host: MemoryTier,
         device: MemoryTier | None,
         *,
+        accelerator: EmulatedDevice,
+        bytes_per_second: Mapping[Lane, float] = MappingProxyType({}),
         trace: bool = False,
     ):
         self._scheduler = scheduler
         self._compute_lane = scheduler.compute_lane
-        self._activations = Activations(spec, policy, weights, kv, rope, host, device)
+        self._activations = Activations(spec, policy, weights, kv, rope, host, device, accelerator)
         self._modules = Modules(spec, weights, kv, self._activations)
-        self._transfers = Transfers(spec, weights, kv, self._activations)
+        self._transfers = Transfers(spec, weights, kv, self._activations, accelerator)
+        self._accelerator = accelerator
         self.events: list[Event] | None = [] if trace else None
-        record = self.events.append if trace else None
+        self._record = self.events.append if trace else None
         self._progress = Progress()
-        self._lanes = {Lane.DISK_READ: LaneWorker(Lane.DISK_READ, self._progress, record, READ_THREADS)}
-        if device is not None:
-            for lane in (Lane.H2D, Lane.D2H, Lane.CPU):
-                self._lanes[lane] = LaneWorker(lane, self._progress, record)
-        self.compute_busy_seconds = 0.0
-        self.compute_flops = 0
+        lanes = [Lane.DISK_READ] + ([Lane.H2D, Lane.D2H, Lane.CPU] if device is not None else [])
+        self._meters = {lane: LaneMeter(self._record) for lane in (*lanes, self._compute_lane)}
+        self._throttles = {lane: Throttle(rate) for lane, rate in bytes_per_second.items()}
+        self._workers: dict[tuple[Lane, bool], LaneWorker] = {}
+        self._queue = accelerator.queue(self._compute_lane)
+        meter = self._meters[self._compute_lane]
+        self._queued = None if self._queue is None else QueuedSteps(self._queue, meter)
 
     @torch.inference_mode()
     def run(self, plan: PassPlan, consume: Callable[[int, Tensor], None]) -> None:
@@ -78,41 +89,60 @@ class Executor:
         return self._progress.failure is not None
 
     def _run(self, plan: PassPlan, consume: Callable[[int, Tensor], None]) -> None:
-        self._activations.begin(plan)
-        self._modules.consume = consume
-        compute = []
-        for step in self._scheduler.pass_steps(plan.shape):
-            if step.lane is self._compute_lane:
-                compute.append(step)
-            else:
-                self._lanes[step.lane].submit(step, self._transfers.parts(step))
-        for step in compute:
-            self._progress.wait(step)
+        with nullcontext() if self._queue is None else self._queue.active():
+            self._activations.begin(plan)
+            self._modules.consume = consume
+            compute = []
+            for step in self._scheduler.pass_steps(plan.shape):
+                if step.lane is self._compute_lane:
+                    compute.append(step)
+                else:
+                    self._worker(step).submit(step, self._transfers.parts(step))
+            for step in compute:
+                self._compute(step)
+            if self._queued is not None:  # the tables of this pass are overwritten by the next one
+                self._queued.drain()
+        self._progress.check()
+
+    def _compute(self, step: Step) -> None:
+        self._progress.wait(step, self._queue)
+        if self._queued is None:
             start_seconds = time.perf_counter()
             self._modules.run(step)
-            end_seconds = time.perf_counter()
-            self._progress.finish(step.lane, step.order + 1)
-            self.compute_busy_seconds += end_seconds - start_seconds
-            self.compute_flops += step.flops
-            if self.events is not None:
-                self.events.append(event_of(step, start_seconds, end_seconds))
-        self._progress.check()
+            self._meters[step.lane].add(step, start_seconds, time.perf_counter())
+            self._progress.finish(step)
+        else:
+            start = self._queue.mark()
+            self._modules.run(step)
+            end = self._queue.mark()
+            self._progress.finish(step, end)
+            self._queued.add(step, start, end)
+
+    def _worker(self, step: Step) -> LaneWorker:
+        lane, bulk = step.lane, step.kind in WEIGHTS
+        if (lane, bulk) not in self._workers:
+            self._workers[lane, bulk] = LaneWorker(
+                lane,
+                self._progress,
+                self._meters.setdefault(lane, LaneMeter(self._record)),
+                THREADS.get(lane, 1),
+                throttle=self._throttles.get(lane),
+                feeds=self._accelerator.queue(lane, bulk=bulk),
+                ends_on_host=lane is not Lane.H2D,  # rows that come down are put in their places by the host
+            )
+        return self._workers[lane, bulk]
 
     def lane_statistics(self) -> dict[str, dict[str, float]]:
         """Busy seconds, and bytes or FLOPs, of each lane so far."""
-        statistics = {
-            lane.value: {"busy_seconds": worker.busy_seconds, "bytes": worker.moved_bytes}
-            for lane, worker in self._lanes.items()
-        }
-        statistics[self._compute_lane.value] = {
-            "busy_seconds": self.compute_busy_seconds,
-            "flops": self.compute_flops,
-        }
+        statistics = {}
+        for lane, meter in self._meters.items():
+            amount = {"flops": meter.flops} if lane is self._compute_lane else {"bytes": meter.moved_bytes}
+            statistics[lane.value] = {"busy_seconds": meter.busy_seconds, **amount}
         return statistics
 
     def close(self) -> None:
         """Stop the lanes (whatever is queued is dropped) and give the activations back."""
         self._progress.fail(ExecutionError("the executor is closed"))
-        for worker in self._lanes.values():
+        for worker in self._workers.values():
             worker.close()
         self._activations.close()

@@ -1,7 +1,8 @@
-"""Lanes: worker threads that run steps in order, and the progress counters that let them wait for each other.
+"""Lanes: worker threads that run steps, and the progress that lets them wait for each other.
 
-A lane finishes its steps in order, so "the first n steps are done" is one number, and a dependency is a
-(lane, order) pair compared with it. The compute lane has no thread: the caller runs its steps.
+A dependency is a (lane, order) pair. A lane of the host has finished a step when its work is done. A lane that feeds a
+queue of a GPU has finished it when it is enqueued, and leaves a mark behind it: another queue then waits for the mark
+on the device, a host lane waits for it on the host. The compute lane has no thread: the caller runs its steps.
 """
 
 from __future__ import annotations
@@ -9,37 +10,66 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 from flexrun.core import Event, Lane
 from flexrun.errors import ExecutionError, FlexrunError
+from flexrun.offload.device import Mark, Queue
 from flexrun.steps import Step
 
 
 class Progress:
-    """How many steps each lane has finished; a failure in any lane wakes and fails every waiter."""
+    """Which steps are finished; a failure in any lane wakes and fails every waiter."""
 
     def __init__(self):
         self._condition = threading.Condition()
-        self._done = dict.fromkeys(Lane, 0)
+        self._done = dict.fromkeys(Lane, 0)  # the first so many steps of the lane are finished
+        self._early: dict[Lane, set[int]] = {lane: set() for lane in Lane}  # finished before one that comes earlier
+        self._marks: dict[Lane, dict[int, Mark]] = {lane: {} for lane in Lane}  # of steps a device may still be at
         self.failure: BaseException | None = None
 
-    def wait(self, step: Step) -> None:
-        """Block until everything ``step`` depends on is finished. Raises ExecutionError where a lane failed."""
-        done = self._done
-        if self.failure is None and all(done[lane] > order for lane, order in step.depends_on):
-            return
-        with self._condition:
-            self._condition.wait_for(
-                lambda: self.failure is not None or all(done[lane] > order for lane, order in step.depends_on)
-            )
-        self.check()
+    def is_finished(self, lane: Lane, order: int) -> bool:
+        return order < self._done[lane] or order in self._early[lane]
 
-    def finish(self, lane: Lane, count: int) -> None:
-        """Lane ``lane`` has finished its first ``count`` steps."""
+    def wait(self, step: Step, waiting: Queue | None = None) -> None:
+        """Block until everything ``step`` depends on is finished; raises ExecutionError where a lane failed.
+
+        waiting: the queue that the step will be put on. What a device has still to do is then waited for by that
+        queue, and by the host only where there is none.
+        """
+
+        def ready() -> bool:
+            return all(self.is_finished(lane, order) for lane, order in step.depends_on)
+
+        if self.failure is not None or not ready():
+            with self._condition:
+                self._condition.wait_for(lambda: self.failure is not None or ready())
+            self.check()
+        for lane, order in step.depends_on:
+            mark = self._marks[lane].get(order)
+            if mark is None:
+                continue
+            if waiting is not None:
+                waiting.wait(mark)
+            else:
+                mark.synchronize()
+
+    def finish(self, step: Step, mark: Mark | None = None) -> None:
+        """``step`` is done; with a mark, it is enqueued and done when the mark is reached."""
         with self._condition:
-            self._done[lane] = count
+            lane, marks = step.lane, self._marks[step.lane]
+            if mark is not None:  # before the count: whoever sees the step finished must find its mark
+                while marks and (oldest := next(iter(marks))) is not None and marks[oldest].query():
+                    del marks[oldest]
+                marks[step.order] = mark
+            early = self._early[lane]
+            early.add(step.order)
+            while self._done[lane] in early:
+                early.discard(self._done[lane])
+                self._done[lane] += 1
             self._condition.notify_all()
 
     def fail(self, error: BaseException) -> None:
@@ -54,6 +84,75 @@ class Progress:
             raise ExecutionError(f"a lane failed: {self.failure!r}") from self.failure
 
 
+class Throttle:
+    """Holds a lane to ``bytes_per_second``, however many threads it has: each copy gets its turn on the link."""
+
+    CATCH_UP_SECONDS = 0.005  # a sleep ends late: the next turn starts when the last one should have ended
+
+    def __init__(self, bytes_per_second: float):
+        self._bytes_per_second = bytes_per_second
+        self._lock = threading.Lock()
+        self._free_seconds = 0.0
+
+    def take_turn(self, nbytes: float) -> float:
+        """The time (of ``perf_counter``) at which ``nbytes`` that set out now have arrived, at the earliest."""
+        with self._lock:
+            now = time.perf_counter()
+            start = self._free_seconds if now - self._free_seconds < self.CATCH_UP_SECONDS else now
+            self._free_seconds = start + nbytes / self._bytes_per_second
+            return self._free_seconds
+
+    @staticmethod
+    def sleep_until(seconds: float) -> None:
+        remaining = seconds - time.perf_counter()
+        if remaining > 0:
+            time.sleep(remaining)
+
+
+class LaneMeter:
+    """What one lane has done so far, on whichever threads and queues; hands every step to ``record`` as an event."""
+
+    def __init__(self, record: Callable[[Event], None] | None = None):
+        self._record = record
+        self._lock = threading.Lock()
+        self.busy_seconds = 0.0  # time in which at least one step was under way
+        self._last_end_seconds = 0.0
+        self.moved_bytes = 0
+        self.flops = 0
+
+    def add(self, step: Step, start_seconds: float, end_seconds: float) -> None:
+        with self._lock:
+            self.busy_seconds += max(end_seconds - max(start_seconds, self._last_end_seconds), 0.0)
+            self._last_end_seconds = max(end_seconds, self._last_end_seconds)
+            self.moved_bytes += step.bytes
+            self.flops += step.flops
+        if self._record is not None:
+            self._record(event_of(step, start_seconds, end_seconds))
+
+
+class QueuedSteps:
+    """Steps on a queue whose times are read from their marks once the device has passed them."""
+
+    def __init__(self, waiting: Queue, meter: LaneMeter):
+        self._queue, self._meter = waiting, meter
+        self._steps: deque[tuple[Step, Mark, Mark]] = deque()
+
+    def add(self, step: Step, start: Mark, end: Mark) -> None:
+        self._steps.append((step, start, end))
+        while self._steps and self._steps[0][2].query():
+            self._measure()
+
+    def _measure(self) -> None:
+        step, start, end = self._steps.popleft()
+        self._meter.add(step, self._queue.seconds_of(start), self._queue.seconds_of(end))
+
+    def drain(self) -> None:
+        """Wait for the steps that are still under way."""
+        while self._steps:
+            self._steps[0][2].synchronize()
+            self._measure()
+
+
 @dataclass
 class _Task:
     """A step split into parts that several threads of its lane may take."""
@@ -63,27 +162,38 @@ class _Task:
     next_part: int = 0
     unfinished: int = field(init=False)
     start_seconds: float = 0.0
+    start: Mark | None = None
 
     def __post_init__(self):
         self.unfinished = len(self.parts)
 
 
 class LaneWorker:
-    """Threads of one lane. Steps start in order; the parts of a step run on whichever threads are free."""
+    """Threads that run steps of one lane. Steps start in order; their parts run on whichever threads are free.
 
-    def __init__(self, lane: Lane, progress: Progress, record: Callable[[Event], None] | None, threads: int = 1):
+    Several workers may serve one lane. feeds: the queue that the parts of a step put their work on (one thread then);
+    the work of a step is over when its mark is reached or, with ``ends_on_host``, when its last part returns.
+    """
+
+    def __init__(
+        self,
+        lane: Lane,
+        progress: Progress,
+        meter: LaneMeter,
+        threads: int = 1,
+        *,
+        throttle: Throttle | None = None,
+        feeds: Queue | None = None,
+        ends_on_host: bool = True,
+    ):
         self.lane = lane
-        self._progress = progress
-        self._record = record
+        self._progress, self._meter, self._throttle = progress, meter, throttle
+        self._queue = feeds
+        self._queued = QueuedSteps(feeds, meter) if feeds is not None and not ends_on_host else None
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._current: _Task | None = None
         self._take_lock = threading.Lock()
         self._state_lock = threading.Lock()
-        self._finished_early: set[int] = set()
-        self._done = 0
-        self.busy_seconds = 0.0  # time in which at least one step was under way
-        self._last_end_seconds = 0.0
-        self.moved_bytes = 0
         self._threads = [
             threading.Thread(target=self._run, name=f"flexrun-{lane.value}-{number}", daemon=True)
             for number in range(threads)
@@ -102,8 +212,10 @@ class LaneWorker:
                 if task is None:
                     self._tasks.put(None)  # for the other threads
                     return None
-                self._progress.wait(task.step)
+                self._progress.wait(task.step, self._queue)
                 task.start_seconds = time.perf_counter()
+                if self._queue is not None:
+                    task.start = self._queue.mark()
                 self._current = task
             task = self._current
             part = task.parts[task.next_part]
@@ -114,30 +226,42 @@ class LaneWorker:
 
     def _run(self) -> None:
         try:
-            while (taken := self._take()) is not None:
-                task, part = taken
-                part()
-                self._finish_part(task)
+            with nullcontext() if self._queue is None else self._queue.active():
+                while (taken := self._take()) is not None:
+                    task, part = taken
+                    self._run_part(task, part)
+                    if self._queue is not None:
+                        self._queue.bound()
+                    self._finish_part(task)
+                if self._queued is not None:
+                    self._queued.drain()
         except BaseException as error:
             self._progress.fail(error)
+
+    def _run_part(self, task: _Task, part: Callable[[], None]) -> None:
+        if self._throttle is None:
+            part()
+            return
+        arrival_seconds = self._throttle.take_turn(task.step.bytes / len(task.parts))
+        part()
+        self._throttle.sleep_until(arrival_seconds)
 
     def _finish_part(self, task: _Task) -> None:
         with self._state_lock:
             task.unfinished -= 1
             if task.unfinished:
                 return
-            end_seconds = time.perf_counter()
-            step = task.step
-            self.busy_seconds += end_seconds - max(task.start_seconds, self._last_end_seconds)
-            self._last_end_seconds = end_seconds
-            self.moved_bytes += step.bytes
-            self._finished_early.add(step.order)
-            while self._done in self._finished_early:
-                self._finished_early.discard(self._done)
-                self._done += 1
-            self._progress.finish(self.lane, self._done)
-        if self._record is not None:
-            self._record(event_of(step, task.start_seconds, end_seconds))
+        step = task.step
+        if self._queued is not None:
+            end = self._queue.mark()
+            self._progress.finish(step, end)
+            self._queued.add(step, task.start, end)
+            return
+        end_seconds = time.perf_counter()
+        if task.start is not None:  # the device may have kept the step waiting; the host saw it end
+            task.start_seconds = min(self._queue.seconds_of(task.start), end_seconds)
+        self._meter.add(step, task.start_seconds, end_seconds)
+        self._progress.finish(step)
 
     def close(self, timeout_seconds: float = 10.0) -> None:
         """Let queued work end (or stop at once after a failure) and join the threads."""

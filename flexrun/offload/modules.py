@@ -7,15 +7,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from flexrun.attention import attend
+from flexrun.attention import attend, prepare
 from flexrun.config import Policy
 from flexrun.core import DTYPES, Lane, Tier
 from flexrun.models import decoder
 from flexrun.models.rope import RopeTables, Rotary
 from flexrun.models.spec import ModelSpec
 from flexrun.offload.batcher import MicroBatchRows, PassPlan
+from flexrun.offload.device import EmulatedDevice
 from flexrun.offload.kv_store import KVStore
-from flexrun.offload.tiers import MemoryTier
+from flexrun.offload.tiers import Buffer, MemoryTier
 from flexrun.offload.weight_store import TOKEN_EMBEDDING, WeightStore
 from flexrun.placement import LOGITS_ROWS, offloaded_query_bytes, workspace_bytes
 from flexrun.steps import Step, StepKind
@@ -24,6 +25,7 @@ from flexrun.steps import Step, StepKind
 class Activations:
     """The rows of one pass, allocated once for the largest pass, and what is known of the pass at hand.
 
+    Tables of the pass (positions, rotary rows, KV rows, token ids) are on the compute device.
     hidden: [tokens, hidden_size]. query, attended: [tokens, heads, head_dim]; key, value: [tokens, kv_heads, head_dim],
     kept only for KV that lives elsewhere, until a copy lane has carried them there. host_query, host_attended: their
     host copies for attention on the CPU. embedding_rows: rows of a table on disk, one for each different token.
@@ -38,31 +40,37 @@ class Activations:
         rope: RopeTables,
         host: MemoryTier,
         device: MemoryTier | None,
+        accelerator: EmulatedDevice,
     ):
-        self._rope = rope
+        self._rope, self._accelerator = rope, accelerator
         self.compute_tier = Tier.CPU if device is None else Tier.GPU
         self._row_count = min(policy.token_micro_batch, policy.tokens_per_pass)
         memory = host if device is None else device
         self._reserved = [(memory, "workspace", workspace_bytes(spec, policy))]
-        dtype, tokens = DTYPES[spec.dtype], policy.tokens_per_pass
+        dtype, tokens, place = DTYPES[spec.dtype], policy.tokens_per_pass, accelerator.place
         heads = (tokens, spec.num_heads, spec.head_dim)
         kv_heads = (tokens, spec.num_kv_heads, spec.head_dim)
-        on_host = [place for place in kv.micro_batches if place.home is Tier.CPU] if device is not None else []
-        attends_on_host = any(place.attend_lane is Lane.CPU for place in on_host)
-        if attends_on_host:
-            self._reserved.append((host, "offloaded_query", offloaded_query_bytes(spec, policy)))
+        on_host = [each for each in kv.micro_batches if each.home is Tier.CPU] if device is not None else []
+        attends_on_host = any(each.attend_lane is Lane.CPU for each in on_host)
         row_bytes = weights.embedding_rows.row_bytes if weights.embedding_rows else 0
         self.embedding_rows = host.allocate("embedding_rows", tokens * row_bytes) if row_bytes else None
         for tier, kind, nbytes in self._reserved:
             tier.reserve(kind, nbytes)
-        self.hidden = torch.empty(tokens, spec.hidden_size, dtype=dtype)
-        self.query_rows, self.attended = torch.empty(heads, dtype=dtype), torch.empty(heads, dtype=dtype)
+        self.hidden = torch.empty(tokens, spec.hidden_size, dtype=dtype, device=place)
+        self.query_rows, self.attended = (torch.empty(heads, dtype=dtype, device=place) for _ in range(2))
         self.query = self.query_rows
+        on_device = weights.embedding.get(TOKEN_EMBEDDING, self.hidden).device == place
+        self.gathers_embedding = bool(row_bytes) or not on_device
+        # A copy lane may still read the query when its projection's memory is used again on another stream.
+        self.copies_query = attends_on_host and accelerator.is_separate
         self.branches: list[Tensor] = []  # the attention branch of each chunk of rows, until the MLP takes it
         if on_host:  # rows that a copy lane carries to the host KV while the compute lane goes on
-            self.key, self.value = torch.empty(kv_heads, dtype=dtype), torch.empty(kv_heads, dtype=dtype)
+            self.key, self.value = (torch.empty(kv_heads, dtype=dtype, device=place) for _ in range(2))
+        self._host_rows: Buffer | None = None
         if attends_on_host:
-            self.host_query, self.host_attended = torch.empty(heads, dtype=dtype), torch.empty(heads, dtype=dtype)
+            self._host_rows = host.allocate("offloaded_query", offloaded_query_bytes(spec, policy))
+            self.host_query = self._host_rows.view(0, heads, dtype)
+            self.host_attended = self._host_rows.view(self.host_query.nbytes, heads, dtype)
         self.plan: PassPlan | None = None
         self.rows: dict[int, MicroBatchRows] = {}
 
@@ -70,21 +78,35 @@ class Activations:
         """Take up a pass: its rows, positions and tokens."""
         self.plan = plan
         self.rows = {rows.index: rows for rows in plan.micro_batches}
-        self.rotary: Rotary = self._rope.gather(torch.from_numpy(plan.positions), torch.from_numpy(plan.lengths))
-        self.kv_rows = [torch.from_numpy(rows.kv_rows) for rows in plan.micro_batches]
+        positions, token_ids = torch.from_numpy(plan.positions), torch.from_numpy(plan.token_ids)
+        rotary = self._rope.gather(positions, torch.from_numpy(plan.lengths))
+        upload = self._accelerator.upload
+        self.rotary = Rotary(
+            tuple(upload(f"cos {kind}", rows) for kind, rows in enumerate(rotary.cos)),
+            tuple(upload(f"sin {kind}", rows) for kind, rows in enumerate(rotary.sin)),
+        )
+        self.positions = upload("positions", positions)
+        self.kv_rows = {
+            rows.index: upload(f"kv rows {rows.index}", torch.from_numpy(rows.kv_rows)) for rows in plan.micro_batches
+        }
+        self.sampled_rows = upload("sampled rows", torch.from_numpy(plan.sampled_rows))
         tokens = plan.shape.tokens
         self.chunks = [(start, min(start + self._row_count, tokens)) for start in range(0, tokens, self._row_count)]
-        token_ids = torch.from_numpy(plan.token_ids)
-        self.unique, self.token_ids = (
-            torch.unique(token_ids, return_inverse=True) if self.embedding_rows is not None else (None, token_ids)
-        )
+        self.unique = None
+        if self.gathers_embedding:
+            self.unique, token_ids = torch.unique(token_ids, return_inverse=True)
+        self.token_ids = upload("token ids", token_ids)
+        if self._accelerator.is_separate:
+            for rows in plan.micro_batches:
+                prepare(rows.segments, lambda name, table, index=rows.index: upload(f"{name} {index}", table))
 
     def close(self) -> None:
         while self._reserved:
             tier, kind, nbytes = self._reserved.pop()
             tier.release(kind, nbytes)
-        if self.embedding_rows is not None:
-            self.embedding_rows.close()
+        for buffer in (self._host_rows, self.embedding_rows):
+            if buffer is not None:
+                buffer.close()
 
 
 class Modules:
@@ -113,13 +135,20 @@ class Modules:
     def _embed(self, step: Step) -> None:
         rows, weights = self._activations, self._weights.embedding
         if rows.unique is not None:
-            table = rows.embedding_rows.view(0, (len(rows.unique), self._spec.embedding_size), rows.hidden.dtype)
-            weights = {**weights, TOKEN_EMBEDDING: table}
-        positions = torch.from_numpy(rows.plan.positions)
+            weights = {**weights, TOKEN_EMBEDDING: self._token_embedding(weights)}
         for start, stop in rows.chunks:
             rows.hidden[start:stop] = decoder.embed(
-                self._spec, weights, rows.token_ids[start:stop], positions[start:stop]
+                self._spec, weights, rows.token_ids[start:stop], rows.positions[start:stop]
             )
+
+    def _token_embedding(self, weights: dict[str, Tensor]) -> Tensor:
+        """The rows of the tokens of this pass, on the compute device, from a table on disk or on the host."""
+        rows = self._activations
+        if rows.embedding_rows is not None:
+            table = rows.embedding_rows.view(0, (len(rows.unique), self._spec.embedding_size), rows.hidden.dtype)
+        else:
+            table = weights[TOKEN_EMBEDDING].index_select(0, rows.unique)
+        return table.to(rows.hidden.device, non_blocking=True)
 
     def _attention_inputs(self, step: Step) -> None:
         activations, weights = self._activations, self._weights.unit_weights(step)
@@ -127,19 +156,20 @@ class Modules:
             query, key, value = decoder.attention_inputs(
                 self._spec, step.layer, weights, activations.hidden[start:stop], activations.rotary.rows(start, stop)
             )
-            if len(activations.chunks) == 1:
+            if len(activations.chunks) == 1 and not activations.copies_query:
                 activations.query = query  # a view of the projection: no need to copy what is whole
             else:
                 activations.query = activations.query_rows
                 activations.query[start:stop] = query
-            for rows, kv_rows in zip(activations.plan.micro_batches, activations.kv_rows):
+            for rows in activations.plan.micro_batches:
                 low, high = max(start, rows.start), min(stop, rows.stop)
                 if low >= high:
                     continue
                 part = slice(low - start, high - start)
                 if self._in_place(rows.index):
                     slab = self._kv.slab(step.layer, rows.index)
-                    store(slab, kv_rows[low - rows.start : high - rows.start], key[part], value[part])
+                    kv_rows = activations.kv_rows[rows.index][low - rows.start : high - rows.start]
+                    store(slab, kv_rows, key[part], value[part])
                 else:
                     activations.key[low:high], activations.value[low:high] = key[part], value[part]
 
@@ -151,7 +181,7 @@ class Modules:
         else:  # host-resident KV, copied to a staging slot: add this pass's own rows
             slab = self._kv.staging(step.offset)
             part = slice(rows.start, rows.stop)
-            store(slab, torch.from_numpy(rows.kv_rows), activations.key[part], activations.value[part])
+            store(slab, activations.kv_rows[rows.index], activations.key[part], activations.value[part])
         attend_rows(self._spec, step.layer, rows, slab, activations.query, activations.attended)
 
     def _attention_output(self, step: Step) -> None:
@@ -163,12 +193,13 @@ class Modules:
 
     def _mlp(self, step: Step) -> None:
         activations, weights = self._activations, self._weights.unit_weights(step)
-        for (start, stop), branch in zip(activations.chunks, activations.branches):
-            decoder.mlp(self._spec, step.layer, weights, activations.hidden[start:stop], branch)
+        branches, activations.branches = activations.branches, []
+        for start, stop in reversed(activations.chunks):  # each branch is freed as it is used
+            decoder.mlp(self._spec, step.layer, weights, activations.hidden[start:stop], branches.pop())
 
     def _logits(self, step: Step) -> None:
         activations, weights = self._activations, self._weights.unit_weights(step)
-        rows = torch.from_numpy(activations.plan.sampled_rows)
+        rows = activations.sampled_rows
         for start in range(0, len(rows), LOGITS_ROWS):
             chosen = activations.hidden.index_select(0, rows[start : start + LOGITS_ROWS])
             self.consume(start, decoder.logits(self._spec, weights, chosen))

@@ -9,6 +9,7 @@ import torch
 
 from flexrun.models.spec import ModelSpec
 from flexrun.offload.batcher import MicroBatchRows
+from flexrun.offload.device import EmulatedDevice
 from flexrun.offload.kv_store import KVStore
 from flexrun.offload.modules import Activations, attend_rows, store
 from flexrun.offload.weight_store import WeightStore
@@ -18,9 +19,16 @@ from flexrun.steps import Step, StepKind
 class Transfers:
     """Turns a step of a worker lane into the parts that the lane's threads run."""
 
-    def __init__(self, spec: ModelSpec, weights: WeightStore, kv: KVStore, activations: Activations):
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: WeightStore,
+        kv: KVStore,
+        activations: Activations,
+        accelerator: EmulatedDevice,
+    ):
         self._spec, self._weights, self._kv = spec, weights, kv
-        self._activations = activations
+        self._activations, self._accelerator = activations, accelerator
         self._parts = {StepKind.READ_WEIGHTS: weights.read_parts, StepKind.COPY_WEIGHTS: weights.copy_parts}
         self._whole = {
             StepKind.READ_ROWS: self._read_rows,
@@ -49,16 +57,19 @@ class Transfers:
         activations = self._activations
         rows = activations.rows[step.micro_batch]
         part = slice(rows.start, rows.stop)
-        activations.host_query[part].copy_(activations.query[part])
+        self._accelerator.copy(activations.host_query[part], activations.query[part])
         self._store_to_host(step, rows)
 
     def _save_kv(self, step: Step) -> None:
         self._store_to_host(step, self._activations.rows[step.micro_batch])
 
     def _store_to_host(self, step: Step, rows: MicroBatchRows) -> None:
+        """New keys and values to the slab; behind everything else that the step copies, for it waits for its copies."""
         part = slice(rows.start, rows.stop)
-        slab = self._kv.slab(step.layer, rows.index)
-        store(slab, torch.from_numpy(rows.kv_rows), self._activations.key[part], self._activations.value[part])
+        slab, kv_rows = self._kv.slab(step.layer, rows.index), torch.from_numpy(rows.kv_rows)
+        new = self._activations.key[part], self._activations.value[part]
+        for arrived, (key, value) in self._accelerator.rows_on_host(*new):
+            store(slab, kv_rows[arrived], key, value)
 
     def _load_kv(self, step: Step) -> None:
         """Tokens cached before this pass, one copy a run of neighbouring sequences."""
@@ -66,7 +77,8 @@ class Transfers:
         slab, staging = self._kv.slab(step.layer, rows.index), self._kv.staging(step.offset)
         for _, query_len, kv_start, kv_len in rows.segments.rows:
             part = slice(kv_start, kv_start + kv_len - query_len)
-            staging[:, part].copy_(slab[:, part])
+            for kind in range(2):  # keys and values are one piece each: only such a copy is asynchronous
+                self._accelerator.copy(staging[kind, part], slab[kind, part])
 
     def _attend_on_host(self, step: Step) -> None:
         activations = self._activations
@@ -78,4 +90,4 @@ class Transfers:
         activations = self._activations
         rows = activations.rows[step.micro_batch]
         part = slice(rows.start, rows.stop)
-        activations.attended[part].copy_(activations.host_attended[part])
+        self._accelerator.copy(activations.attended[part], activations.host_attended[part])

@@ -13,12 +13,14 @@ from torch import Tensor
 from flexrun.core import DTYPES, Tier, align_up
 from flexrun.disk_io import Block, DirectFile, RowFile, blocks_of
 from flexrun.models.spec import ModelSpec
+from flexrun.offload.device import EmulatedDevice
 from flexrun.offload.tiers import Buffer, MemoryTier
 from flexrun.placement import MemoryAccount, PlacedTensor, WeightPlacement, unit_of
 from flexrun.steps import Step
 from flexrun.weights.packed import PackedWeights
 
 TOKEN_EMBEDDING = "token_embedding.weight"
+CHUNK_BYTES = 16 << 20  # of one copy to the device: full speed, and nothing waits long behind it
 
 
 @dataclass
@@ -47,6 +49,7 @@ class WeightStore:
         host: MemoryTier,
         device: MemoryTier | None,
         *,
+        accelerator: EmulatedDevice | None = None,
         read_threads: int = 4,
         direct: bool = True,
         pack: Callable[[Tensor], Tensor] | None = None,
@@ -64,8 +67,9 @@ class WeightStore:
         self.embedding_rows: RowFile | None = None
         self._buffers: list[Buffer] = []
         self._pack = pack if device is None else None
-        self._host = host
+        self._host, self._accelerator = host, accelerator or EmulatedDevice()
         self._packed_bytes = 0
+        self._staging: Buffer | None = None
         self._load(host, device, read_threads)
         self.host_ring = self._ring(host, account.host_ring_bytes)
         self.device_ring = self._ring(device, account.device_ring_bytes) if device is not None else None
@@ -97,11 +101,17 @@ class WeightStore:
                 elif placed.tier is not Tier.DISK:
                     arena, offset = arenas[placed.tier], offsets[placed.tier]
                     offsets[placed.tier] += align_up(placed.nbytes)
-                    reads += [pool.submit(block.read) for block in self._blocks(placed, arena.data[offset:])]
+                    if placed.tier is Tier.GPU and self._accelerator.is_separate:
+                        self._load_through_host(placed, arena.data[offset:], pool)
+                    else:
+                        reads += [pool.submit(block.read) for block in self._blocks(placed, arena.data[offset:])]
                     value = arena.view(offset, placed.tensor.shape, self._dtype)
                 self._register(placed, value)
             for read in reads:
                 read.result()
+        if self._staging is not None:
+            self._staging.close()
+            self._staging = None
 
     def _is_packed(self, placed: PlacedTensor) -> bool:
         """Matrices that only a matmul ever reads; an embedding is read by rows as well."""
@@ -116,6 +126,19 @@ class WeightStore:
         for read in [pool.submit(block.read) for block in self._blocks(placed, staging.data)]:
             read.result()
         return self._pack(staging.view(0, placed.tensor.shape, self._dtype))
+
+    def _load_through_host(self, placed: PlacedTensor, target: Tensor, pool: ThreadPoolExecutor) -> None:
+        """Read a tensor in pieces to pinned memory and copy each to the device."""
+        if self._staging is None:
+            self._staging = Buffer.outside_budget(CHUNK_BYTES, self._accelerator.host_memory)
+        entry = self.packed.entry(placed.layer, placed.tensor.name)
+        for start in range(0, align_up(entry.nbytes), CHUNK_BYTES):
+            nbytes = min(CHUNK_BYTES, entry.nbytes - start)
+            blocks = blocks_of(self._files[entry.file], entry.offset + start, nbytes, self._staging.data)
+            for read in [pool.submit(block.read) for block in blocks]:
+                read.result()
+            self._accelerator.copy(target[start : start + nbytes], self._staging.data[:nbytes])
+            self._accelerator.settle()  # before the next piece is read over it
 
     def _blocks(self, placed: PlacedTensor, target: Tensor) -> list[Block]:
         entry = self.packed.entry(placed.layer, placed.tensor.name)
@@ -153,17 +176,21 @@ class WeightStore:
         return parts
 
     def copy_parts(self, step: Step) -> list[Callable[[], None]]:
-        """The host-to-device copies of a COPY_WEIGHTS step."""
+        """The host-to-device copies of a COPY_WEIGHTS step, in chunks."""
         unit, parts = self._units[step.unit], []
         if unit.disk_bytes:
             source = self.host_ring.data[step.source_offset : step.source_offset + unit.disk_bytes]
-            parts.append(partial(self.device_ring.data[step.offset : step.offset + unit.disk_bytes].copy_, source))
+            parts += self._copies(step.offset, source)
         offset = step.offset + unit.disk_bytes
         for placed, value in unit.from_host:
-            source = value.view(-1).view(torch.uint8)
-            parts.append(partial(self.device_ring.data[offset : offset + placed.nbytes].copy_, source))
+            parts += self._copies(offset, value.view(-1).view(torch.uint8))
             offset += align_up(placed.nbytes)
         return parts
+
+    def _copies(self, offset: int, source: Tensor) -> list[Callable[[], None]]:
+        target = self.device_ring.data[offset : offset + len(source)]
+        chunks = zip(target.split(CHUNK_BYTES), source.split(CHUNK_BYTES))
+        return [partial(self._accelerator.copy, *chunk) for chunk in chunks]
 
     def unit_weights(self, step: Step) -> dict[str, Tensor]:
         """Packed names and tensors of the unit that a compute step uses, streamed ones viewed in their ring."""

@@ -186,7 +186,7 @@ def test_events_say_what_the_lanes_did(open_engine, make_group, gpu):
     assert lanes == ({Lane.GPU, Lane.CPU, Lane.H2D, Lane.D2H, Lane.DISK_READ} if gpu else {Lane.CPU, Lane.DISK_READ})
     assert all(event.start_seconds <= event.end_seconds for event in engine.events)
     reads = [event for event in engine.events if event.name == "read_weights"]
-    streamed = [unit.disk_bytes for unit in engine._scheduler._read_units]
+    streamed = [unit.disk_bytes for unit in engine.weights.placement.units]
     assert sum(event.bytes for event in reads) == engine.totals.passes * sum(streamed)
     statistics = engine.lane_statistics()
     rows = [event.bytes for event in engine.events if event.name == "read_rows"]

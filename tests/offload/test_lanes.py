@@ -11,7 +11,7 @@ import pytest
 
 from flexrun.core import Lane
 from flexrun.errors import BudgetError, ExecutionError
-from flexrun.offload.lanes import LaneWorker, Progress
+from flexrun.offload.lanes import LaneMeter, LaneWorker, Progress
 from flexrun.steps import Step, StepKind
 
 WAIT_SECONDS = 20
@@ -37,7 +37,7 @@ def worker(progress):
     made = []
 
     def make(lane: Lane, record=None, threads: int = 1) -> LaneWorker:
-        made.append(LaneWorker(lane, progress, record, threads))
+        made.append(LaneWorker(lane, progress, LaneMeter(record), threads))
         return made[-1]
 
     yield make
@@ -85,7 +85,7 @@ def test_a_step_waits_for_what_it_depends_on(progress, worker):
     assert within(WAIT_SECONDS, progress.wait, after(Lane.DISK_READ, 1)) == "returned"
     time.sleep(0.02)
     assert seen == ["first", "second"], "the compute lane has not done its step yet"
-    progress.finish(Lane.GPU, 1)
+    progress.finish(step(Lane.GPU, 0))
     assert within(WAIT_SECONDS, progress.wait, after(Lane.H2D, 0)) == "returned"
     assert seen == ["first", "second", "copy"]
 
@@ -119,8 +119,8 @@ def test_events_and_totals_are_kept(progress, worker):
     assert [event.bytes for event in events] == [10] * 3
     assert all(event.end_seconds - event.start_seconds >= 0.004 for event in events)
     assert all(first.end_seconds <= second.start_seconds for first, second in pairwise(events))
-    assert lane.moved_bytes == 30
-    assert 0.012 <= lane.busy_seconds < 5
+    assert lane._meter.moved_bytes == 30
+    assert 0.012 <= lane._meter.busy_seconds < 5
 
 
 @pytest.mark.parametrize("threads", [1, 3])
