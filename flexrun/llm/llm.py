@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 from flexrun.config import Policy
 from flexrun.core import parse_bytes
-from flexrun.errors import ConfigError, FlexrunError, RequestError, UnsupportedError
+from flexrun.errors import ConfigError, FlexrunError, RequestError
 from flexrun.hardware import Hardware
+from flexrun.llm.accelerator import Accelerator
 from flexrun.llm.intake import Intake, Prompt, as_chat_requests, as_request_error, as_requests
 from flexrun.llm.lengths import Lengths
 from flexrun.llm.machine_profile import settle_hardware
@@ -43,9 +44,13 @@ class LLM:
     dtype: float32, bfloat16, float16, or auto (the checkpoint's; bfloat16 for GGUF).
     policy: None or "auto" chooses one for each workload; else a Policy or the path of its JSON document.
     cpu_memory, gpu_memory: hard budgets for weights, KV cache and buffers, as bytes or text ("8GiB"). A
-        ``gpu_memory`` above 0 with ``device="cpu"`` emulates an accelerator of that size.
+        ``gpu_memory`` above 0 with ``device="cpu"`` emulates an accelerator of that size; with ``device="cuda"`` the
+        default is 90 % of the GPU memory that is free.
     disk_dir: folder of the packed weight cache (default: inside cache_dir).
     hardware: what to plan for, a Hardware or the path of its document (default: this machine, measured once).
+    lane_bandwidths: bytes a second (as for the budgets) that lanes are held to: disk_read, disk_write, and of an
+        emulated accelerator h2d and d2h; {"h2d": "2GiB"} emulates a slow link. Default: FLEXRUN_LANE_BANDWIDTHS in the
+        environment, else none. Plans do not know of it: name a hardware with those rates.
     seed: seeds every request that brings none. trace: path of a Chrome trace written on close().
 
     Raises ConfigError, CheckpointError, UnsupportedError or BudgetError, each naming its remedy.
@@ -58,7 +63,7 @@ class LLM:
         tokenizer: str | Path | None = None,
         dtype: str = "auto",
         policy: Policy | str | Path | None = None,
-        gpu_memory: int | str = 0,
+        gpu_memory: int | str | None = None,
         cpu_memory: int | str | None = None,
         disk_dir: str | Path | None = None,
         cache_dir: str | Path | None = None,
@@ -71,13 +76,10 @@ class LLM:
         progress: bool = False,
         direct_io: bool = True,
         hardware: Hardware | str | Path | None = None,
+        lane_bandwidths: Mapping[str, int | str] | None = None,
         log: Callable[[str], None] | None = None,
     ):
-        if device != "cpu":
-            raise UnsupportedError(
-                f"device={device!r} is not run in this version",
-                "use device='cpu'; gpu_memory then emulates an accelerator",
-            )
+        self._accelerator = Accelerator.of(device, gpu_memory, lane_bandwidths)
         if max_num_seqs is not None and max_num_seqs < 1:
             raise ConfigError(f"max_num_seqs={max_num_seqs} must be at least 1")
         torch.set_num_threads(threads or available_cores())
@@ -90,7 +92,6 @@ class LLM:
         self._policy = None if policy in (None, "auto") else policy
         if isinstance(self._policy, (str, Path)):
             self._policy = Policy.from_json(self._policy)
-        self._gpu_budget = parse_bytes(gpu_memory)
         self._cpu_budget = parse_bytes(cpu_memory) if cpu_memory is not None else None
         self._hardware, self._log = hardware, log
         self._cache_dir = cache_dir
@@ -232,7 +233,7 @@ class LLM:
             return engine.policy
         self._retire_engine()
         self._planned_rows = len(workload)
-        self._plan = self._settle(workload, Budgets(cpu_budget, self._gpu_budget))
+        self._plan = self._settle(workload, Budgets(cpu_budget, self._accelerator.planned_bytes))
         layout = self._plan.layout
         layout.policy.check_runnable()
         if self._packed is None:
@@ -247,7 +248,9 @@ class LLM:
             layout.account,
             layout.kv_tokens,
             cpu_budget_bytes=cpu_budget,
-            gpu_budget_bytes=self._gpu_budget,
+            gpu_budget_bytes=self._accelerator.planned_bytes,
+            accelerator=self._accelerator.open(),
+            bytes_per_second=self._accelerator.bytes_per_second,
             trace=self._trace_path is not None,
             direct=self._direct_io,
         )
@@ -288,7 +291,10 @@ class LLM:
         """What to plan for; a GPU of the machine does not count while it is only emulated."""
         if not isinstance(self._hardware, Hardware):
             self._hardware = settle_hardware(self._hardware, self._cache_dir, self._packed_dir, self._say)
-        if self._hardware.gpu is not None:
+        if self._accelerator.is_cuda:
+            if self._hardware.gpu is None:
+                self._say("warning: the hardware profile knows no GPU, so the plan is poor; run flexrun profile")
+        elif self._hardware.gpu is not None:
             self._hardware = dataclasses.replace(self._hardware, gpu=None, h2d=None, d2h=None)
         return self._hardware
 

@@ -76,6 +76,11 @@ class PinnedPages(Pages):
             torch.cuda.cudart().cudaHostUnregister(self._registered.pop())
         super().close()
 
+    def __del__(self):
+        """An engine that could not be opened leaves pages to the garbage collector: unpin them before they go."""
+        while self._registered:
+            torch.cuda.cudart().cudaHostUnregister(self._registered.pop())
+
 
 class CudaQueue(Queue):
     """A CUDA stream. ``ahead``: most marks of ``bound`` that the host may be ahead of the device (None: any)."""

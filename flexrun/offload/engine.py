@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -70,39 +71,44 @@ class Engine:
 
         The engine closes the accelerator. bytes_per_second: bandwidths that lanes of an emulated one are held to.
         """
-        on_device = gpu_budget_bytes > 0
         self.policy, self.kv_tokens = policy, kv_tokens
         self._accelerator = accelerator or EmulatedDevice()
-        self.tiers = {Tier.CPU: MemoryTier(Tier.CPU, cpu_budget_bytes, self._accelerator.host_memory)}
-        if on_device:
-            self.tiers[Tier.GPU] = MemoryTier(Tier.GPU, gpu_budget_bytes, self._accelerator.memory)
-        host, device = self.tiers[Tier.CPU], self.tiers.get(Tier.GPU)
-        pack = pack_matrix if can_pack(DTYPES[spec.dtype]) else None
-        self.weights = WeightStore(
-            spec, packed, placement, account, host, device, accelerator=self._accelerator, direct=direct, pack=pack
-        )
-        self.kv = KVStore(spec, kv_micro_batches(policy, kv_tokens, on_device=on_device), host, device)
-        self._scheduler = build_scheduler(spec, placement, account, on_device=on_device)
-        positions = rotary_positions(self.kv.micro_batches)
-        self._rotary_bytes = align_up(rope_table_bytes(spec, positions))
-        host.reserve("rotary", self._rotary_bytes)
-        rope = rope_tables(spec, positions)
-        self._executor = Executor(
-            spec,
-            policy,
-            self._scheduler,
-            self.weights,
-            self.kv,
-            rope,
-            host,
-            device,
-            accelerator=self._accelerator,
-            bytes_per_second=bytes_per_second,
-            trace=trace,
-        )
-        self._accelerator.settle()  # lanes of other queues may now use what was allocated and filled on this one
-        self._batcher = Batcher(policy, self.kv)
-        self.totals = Totals()
+        on_device = gpu_budget_bytes > 0
+        with ExitStack() as undo:  # what is open when an allocation is refused
+            undo.callback(self._accelerator.close)
+            self.tiers = {Tier.CPU: MemoryTier(Tier.CPU, cpu_budget_bytes, self._accelerator.host_memory)}
+            if on_device:
+                self.tiers[Tier.GPU] = MemoryTier(Tier.GPU, gpu_budget_bytes, self._accelerator.memory)
+            host, device = self.tiers[Tier.CPU], self.tiers.get(Tier.GPU)
+            pack = pack_matrix if can_pack(DTYPES[spec.dtype]) else None
+            self.weights = WeightStore(
+                spec, packed, placement, account, host, device, accelerator=self._accelerator, direct=direct, pack=pack
+            )
+            undo.callback(self.weights.close)
+            self.kv = KVStore(spec, kv_micro_batches(policy, kv_tokens, on_device=on_device), host, device)
+            undo.callback(self.kv.close)
+            self._scheduler = build_scheduler(spec, placement, account, on_device=on_device)
+            positions = rotary_positions(self.kv.micro_batches)
+            self._rotary_bytes = align_up(rope_table_bytes(spec, positions))
+            host.reserve("rotary", self._rotary_bytes)
+            rope = rope_tables(spec, positions)
+            self._executor = Executor(
+                spec,
+                policy,
+                self._scheduler,
+                self.weights,
+                self.kv,
+                rope,
+                host,
+                device,
+                accelerator=self._accelerator,
+                bytes_per_second=bytes_per_second,
+                trace=trace,
+            )
+            self._accelerator.settle()  # lanes of other queues may now use what was allocated and filled on this one
+            undo.pop_all()
+            self._batcher = Batcher(policy, self.kv)
+            self.totals = Totals()
 
     @property
     def events(self) -> list[Event] | None:
