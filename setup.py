@@ -1,7 +1,6 @@
 """Package metadata and the optional native extension (a failing C build never fails the installation).
 
-``FLEXRUN_SANITIZE=1`` compiles the kernels with the address and undefined-behaviour sanitizers; run Python with
-``LD_PRELOAD=$(gcc -print-file-name=libasan.so)`` then.
+``FLEXRUN_SANITIZE=1`` compiles the kernels with the address and undefined-behaviour sanitizers: see CONTRIBUTING.md.
 """
 
 import os
@@ -22,8 +21,8 @@ if sys.platform == "linux":
     compile_arguments.append("-fopenmp")
     link_arguments.append("-fopenmp")
 if os.environ.get("FLEXRUN_SANITIZE") == "1":
-    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g"]
-    compile_arguments += sanitizers
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    compile_arguments += [*sanitizers, "-O1", "-g1", "-fno-omit-frame-pointer"]
     link_arguments += sanitizers
 
 kernels = Extension(

@@ -1,6 +1,7 @@
 """The library is optional, can be switched off, and shares torch's threads."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,19 @@ assert torch.allclose(out, torch.ones(1, 2, 16))
 def test_switched_off_by_the_environment():
     environment = os.environ | {"FLEXRUN_NATIVE": "0"}
     subprocess.run([sys.executable, "-c", OFF], check=True, env=environment)
+
+
+def test_a_library_of_another_layout_is_not_used(tmp_path):
+    """Sources that were updated without a new build: the structs would be misread."""
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    library = tmp_path / "library.so"
+    for source in ("int flexrun_layout(void) { return 1; }", "int flexrun_select(void) { return 0; }"):
+        (tmp_path / "library.c").write_text(source)
+        subprocess.run([compiler, "-shared", "-fPIC", "-o", library, tmp_path / "library.c"], check=True)
+        code = "from flexrun import native; assert not native.available"
+        subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"FLEXRUN_NATIVE": str(library)})
 
 
 @pytest.mark.skipif(not native.available, reason="the native library is not built")
