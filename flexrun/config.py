@@ -44,6 +44,8 @@ class Policy:
     weight_bits, kv_bits: 16 keeps the model's dtype, 8 and 4 are group-wise compressed.
     cpu_attention_share: share of host-resident KV micro-batches attended in place on the CPU
         (the rest is copied to the GPU and attended there). Meaningless without a GPU.
+    half_batches: where the CPU attends beside a GPU, run each pass as two halves that take turns: the CPU attends one
+        while the GPU runs the matmuls of the other. Weights are moved once all the same, but read twice by the GPU.
     """
 
     sequences_in_flight: int = 64
@@ -57,6 +59,7 @@ class Policy:
     cpu_attention_share: float = 1.0
     weight_bits: int = 16
     kv_bits: int = 16
+    half_batches: bool = False
 
     def __post_init__(self):
         for name in ("sequences_in_flight", "tokens_per_pass", "attention_micro_batch", "token_micro_batch"):
@@ -67,6 +70,8 @@ class Policy:
             raise ConfigError(f"policy kv_tokens={self.kv_tokens!r} must be a whole number; 0 sizes it by the requests")
         if not 0.0 <= self.cpu_attention_share <= 1.0:
             raise ConfigError(f"policy cpu_attention_share={self.cpu_attention_share} is outside [0, 1]")
+        if not isinstance(self.half_batches, bool):
+            raise ConfigError(f"policy half_batches={self.half_batches!r} must be true or false")
         for name in ("weight_bits", "kv_bits"):
             if getattr(self, name) not in (16, 8, 4):
                 raise ConfigError(f"policy {name}={getattr(self, name)!r} must be 16, 8 or 4")

@@ -1,12 +1,13 @@
 """The nouns of a schedule: what a step is, what a pass carries, what a model asks of each.
 
-A step depends only on steps emitted before it, and each lane runs its steps in the order of emission.
+A step depends only on steps emitted before it. Each lane runs its steps in the order of emission, except that weights
+have an order of their own: they are moved far ahead, and what the rows of a pass need does not wait behind them.
 """
 
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from flexrun.core import Lane, Tier
@@ -18,18 +19,22 @@ class StepKind(str, enum.Enum):
     READ_ROWS = "read_rows"  # rows of an embedding table that lives on disk
     EMBED = "embed"
     ATTENTION_INPUTS = "attention_inputs"  # norm, qkv projection, rotary
-    OFFLOAD_QUERY = "offload_query"  # device -> host: q, k, v of a micro-batch attended on the CPU
+    OFFLOAD_QUERY = "offload_query"  # device -> host: k, v of a micro-batch, and q of its rows attended on the CPU
     LOAD_KV = "load_kv"  # host -> device: a host-resident micro-batch that is attended on the device
     SAVE_KV = "save_kv"  # device -> host: the new k, v rows of such a micro-batch
     READ_KV = "read_kv"  # disk -> host staging: a disk-resident micro-batch
     WRITE_KV = "write_kv"  # host -> disk: its new rows
     ATTEND = "attend"
+    ATTEND_FRESH = "attend_fresh"  # prompts that start in this pass, beside KV kept elsewhere: from their own k, v rows
     RETURN_ATTENDED = "return_attended"  # host -> device
     ATTENTION_OUTPUT = "attention_output"
     MLP = "mlp"
     EXPERTS = "experts"
     LOGITS = "logits"
 
+
+ATTENDS = (StepKind.ATTEND, StepKind.ATTEND_FRESH)
+STREAMING = (StepKind.READ_WEIGHTS, StepKind.COPY_WEIGHTS)  # steps with an order of their own in their lanes
 
 Dependency = tuple[Lane, int]  # the order-th step of a lane
 
@@ -38,6 +43,7 @@ class Step(NamedTuple):  # millions are made while plans are compared: much chea
     """One piece of work on one lane.
 
     order: position of the step in its lane, counted over the whole run.
+    start, stop: token rows of the pass that the step works on.
     unit: index of the weight unit read, copied or used (-1: none). offset: its byte offset in the ring
     that the step fills or uses. source_offset: where a copied unit waits in the host ring.
     Of steps that handle staged KV the offset is a slot: of READ_KV and WRITE_KV one on the host; of OFFLOAD_QUERY,
@@ -54,10 +60,16 @@ class Step(NamedTuple):  # millions are made while plans are compared: much chea
     layer: int = -1
     micro_batch: int = -1
     unit: int = -1
+    start: int = 0
+    stop: int = 0
     offset: int = 0
     source_offset: int = 0
     bytes: int = 0
     flops: int = 0
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
 
 
 @dataclass(frozen=True)
@@ -99,6 +111,8 @@ class MicroBatchShape:
     query_tokens rows of the pass attend kv_tokens cached tokens in query_kv_pairs (query, kv) pairs.
     home: tier of the KV slab. attend_lane: where softmax(QK^T)V runs.
     decode_tokens of the query_tokens are single tokens of decoding sequences, over decode_kv_tokens cached ones.
+    fresh_tokens of them, the last rows, are prompts (or first chunks of prompts) of more than one token that start in
+    this pass, in fresh_pairs: nothing of them is cached.
     """
 
     index: int
@@ -109,6 +123,28 @@ class MicroBatchShape:
     attend_lane: Lane
     decode_tokens: int = 0
     decode_kv_tokens: int = 0
+    fresh_tokens: int = 0
+    fresh_pairs: int = 0
+
+    @property
+    def cached(self) -> MicroBatchShape:
+        """The same without its fresh rows."""
+        if not self.fresh_tokens:
+            return self
+        return replace(
+            self,
+            query_tokens=self.query_tokens - self.fresh_tokens,
+            kv_tokens=self.kv_tokens - self.fresh_tokens,
+            query_kv_pairs=self.query_kv_pairs - self.fresh_pairs,
+            fresh_tokens=0,
+            fresh_pairs=0,
+        )
+
+    @property
+    def fresh(self) -> MicroBatchShape:
+        """Its fresh rows alone."""
+        tokens, pairs = self.fresh_tokens, self.fresh_pairs
+        return MicroBatchShape(self.index, tokens, tokens, pairs, self.home, self.attend_lane, 0, 0, tokens, pairs)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """A small machine that runs schedules in a random order, and checks that no byte is overwritten while it is needed.
 
-Lanes start their steps in order, in any interleaving, the disk lane several at once, as its threads do; a pass is
-emitted when the compute of the last one is done.
+Lanes start their steps in order (weights in an order of their own), in any interleaving, the disk lanes several at
+once, as their threads do; a pass is emitted when the compute of the last one is done.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from flexrun.core import Lane, Tier
 from flexrun.schedule import Scheduler
-from flexrun.steps import PassShape, Step, StepKind, WeightUnit
+from flexrun.steps import ATTENDS, STREAMING, PassShape, Step, StepKind, WeightUnit
 
 DISK_STEPS_UNDER_WAY = 3
 HOST, DEVICE = "host ring", "device ring"
@@ -23,17 +23,23 @@ COMPUTE_WITH_WEIGHTS = (
     StepKind.EXPERTS,
     StepKind.LOGITS,
 )
-STREAMING = (StepKind.READ_WEIGHTS, StepKind.COPY_WEIGHTS)
+FEEDS = {  # whose rows a step needs, of its own layer
+    **dict.fromkeys((*ATTENDS, StepKind.SAVE_KV, StepKind.OFFLOAD_QUERY), (StepKind.ATTENTION_INPUTS,)),
+    StepKind.RETURN_ATTENDED: (StepKind.ATTEND,),
+    StepKind.ATTENTION_OUTPUT: (*ATTENDS, StepKind.RETURN_ATTENDED),
+    StepKind.MLP: (StepKind.ATTENTION_OUTPUT,),
+    StepKind.EXPERTS: (StepKind.MLP,),
+}
 
 
 @dataclass
 class Load:
-    """A unit's bytes in a ring, and how many steps have yet to use them."""
+    """A unit's bytes in a ring, and how many steps have used them."""
 
     start: int
     end: int
-    users_left: int
     written: bool = False
+    uses: int = 0
 
 
 @dataclass
@@ -52,10 +58,9 @@ class Machine:
         self.scheduler, self.units, self.rings, self.chooser = scheduler, units, rings, chooser
         self.pace = {lane: chooser.choice((1.0, 1.0, 0.001)) for lane in Lane}  # a slow lane brings races to light
         self.compute_ring = DEVICE if scheduler.on_device else HOST
-        self.queues: dict[Lane, deque[Step]] = defaultdict(deque)
+        self.queues: dict[tuple[Lane, bool], deque[Step]] = defaultdict(deque)  # weights have an order of their own
         self.under_way: list[Step] = []
         self.ended: dict[Lane, set[int]] = defaultdict(set)
-        self.done: Counter = Counter()  # finished prefix of each lane
         self.emitted: Counter = Counter()
         self.turns: dict[Step, int] = {}  # which of a unit's loads a step makes or uses: one a pass
         self.started: Counter = Counter()
@@ -63,20 +68,24 @@ class Machine:
         self.slots: dict[int, Step] = {}
         self.host_slots: dict[int, HostSlot] = {}  # slots in use
         self.homes: dict[int, Tier] = {}  # of each micro-batch
+        self.parts: dict[int, int] = {}  # into how many each pass is cut
 
     def run_pass(self, shape: PassShape) -> list[Step]:
         pending = [step for step in self._unfinished() if step.kind not in STREAMING]
         assert not pending, f"a pass begins, and replaces the rows that these still need: {pending}"
+        assert not self.slots and not self.host_slots, "a pass begins while staging slots are in use"
         self.homes |= {micro_batch.index: micro_batch.home for micro_batch in shape.micro_batches}
         steps = self.scheduler.pass_steps(shape)
+        inputs = [step for step in steps if step.kind is StepKind.ATTENTION_INPUTS and step.layer == 0]
+        self.parts[shape.index] = len(inputs)
         for step in steps:
             assert step.order == self.emitted[step.lane], "orders count the steps of a lane"
             for lane, order in step.depends_on:
                 assert order < self.emitted[lane], f"{step} depends on a step that is not emitted yet"
             self.emitted[step.lane] += 1
-            self.queues[step.lane].append(step)
+            self.queues[step.lane, step.kind in STREAMING].append(step)
         compute = self.scheduler.compute_lane
-        while self.done[compute] < self.emitted[compute]:
+        while len(self.ended[compute]) < self.emitted[compute]:
             self._advance()
         return steps
 
@@ -96,14 +105,14 @@ class Machine:
         move(step)
 
     def _may_start(self, step: Step) -> bool:
-        limit = DISK_STEPS_UNDER_WAY if step.lane is Lane.DISK_READ else 1
-        free = sum(other.lane is step.lane for other in self.under_way) < limit
-        return free and all(self.done[lane] > order for lane, order in step.depends_on)
+        limit = DISK_STEPS_UNDER_WAY if step.lane in (Lane.DISK_READ, Lane.DISK_WRITE) else 1
+        queue = step.lane, step.kind in STREAMING
+        free = sum((other.lane, other.kind in STREAMING) == queue for other in self.under_way) < limit
+        return free and all(order in self.ended[lane] for lane, order in step.depends_on)
 
     def _start(self, step: Step) -> None:
-        self.turns[step] = self.started[step.kind, step.unit] if step.kind in STREAMING else step.pass_index
-        self.started[step.kind, step.unit] += 1
-        self.queues[step.lane].popleft()
+        self.turns[step] = self._turn(step)
+        self.queues[step.lane, step.kind in STREAMING].popleft()
         unit = self.units[step.unit]
         moved_bytes = unit.disk_bytes + unit.host_bytes
         if step.kind is StepKind.READ_WEIGHTS:
@@ -123,6 +132,8 @@ class Machine:
             assert not [other for other in self._unfinished() if self._saves_for(other, step)]
         elif step.kind is StepKind.ATTEND and self._load_of(step):
             assert self._load_of(step) not in self.under_way, "KV is attended before it has arrived"
+        elif step.kind is StepKind.ATTEND and step.lane is Lane.GPU and self.homes[step.micro_batch] is not Tier.GPU:
+            assert step.offset not in self.slots, "new rows are put into a staging slot that is in use"
         if self.homes.get(step.micro_batch) is Tier.DISK and (slot := self._host_slot_of(step)) is not None:
             assert not self._host_slot(step, slot).read_under_way, "a slot is used before its rows have been read"
             if step.kind is StepKind.WRITE_KV:
@@ -131,22 +142,22 @@ class Machine:
         if step.kind is StepKind.ATTENTION_INPUTS:
             late = [other for other in self._unfinished() if self._reads_rows_before(other, step)]
             assert not late, f"{step} overwrites rows that {late} still needs"
+        late = [other for other in self._unfinished() if self._feeds(other, step)]
+        assert not late, f"{step} starts before {late}"
         self.under_way.append(step)
 
     def _end(self, step: Step) -> None:
         self.under_way.remove(step)
         self.ended[step.lane].add(step.order)
-        while self.done[step.lane] in self.ended[step.lane]:
-            self.done[step.lane] += 1
         key = self.turns[step], step.unit
         if step.kind is StepKind.READ_WEIGHTS:
             self.live[HOST][key].written = True
         elif step.kind is StepKind.COPY_WEIGHTS:
             self.live[DEVICE][key].written = True
             if self.units[step.unit].disk_bytes:
-                self.live[HOST][key].users_left -= 1
+                self.live[HOST][key].uses += 1
         elif step.kind in COMPUTE_WITH_WEIGHTS and key in self.live[self.compute_ring]:
-            self.live[self.compute_ring][key].users_left -= 1
+            self.live[self.compute_ring][key].uses += 1
         elif step.kind is StepKind.ATTEND and self._load_of(step):
             del self.slots[step.offset]
         if step.kind is StepKind.READ_KV:
@@ -156,16 +167,30 @@ class Machine:
             if not self.host_slots[slot].users_left:
                 del self.host_slots[slot]
 
+    def _turn(self, step: Step) -> int:
+        """Which of a unit's loads a step makes or uses: there is one a pass."""
+        if step.kind not in STREAMING:
+            return step.pass_index
+        self.started[step.kind, step.unit] += 1
+        return self.started[step.kind, step.unit] - 1
+
+    def _uses_of(self, ring: str, turn: int, unit: int) -> int:
+        """How many steps use a unit's load before its room may be taken."""
+        if ring == HOST and self.scheduler.on_device:
+            return 1
+        module = self.units[unit].module
+        return {"attention": 2, "head": 1}.get(module, 1) * (1 if module == "head" else self.parts.get(turn, 1))
+
     def _fill(self, ring: str, step: Step, nbytes: int) -> None:
         start, end = step.offset, step.offset + nbytes
         assert 0 <= start < end <= self.rings[ring]
-        for key, load in list(self.live[ring].items()):
+        for other, load in list(self.live[ring].items()):
             if load.start < end and start < load.end:
-                assert not load.users_left, f"{step} overwrites {key} in the {ring}, which is still needed"
-                del self.live[ring][key]
-        by_copy = ring == HOST and self.scheduler.on_device
-        users = 1 if by_copy or self.units[step.unit].module != "attention" else 2
-        self.live[ring][self.turns[step], step.unit] = Load(start, end, users)
+                assert load.uses == self._uses_of(ring, *other), (
+                    f"{step} overwrites {other}, still needed, in the {ring}"
+                )
+                del self.live[ring][other]
+        self.live[ring][self.turns[step], step.unit] = Load(start, end)
 
     def _check_there(self, ring: str, step: Step, offset: int, nbytes: int) -> None:
         load = self.live[ring].get((self.turns[step], step.unit))
@@ -186,15 +211,16 @@ class Machine:
         key = (step.pass_index, step.layer, step.micro_batch)
         if number not in self.host_slots:
             unfinished = [step, *self._unfinished()]
-            reader = next(
-                other.kind
-                for other in unfinished
-                if _same_kv(other, step)
-                and (other.kind is StepKind.LOAD_KV or (other.kind is StepKind.ATTEND and other.lane is Lane.CPU))
-            )
-            self.host_slots[number] = HostSlot(key, {reader, StepKind.WRITE_KV})
+            users = {other.kind for other in unfinished if _same_kv(other, step) and self._uses_host_slot(other)}
+            self.host_slots[number] = HostSlot(key, users)
         assert self.host_slots[number].key == key, "a staging slot of the host is used for two micro-batches"
         return self.host_slots[number]
+
+    @staticmethod
+    def _uses_host_slot(step: Step) -> bool:
+        """Whether a step of disk-resident KV reads its slot: to copy on, to attend, to write out."""
+        on_cpu = step.kind is StepKind.ATTEND and step.lane is Lane.CPU
+        return on_cpu or step.kind in (StepKind.LOAD_KV, StepKind.WRITE_KV)
 
     def _load_of(self, attend: Step) -> Step | None:
         load = self.slots.get(attend.offset)
@@ -215,8 +241,25 @@ class Machine:
     @staticmethod
     def _reads_rows_before(other: Step, inputs: Step) -> bool:
         """Whether ``other`` reads the q, k, v rows of an earlier layer or pass, which ``inputs`` overwrites."""
-        reads = other.kind in (StepKind.SAVE_KV, StepKind.OFFLOAD_QUERY, StepKind.ATTEND)
-        return reads and (other.pass_index, other.layer) < (inputs.pass_index, inputs.layer)
+        reads = other.kind in (StepKind.SAVE_KV, StepKind.OFFLOAD_QUERY, *ATTENDS)
+        earlier = (other.pass_index, other.layer) < (inputs.pass_index, inputs.layer)
+        return reads and earlier and (_same_rows(other, inputs) or other.pass_index < inputs.pass_index)
+
+    @staticmethod
+    def _feeds(other: Step, step: Step) -> bool:
+        """Whether ``step`` needs rows that ``other`` makes."""
+        if step.kind is StepKind.LOGITS:
+            return other.kind in (StepKind.MLP, StepKind.EXPERTS)
+        if step.kind is StepKind.ATTENTION_INPUTS and other.kind in (StepKind.EMBED, StepKind.MLP, StepKind.EXPERTS):
+            return other.layer < step.layer and _same_rows(other, step)
+        kinds = FEEDS.get(step.kind, ())
+        if step.kind is StepKind.ATTEND and step.lane is Lane.CPU:
+            kinds = (*kinds, StepKind.OFFLOAD_QUERY)
+        return other.kind in kinds and other.layer == step.layer and _same_rows(other, step)
+
+
+def _same_rows(step: Step, other: Step) -> bool:
+    return step.start < other.stop and other.start < step.stop
 
 
 def _same_kv(step: Step, other: Step) -> bool:

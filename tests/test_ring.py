@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from flexrun.core import Lane
 from flexrun.errors import BudgetError
-from flexrun.schedule import Ring
+from flexrun.streaming import Ring
 
 
 @given(st.integers(1, 30), st.lists(st.integers(1, 30), max_size=40), st.randoms(use_true_random=False))

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import random
-from collections import Counter, defaultdict
+from collections import defaultdict
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from step_machine import DEVICE, HOST, STREAMING, Machine, make_units, unit_keys
+from step_machine import (
+    COMPUTE_WITH_WEIGHTS,
+    DEVICE,
+    HOST,
+    Machine,
+    make_units,
+    unit_keys,
+)
 
 from flexrun.core import Lane, Tier
 from flexrun.schedule import Scheduler
-from flexrun.steps import MicroBatchShape, ModelWork, PassShape, StepKind, WeightUnit
+from flexrun.steps import ATTENDS, STREAMING, MicroBatchShape, ModelWork, PassShape, Step, StepKind, WeightUnit
 
 WORK = ModelWork(2, 3, 5, (7,) * 8, 11, 13, 17, 19, 23, 29.0)
 
@@ -30,7 +37,17 @@ def stream_sizes(units: list[WeightUnit]) -> tuple[tuple[int, int], tuple[int, i
 
 
 @st.composite
-def machines(draw, roomy: bool = False):
+def micro_batch_shapes(draw, number: int, home: Tier, lane: Lane) -> MicroBatchShape:
+    """Rows with something cached, or nothing, beside rows of prompts that start."""
+    tokens, fresh = draw(st.tuples(st.integers(0, 5), st.sampled_from([0, 0, 2, 3])).filter(any))
+    there = draw(st.sampled_from([0, 2])) if tokens else 0
+    pairs, fresh_pairs = 3 * tokens, fresh * (fresh + 1) // 2
+    kv_tokens = tokens + there + fresh
+    return MicroBatchShape(number, tokens + fresh, kv_tokens, pairs + fresh_pairs, home, lane, 0, 0, fresh, fresh_pairs)
+
+
+@st.composite
+def machines(draw, roomy: bool = False, halves: bool = True):
     on_device = draw(st.booleans())
     layers, groups = draw(st.integers(1, 4)), draw(st.integers(0, 2))
     size, count = st.one_of(st.just(0), st.integers(1, 9)), len(unit_keys(layers, groups))
@@ -49,8 +66,9 @@ def machines(draw, roomy: bool = False):
         device_ring_bytes=rings[DEVICE] if on_device else 0,
         read_embedding_rows=draw(st.booleans()),
         kv_slots=draw(st.integers(1, 3)),
+        half_batches=halves and draw(st.booleans()),
     )
-    homes = [(Tier.CPU, Lane.CPU), (Tier.DISK, Lane.CPU)]
+    homes = [(Tier.CPU, Lane.CPU), (Tier.CPU, Lane.CPU), (Tier.DISK, Lane.CPU)]
     if on_device:
         homes += [(Tier.GPU, Lane.GPU), (Tier.CPU, Lane.GPU), (Tier.DISK, Lane.GPU)]
     places = draw(st.lists(st.sampled_from(homes), min_size=1, max_size=4))
@@ -58,17 +76,14 @@ def machines(draw, roomy: bool = False):
     passes = draw(st.integers(1, 5))
     for index in range(passes):
         present = draw(st.sets(st.integers(0, len(places) - 1), min_size=1))
-        micro_batches = tuple(
-            MicroBatchShape(number, tokens := draw(st.integers(1, 5)), tokens + cached, tokens * 3, *places[number])
-            for number, cached in zip(sorted(present), draw(st.lists(st.sampled_from([0, 2]), min_size=4, max_size=4)))
-        )
+        micro_batches = tuple(draw(micro_batch_shapes(number, *places[number])) for number in sorted(present))
         tokens = sum(micro_batch.query_tokens for micro_batch in micro_batches)
         more = index + 1 < passes and draw(st.booleans())
         shapes.append(PassShape(index, tokens, 1, micro_batches, more))
     return scheduler, units, rings, shapes, random.Random(draw(st.integers(0, 1 << 32)))
 
 
-@settings(deadline=None, derandomize=True, max_examples=250)
+@settings(deadline=None, derandomize=True, max_examples=400)
 @given(machines())
 def test_any_schedule_runs_to_its_end_and_never_overwrites_what_is_needed(drawn):
     scheduler, units, rings, shapes, chooser = drawn
@@ -77,9 +92,10 @@ def test_any_schedule_runs_to_its_end_and_never_overwrites_what_is_needed(drawn)
     machine.drain()
     reads = [step.unit for step in steps if step.kind is StepKind.READ_WEIGHTS]
     assert reads == [unit.index for unit in units if unit.disk_bytes] * len(shapes), "each unit once a pass, in order"
-    copies = [step.unit for step in steps if step.kind is StepKind.COPY_WEIGHTS]
-    moved = [unit.index for unit in units if unit.disk_bytes + unit.host_bytes]
-    assert copies == (moved * len(shapes) if scheduler.on_device else [])
+    copies = [step for step in steps if step.kind is StepKind.COPY_WEIGHTS]
+    moved = [unit.index for unit in units if unit.disk_bytes + unit.host_bytes] * len(shapes)
+    assert [step.unit for step in copies] == (moved if scheduler.on_device else [])
+    assert all(step.bytes == units[step.unit].disk_bytes + units[step.unit].host_bytes for step in copies)
     for step in steps:
         if step.kind is StepKind.READ_WEIGHTS:
             assert step.bytes == units[step.unit].disk_bytes
@@ -92,15 +108,37 @@ def test_any_schedule_runs_to_its_end_and_never_overwrites_what_is_needed(drawn)
     cached = [part for part in slabs if part.kv_tokens > part.query_tokens]
     for kind, moved in ((StepKind.READ_KV, cached), (StepKind.WRITE_KV, slabs)):
         assert sum(step.kind is kind for step in steps) == scheduler.num_layers * len(moved)
-    experts = Counter((step.pass_index, step.unit) for step in steps if step.kind is StepKind.EXPERTS)
-    assert experts == Counter((shape.index, unit.index) for shape in shapes for unit in units if unit.experts)
-    attends = Counter((step.pass_index, step.layer, step.micro_batch) for step in steps if step.kind is StepKind.ATTEND)
-    assert attends == Counter(
-        (shape.index, layer, micro_batch.index)
-        for shape in shapes
-        for layer in range(scheduler.num_layers)
-        for micro_batch in shape.micro_batches
-    )
+    for shape in shapes:
+        for layer in range(scheduler.num_layers):
+            mine = [step for step in steps if (step.pass_index, step.layer) == (shape.index, layer)]
+            for kinds in (ATTENDS, *((kind,) for kind in COMPUTE_WITH_WEIGHTS[:3])):
+                assert covered(mine, kinds) == list(range(shape.tokens)), f"{kinds} take every row once"
+            for unit in (unit for unit in units if unit.experts and unit.layer == layer):
+                assert covered([step for step in mine if step.unit == unit.index], (StepKind.EXPERTS,)) == list(
+                    range(shape.tokens)
+                )
+
+
+def covered(steps: list[Step], kinds: tuple[StepKind, ...]) -> list[int]:
+    """The token rows that steps of these kinds work on."""
+    return sorted(row for step in steps if step.kind in kinds for row in range(step.start, step.stop))
+
+
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(machines())
+def test_steps_of_a_pass_ask_for_what_its_rows_ask_for(drawn):
+    """Whatever the order: FLOPs of all its steps, and bytes of what is attended."""
+    scheduler, _, _, shapes, _ = drawn
+    for shape in shapes:
+        steps = scheduler.pass_steps(shape)
+        pairs = sum(part.query_kv_pairs for part in shape.micro_batches)
+        assert sum(step.flops for step in steps if step.kind in ATTENDS) == scheduler.num_layers * pairs * 3
+        kv_tokens = sum(part.kv_tokens for part in shape.micro_batches)
+        assert sum(step.bytes for step in steps if step.kind in ATTENDS) == scheduler.num_layers * kv_tokens * 13
+        per_token = {StepKind.ATTENTION_INPUTS: 2, StepKind.ATTENTION_OUTPUT: 5, StepKind.MLP: 7}
+        for kind, flops in per_token.items():
+            found = sum(step.flops for step in steps if step.kind is kind)
+            assert found == scheduler.num_layers * shape.tokens * flops
 
 
 @settings(deadline=None, derandomize=True, max_examples=60)
@@ -118,7 +156,7 @@ def test_nothing_is_read_ahead_of_a_pass_that_does_not_follow(drawn):
 
 
 @settings(deadline=None, derandomize=True, max_examples=120)
-@given(machines(roomy=True))
+@given(machines(roomy=True, halves=False))
 def test_two_layers_are_in_flight_where_the_ring_has_room(drawn):
     """Before a layer's first step, its weights and all of the next layer's are under way, also across passes."""
     scheduler, units, _, shapes, _ = drawn

@@ -24,6 +24,9 @@ class MicroBatchRows:
     """Rows ``[start, stop)`` of a pass that belong to one attention micro-batch.
 
     segments index query rows from ``start`` and KV rows of the slab; kv_rows: slab row of each query row, int64.
+    Rows from ``fresh_start`` on are of prompts that start in this pass. cached: segments of the rows before them, None
+    where there are none; fresh: theirs, query rows and KV rows both from ``fresh_start``, for attention over the rows'
+    own keys and values.
     """
 
     index: int
@@ -31,6 +34,9 @@ class MicroBatchRows:
     stop: int
     segments: Segments
     kv_rows: numpy.ndarray
+    fresh_start: int
+    cached: Segments | None
+    fresh: Segments | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +133,8 @@ class Batcher:
         return False
 
     def _plan(self, parts: list[tuple[Sequence, int]], decode_tokens: int) -> PassPlan:
-        parts.sort(key=lambda part: part[0].region.micro_batch)  # stable: decoding ones stay first
+        # Stable: decoding ones stay first, then prompts under way; what starts in this pass comes last.
+        parts.sort(key=lambda part: (part[0].region.micro_batch, part[1] > 1 and not part[0].cached_tokens))
         total = sum(count for _, count in parts)
         token_ids = numpy.empty(total, dtype=numpy.int64)
         positions, lengths = numpy.empty(total, dtype=numpy.int64), numpy.empty(total, dtype=numpy.int64)
@@ -156,12 +163,26 @@ class Batcher:
             rows = table[homes == index]
             start = int(rows[0, 0])
             stop = int(rows[-1, 0] + rows[-1, 1])
-            segments = Segments(rows[:, 0] - start, rows[:, 1], rows[:, 2], rows[:, 3])
-            micro_batches.append(MicroBatchRows(int(index), start, stop, segments, kv_rows[start:stop]))
             query, kv = rows[:, 1], rows[:, 3]
             place = self._kv.micro_batches[index]
             pairs = int((query * (kv - query) + query * (query + 1) // 2).sum())
-            single = query == 1
+            single, fresh = query == 1, (query == kv) & (query > 1)
+            new = query[fresh]
+            fresh_start = stop - int(new.sum())
+            segments = Segments(rows[:, 0] - start, query, rows[:, 2], kv)
+            own = rows[fresh, 0] - fresh_start
+            micro_batches.append(
+                MicroBatchRows(
+                    int(index),
+                    start,
+                    stop,
+                    segments,
+                    kv_rows[start:stop],
+                    fresh_start,
+                    None if fresh.all() else Segments(*segments.table[:, ~fresh]) if fresh.any() else segments,
+                    Segments(own, new, own, new) if fresh.any() else None,
+                )
+            )
             shapes.append(
                 MicroBatchShape(
                     int(index),
@@ -172,6 +193,8 @@ class Batcher:
                     place.attend_lane,
                     decode_tokens=int(single.sum()),
                     decode_kv_tokens=int(kv[single].sum()),
+                    fresh_tokens=int(new.sum()),
+                    fresh_pairs=int((new * (new + 1) // 2).sum()),
                 )
             )
         more = bool(self._waiting) or not self._exhausted or len(sampled) < len(parts)

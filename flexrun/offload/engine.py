@@ -87,7 +87,9 @@ class Engine:
             undo.callback(self.weights.close)
             self.kv = KVStore(spec, kv_micro_batches(policy, kv_tokens, on_device=on_device), host, device)
             undo.callback(self.kv.close)
-            self._scheduler = build_scheduler(spec, placement, account, on_device=on_device)
+            self._scheduler = build_scheduler(
+                spec, placement, account, on_device=on_device, half_batches=policy.half_batches
+            )
             positions = rotary_positions(self.kv.micro_batches)
             self._rotary_bytes = align_up(rope_table_bytes(spec, positions))
             host.reserve("rotary", self._rotary_bytes)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from flexrun.attention import attend, prepare
+from flexrun.attention import Segments, attend, prepare
 from flexrun.config import Policy
 from flexrun.core import DTYPES, Lane, Tier
 from flexrun.models import decoder
@@ -44,6 +44,7 @@ class Activations:
     ):
         self._rope, self._accelerator = rope, accelerator
         self.compute_tier = Tier.CPU if device is None else Tier.GPU
+        self._homes = [place.home for place in kv.micro_batches]
         self._row_count = min(policy.token_micro_batch, policy.tokens_per_pass)
         memory = host if device is None else device
         self._reserved = [(memory, "workspace", workspace_bytes(spec, policy))]
@@ -63,7 +64,9 @@ class Activations:
         self.gathers_embedding = bool(row_bytes) or not on_device
         # A copy lane may still read the query when its projection's memory is used again on another stream.
         self.copies_query = attends_on_host and accelerator.is_separate
-        self.branches: list[Tensor] = []  # the attention branch of each chunk of rows, until the MLP takes it
+        self.branches: dict[
+            int, list[Tensor]
+        ] = {}  # first row -> attention branches of chunks, until the MLP takes them
         if on_host:  # rows that a copy lane carries to the host KV while the compute lane goes on
             self.key, self.value = (torch.empty(kv_heads, dtype=dtype, device=place) for _ in range(2))
         self._host_rows: Buffer | None = None
@@ -90,15 +93,25 @@ class Activations:
             rows.index: upload(f"kv rows {rows.index}", torch.from_numpy(rows.kv_rows)) for rows in plan.micro_batches
         }
         self.sampled_rows = upload("sampled rows", torch.from_numpy(plan.sampled_rows))
-        tokens = plan.shape.tokens
-        self.chunks = [(start, min(start + self._row_count, tokens)) for start in range(0, tokens, self._row_count)]
         self.unique = None
         if self.gathers_embedding:
             self.unique, token_ids = torch.unique(token_ids, return_inverse=True)
         self.token_ids = upload("token ids", token_ids)
         if self._accelerator.is_separate:
             for rows in plan.micro_batches:
-                prepare(rows.segments, lambda name, table, index=rows.index: upload(f"{name} {index}", table))
+                for part in ("segments",) if self.in_place(rows.index) else ("cached", "fresh"):
+                    if (segments := getattr(rows, part)) is not None:
+                        label = f"{part} {rows.index}"
+                        prepare(segments, lambda name, table, label=label: upload(f"{name} {label}", table))
+
+    def in_place(self, index: int) -> bool:
+        """Whether a micro-batch's slab is in the memory of the compute lane."""
+        return self._homes[index] is self.compute_tier
+
+    def chunks(self, step: Step) -> list[tuple[int, int]]:
+        """The rows of a step, cut to what one call of a module takes: (start, stop) of each."""
+        starts = range(step.start, step.stop, self._row_count)
+        return [(start, min(start + self._row_count, step.stop)) for start in starts]
 
     def close(self) -> None:
         while self._reserved:
@@ -120,6 +133,7 @@ class Modules:
             StepKind.EMBED: self._embed,
             StepKind.ATTENTION_INPUTS: self._attention_inputs,
             StepKind.ATTEND: self._attend,
+            StepKind.ATTEND_FRESH: self._attend_fresh,
             StepKind.ATTENTION_OUTPUT: self._attention_output,
             StepKind.MLP: self._mlp,
             StepKind.LOGITS: self._logits,
@@ -128,15 +142,11 @@ class Modules:
     def run(self, step: Step) -> None:
         self._steps[step.kind](step)
 
-    def _in_place(self, index: int) -> bool:
-        """Whether a micro-batch's slab is in the memory of the compute lane."""
-        return self._kv.micro_batches[index].home is self._activations.compute_tier
-
     def _embed(self, step: Step) -> None:
         rows, weights = self._activations, self._weights.embedding
         if rows.unique is not None:
             weights = {**weights, TOKEN_EMBEDDING: self._token_embedding(weights)}
-        for start, stop in rows.chunks:
+        for start, stop in rows.chunks(step):
             rows.hidden[start:stop] = decoder.embed(
                 self._spec, weights, rows.token_ids[start:stop], rows.positions[start:stop]
             )
@@ -152,11 +162,13 @@ class Modules:
 
     def _attention_inputs(self, step: Step) -> None:
         activations, weights = self._activations, self._weights.unit_weights(step)
-        for start, stop in activations.chunks:
+        chunks = activations.chunks(step)
+        whole = len(chunks) == 1 and step.rows == activations.plan.shape.tokens
+        for start, stop in chunks:
             query, key, value = decoder.attention_inputs(
                 self._spec, step.layer, weights, activations.hidden[start:stop], activations.rotary.rows(start, stop)
             )
-            if len(activations.chunks) == 1 and not activations.copies_query:
+            if whole and not activations.copies_query:
                 activations.query = query  # a view of the projection: no need to copy what is whole
             else:
                 activations.query = activations.query_rows
@@ -166,7 +178,7 @@ class Modules:
                 if low >= high:
                     continue
                 part = slice(low - start, high - start)
-                if self._in_place(rows.index):
+                if activations.in_place(rows.index):
                     slab = self._kv.slab(step.layer, rows.index)
                     kv_rows = activations.kv_rows[rows.index][low - rows.start : high - rows.start]
                     store(slab, kv_rows, key[part], value[part])
@@ -176,25 +188,33 @@ class Modules:
     def _attend(self, step: Step) -> None:
         activations = self._activations
         rows = activations.rows[step.micro_batch]
-        if self._in_place(rows.index):
+        segments = rows.segments
+        if activations.in_place(rows.index):
             slab = self._kv.slab(step.layer, rows.index)
-        else:  # host-resident KV, copied to a staging slot: add this pass's own rows
-            slab = self._kv.staging(step.offset)
-            part = slice(rows.start, rows.stop)
-            store(slab, activations.kv_rows[rows.index], activations.key[part], activations.value[part])
-        attend_rows(self._spec, step.layer, rows, slab, activations.query, activations.attended)
+        else:  # KV copied to a staging slot: add this pass's own rows
+            slab, segments = self._kv.staging(step.offset), rows.cached
+            part = slice(step.start, step.stop)
+            store(slab, activations.kv_rows[rows.index][: step.rows], activations.key[part], activations.value[part])
+        attend_rows(self._spec, step, segments, slab, activations.query, activations.attended)
+
+    def _attend_fresh(self, step: Step) -> None:
+        """Prompts that start in this pass attend the rows that ATTENTION_INPUTS has just made."""
+        activations, part = self._activations, slice(step.start, step.stop)
+        own = activations.key[part], activations.value[part]
+        fresh = activations.rows[step.micro_batch].fresh
+        attend_rows(self._spec, step, fresh, own, activations.query, activations.attended)
 
     def _attention_output(self, step: Step) -> None:
         activations, weights = self._activations, self._weights.unit_weights(step)
-        activations.branches = [
+        activations.branches[step.start] = [
             decoder.attention_output(self._spec, step.layer, weights, activations.attended[start:stop])
-            for start, stop in activations.chunks
+            for start, stop in activations.chunks(step)
         ]
 
     def _mlp(self, step: Step) -> None:
         activations, weights = self._activations, self._weights.unit_weights(step)
-        branches, activations.branches = activations.branches, []
-        for start, stop in reversed(activations.chunks):  # each branch is freed as it is used
+        branches = activations.branches.pop(step.start)
+        for start, stop in reversed(activations.chunks(step)):  # each branch is freed as it is used
             decoder.mlp(self._spec, step.layer, weights, activations.hidden[start:stop], branches.pop())
 
     def _logits(self, step: Step) -> None:
@@ -206,19 +226,24 @@ class Modules:
 
 
 def attend_rows(
-    spec: ModelSpec, layer: int, rows: MicroBatchRows, slab: Tensor, query: Tensor, attended: Tensor
+    spec: ModelSpec,
+    step: Step,
+    segments: Segments,
+    slab: Tensor | tuple[Tensor, Tensor],
+    query: Tensor,
+    attended: Tensor,
 ) -> None:
-    """Attention of one micro-batch's rows over slab [2, tokens, kv_heads, head_dim], on the device of the tensors."""
-    form = spec.attention_form(layer)
+    """Attention of a step's rows over slab [2, tokens, kv_heads, head_dim], on the device of the tensors."""
+    form = spec.attention_form(step.layer)
     attend(
-        query[rows.start : rows.stop],
+        query[step.start : step.stop],
         slab[0],
         slab[1],
-        rows.segments,
+        segments,
         scale=form.scale,
         window=form.window,
         softcap=form.softcap,
-        out=attended[rows.start : rows.stop],
+        out=attended[step.start : step.stop],
     )
 
 

@@ -56,7 +56,7 @@ class Transfers:
     def _offload_query(self, step: Step) -> None:
         activations = self._activations
         rows = activations.rows[step.micro_batch]
-        part = slice(rows.start, rows.stop)
+        part = slice(rows.start, rows.fresh_start)  # what starts in this pass is attended on the device
         self._accelerator.copy(activations.host_query[part], activations.query[part])
         self._store_to_host(step, rows)
 
@@ -84,10 +84,8 @@ class Transfers:
         activations = self._activations
         rows = activations.rows[step.micro_batch]
         slab = self._kv.slab(step.layer, rows.index)
-        attend_rows(self._spec, step.layer, rows, slab, activations.host_query, activations.host_attended)
+        attend_rows(self._spec, step, rows.cached, slab, activations.host_query, activations.host_attended)
 
     def _return_attended(self, step: Step) -> None:
-        activations = self._activations
-        rows = activations.rows[step.micro_batch]
-        part = slice(rows.start, rows.stop)
+        activations, part = self._activations, slice(step.start, step.stop)
         self._accelerator.copy(activations.attended[part], activations.host_attended[part])

@@ -29,7 +29,11 @@ class KVMicroBatch:
 
 
 def kv_micro_batches(policy: Policy, kv_tokens: int, *, on_device: bool) -> tuple[KVMicroBatch, ...]:
-    """The policy's KV fractions as whole micro-batches of equal room, GPU-resident ones first."""
+    """The policy's KV fractions as whole micro-batches of equal room, GPU-resident ones first.
+
+    For two half-batches, each half has its share of every kind: all GPU-resident ones first would leave the CPU nothing
+    to attend in one of them.
+    """
     count = max(-(-policy.sequences_in_flight // policy.attention_micro_batch), 1)
     capacity_tokens = -(-kv_tokens // count)
     on_gpu = int(count * policy.kv.gpu + 1e-9) if on_device else 0
@@ -42,7 +46,8 @@ def kv_micro_batches(policy: Policy, kv_tokens: int, *, on_device: bool) -> tupl
         return tuple(KVMicroBatch(tier, capacity_tokens, lane) for lane in lanes)
 
     on_device_ones = (KVMicroBatch(Tier.GPU, capacity_tokens, Lane.GPU),) * on_gpu
-    return on_device_ones + homes(Tier.CPU, on_host) + homes(Tier.DISK, on_disk)
+    places = on_device_ones + homes(Tier.CPU, on_host) + homes(Tier.DISK, on_disk)
+    return places[0::2] + places[1::2] if policy.half_batches and on_device else places
 
 
 def rotary_positions(micro_batches: tuple[KVMicroBatch, ...]) -> int:

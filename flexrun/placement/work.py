@@ -34,7 +34,12 @@ def model_work(spec: ModelSpec) -> ModelWork:
 
 
 def build_scheduler(
-    spec: ModelSpec, placement: WeightPlacement, account: MemoryAccount, *, on_device: bool
+    spec: ModelSpec,
+    placement: WeightPlacement,
+    account: MemoryAccount,
+    *,
+    on_device: bool,
+    half_batches: bool = False,
 ) -> Scheduler:
     """The scheduler of a run; the executor and the simulator build theirs here, so that both see the same steps."""
     return Scheduler(
@@ -46,4 +51,5 @@ def build_scheduler(
         device_ring_bytes=account.device_ring_bytes,
         read_embedding_rows=placement.embedding_on_disk,
         kv_slots=KV_SLOTS,
+        half_batches=half_batches,
     )

@@ -7,6 +7,7 @@ MLA and routed experts, and ragged lengths.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
 
 import numpy
@@ -18,7 +19,7 @@ from flexrun.hardware import Hardware, LinearWork, Processor, Transfer
 from flexrun.models.spec import ModelSpec
 from flexrun.placement import LOGITS_ROWS, WeightPlacement, kv_bytes_per_token
 from flexrun.policy.passes import COLUMNS, Passes
-from flexrun.steps import MicroBatchShape, PassShape, Step, StepKind
+from flexrun.steps import ATTENDS, MicroBatchShape, PassShape, Step, StepKind
 
 ROW_READ_SECONDS = 4e-6  # one embedding row out of the page cache
 SEQUENCE_SECONDS = 22e-6  # planning one sequence's part of a pass
@@ -53,15 +54,14 @@ class StepCosts:
         self._seconds = {
             StepKind.READ_ROWS: lambda step, shape: shape.tokens * ROW_READ_SECONDS,
             StepKind.EMBED: lambda step, shape: self.embed_seconds(shape.tokens),
-            StepKind.ATTENTION_INPUTS: lambda step, shape: self.attention_inputs_seconds(shape, self._plain(step)),
+            StepKind.ATTENTION_INPUTS: self._attention_inputs_step,
             StepKind.ATTEND: self._attend_step,
+            StepKind.ATTEND_FRESH: self._attend_step,
             StepKind.ATTENTION_OUTPUT: lambda step, shape: self._linear(
-                "attention_output", 0, shape.tokens, self._plain(step)
+                "attention_output", 0, step.rows, self._plain(step)
             ),
-            StepKind.MLP: lambda step, shape: self._linear("mlp", step.layer, shape.tokens, self._plain(step)),
-            StepKind.EXPERTS: lambda step, shape: self.experts_seconds(
-                placement.units[step.unit].experts, shape.tokens
-            ),
+            StepKind.MLP: lambda step, shape: self._linear("mlp", step.layer, step.rows, self._plain(step)),
+            StepKind.EXPERTS: lambda step, shape: self.experts_seconds(placement.units[step.unit].experts, step.rows),
             StepKind.LOGITS: lambda step, shape: self.logits_seconds(shape.logits_rows, self._plain(step)),
         }
 
@@ -72,9 +72,10 @@ class StepCosts:
 
     def alike(self, step: Step) -> tuple:
         """Steps of a pass for which this is the same take equally long."""
-        window = self.spec.layer_windows[step.layer] if step.kind is StepKind.ATTEND else 0
+        window = self.spec.layer_windows[step.layer] if step.kind in ATTENDS else 0
         plain = 1.0 if self.on_device else self._plain(step)
-        return step.kind, step.lane, step.bytes, step.flops, step.micro_batch, window, plain
+        start = step.start if self.spec.latent else 0  # of two halves, one may decode more
+        return step.kind, step.lane, step.bytes, step.flops, step.micro_batch, window, plain, start
 
     def seconds_in_run(self, step: Step, shape: PassShape) -> float:
         """The same with what a run adds to it: how long the step will really take while nothing else slows it down."""
@@ -82,7 +83,7 @@ class StepCosts:
         if step.kind is StepKind.READ_WEIGHTS:
             return seconds * DISK_IN_RUN
         on_cpu = step.lane is Lane.CPU or (step.lane is Lane.GPU and self.device is self.hardware.cpu)
-        if step.kind is StepKind.ATTEND and on_cpu:
+        if step.kind in ATTENDS and on_cpu:
             return seconds * CPU_ATTENTION_IN_RUN
         if step.kind is StepKind.ATTENTION_INPUTS:
             seconds += STORE_SECONDS
@@ -163,12 +164,15 @@ class StepCosts:
         moved = 2 * tokens * self.spec.hidden_size * self.spec.dtype_bytes
         return moved / self._rates.activation_bytes_per_second + self.device.step_overhead_seconds
 
-    def attention_inputs_seconds(self, shape: PassShape, plain: float) -> float:
-        """Norm, projections, rotary, storing K and V; for MLA also the absorbed or expanded products."""
-        decode_tokens = sum(micro_batch.decode_tokens for micro_batch in shape.micro_batches)
-        return self._attention_inputs_seconds(shape.tokens, decode_tokens, plain)
+    def _attention_inputs_step(self, step: Step, shape: PassShape) -> float:
+        decode_tokens, row = 0, 0
+        for micro_batch in shape.micro_batches:
+            decode_tokens += micro_batch.decode_tokens if step.start <= row < step.stop else 0
+            row += micro_batch.query_tokens
+        return self.attention_inputs_seconds(step.rows, decode_tokens, self._plain(step))
 
-    def _attention_inputs_seconds(self, tokens: int, decode_tokens: int, plain: float) -> float:
+    def attention_inputs_seconds(self, tokens: int, decode_tokens: int, plain: float) -> float:
+        """Norm, projections, rotary, storing K and V; for MLA also the absorbed or expanded products."""
         seconds = self._linear("attention_inputs", 0, tokens, plain)
         seconds += tokens * self.spec.kv_bytes_per_token / self._rates.activation_bytes_per_second
         if self.spec.latent is not None:
@@ -209,7 +213,7 @@ class StepCosts:
         counts = [getattr(micro_batch, name) for name in COLUMNS]
         return float(self._attend_seconds(processor, self.spec.layer_windows[layer], *counts))
 
-    def _attend_seconds(self, processor, window, query_tokens, _, query_kv_pairs, decode_tokens, decode_kv_tokens):
+    def _attend_seconds(self, processor, window, query_tokens, _, query_kv_pairs, decode_tokens, decode_kv_tokens, *__):
         """The same for COLUMNS as numbers or arrays.
 
         Decoding rows read KV and, where many heads share it, also wait for their products, which run at up to twice the
@@ -230,21 +234,37 @@ class StepCosts:
     def _attend_step(self, step: Step, shape: PassShape) -> float:
         micro_batch = next(each for each in shape.micro_batches if each.index == step.micro_batch)
         on_host = self.on_device and step.lane is Lane.CPU
+        if step.kind is StepKind.ATTEND_FRESH:
+            micro_batch = micro_batch.fresh
+        elif self.on_device and micro_batch.home is not Tier.GPU:
+            micro_batch = micro_batch.cached
         return self.attend_seconds(self.hardware.cpu if on_host else self.device, step.layer, micro_batch)
 
     # Sums of a pass -----------------------------------------------------------------------------------
 
-    def compute_seconds(self, shape: PassShape) -> float:
-        """Everything of a pass that runs on the compute lane whatever the KV placement is: all but attention."""
-        decode_tokens = sum(micro_batch.decode_tokens for micro_batch in shape.micro_batches)
-        return self._compute(shape.tokens, shape.logits_rows, decode_tokens)
+    def compute_seconds(self, shape: PassShape, half_batches: bool = False) -> float:
+        """Everything of a pass that runs on the compute lane whatever the KV placement is: all but attention.
 
-    def _compute_seconds(self, tokens: int, logits_rows: int, decode_tokens: int) -> float:
-        spec = self.spec
+        half_batches: in two equal halves, which read the weights twice out of the device's memory.
+        """
+        decode_tokens = sum(micro_batch.decode_tokens for micro_batch in shape.micro_batches)
+        half = (shape.tokens // 2, decode_tokens // 2) if half_batches else (0, 0)
+        return self._compute(shape.tokens, shape.logits_rows, decode_tokens, *half)
+
+    def _compute_seconds(
+        self, tokens: int, logits_rows: int, decode_tokens: int, half_tokens: int = 0, half_decode_tokens: int = 0
+    ) -> float:
+        """half_tokens: of the first half of the pass, 0 where it runs as a whole."""
         plain = self._plain_share
         total = self.embed_seconds(tokens) + self.logits_seconds(logits_rows, plain)
-        total += spec.num_layers * (
-            self._attention_inputs_seconds(tokens, decode_tokens, plain)
+        if half_tokens:
+            total += self._layers_seconds(half_tokens, half_decode_tokens)
+        return total + self._layers_seconds(tokens - half_tokens, decode_tokens - half_decode_tokens)
+
+    def _layers_seconds(self, tokens: int, decode_tokens: int) -> float:
+        spec, plain = self.spec, self._plain_share
+        total = spec.num_layers * (
+            self.attention_inputs_seconds(tokens, decode_tokens, plain)
             + self._linear("attention_output", 0, tokens, plain)
         )
         for layer, count in self._layer_kinds:
@@ -252,6 +272,28 @@ class StepCosts:
             if spec.is_sparse(layer):
                 total += count * self.experts_seconds(spec.experts.num_experts, tokens)
         return total
+
+    def _halves(self, passes: Passes) -> numpy.ndarray:
+        """(tokens, decoding ones) of the first half of each pass, 0 where it runs as a whole: see schedule.Scheduler.
+
+        int64 [2, passes].
+        """
+        halves = numpy.zeros((2, len(passes)), dtype=numpy.int64)
+        if not (self.policy.half_batches and self.on_device and len(passes) and len(passes.places) > 1):
+            return halves
+        on_cpu = [place.home is not Tier.GPU and place.attend_lane is Lane.CPU for place in passes.places]
+        attended = (passes.column("kv_tokens") - passes.column("fresh_tokens")) * on_cpu
+        tokens, decode, attended = (
+            numpy.cumsum(column, axis=1)
+            for column in (passes.column("query_tokens"), passes.column("decode_tokens"), attended)
+        )
+        most, total = tokens[:, -1:], numpy.maximum(attended[:, -1:], 1)
+        uneven = numpy.abs(2 * tokens / most - 1) + numpy.abs(2 * attended / total - 1)
+        uneven[(tokens == 0) | (tokens == most)] = numpy.inf
+        cut, rows = uneven.argmin(axis=1), numpy.arange(len(passes))
+        halved = (attended[:, -1] > 0) & numpy.isfinite(uneven[rows, cut])
+        halves[0], halves[1] = halved * tokens[rows, cut], halved * decode[rows, cut]
+        return halves
 
     @cached_property
     def _layer_kinds(self) -> list[tuple[int, int]]:
@@ -279,8 +321,15 @@ class StepCosts:
         }
 
     def attend_pass_seconds(self, processor: Processor, micro_batch: MicroBatchShape) -> float:
-        """One micro-batch through all layers."""
-        return sum(count * self.attend_seconds(processor, layer, micro_batch) for layer, count in self._window_kinds)
+        """One micro-batch through all layers; nothing where it has no rows."""
+        return float(self._attend_layers(processor, [getattr(micro_batch, name) for name in COLUMNS]))
+
+    def _attend_layers(self, processor: Processor, counts: Sequence) -> numpy.ndarray | float:
+        """The same for COLUMNS as numbers or arrays."""
+        return (numpy.asarray(counts[0]) > 0) * sum(
+            times * self._attend_seconds(processor, self.spec.layer_windows[layer], *counts)
+            for layer, times in self._window_kinds
+        )
 
     def hidden_bytes(self, tokens: int) -> int:
         """Bytes that cross the link each way in a pass whose hidden states all wait off the device."""
@@ -296,7 +345,8 @@ class StepCosts:
         compute = Lane.GPU if self.on_device else Lane.CPU
         tokens = passes.tokens
         decode_tokens = passes.decode_tokens if spec.latent else numpy.zeros_like(tokens)
-        asked = zip(tokens.tolist(), passes.logits_rows.tolist(), decode_tokens.tolist())
+        halves = self._halves(passes) * (numpy.array([[1], [1 if spec.latent else 0]]))
+        asked = zip(tokens.tolist(), passes.logits_rows.tolist(), decode_tokens.tolist(), *halves.tolist())
         seconds = {lane: numpy.full(len(passes), float(self._weight_seconds.get(lane, 0))) for lane in Lane}
         seconds[compute] += [self._compute(*each) for each in asked]
         if self.placement.embedding_on_disk:
@@ -306,24 +356,22 @@ class StepCosts:
             seconds[Lane.H2D] += self.h2d.seconds(hidden_bytes)
             seconds[Lane.D2H] += self.d2h.seconds(hidden_bytes)
         for number, place in enumerate(passes.places):
-            counts = passes.counts[:, number].T
-            present = counts[0] > 0
-            query_bytes = counts[0] * (spec.query_size * spec.dtype_bytes)
+            counts = cached = passes.counts[:, number].T
             new_bytes = counts[0] * self.kv_bytes
-            there_bytes = numpy.maximum(counts[1] * self.kv_bytes - new_bytes, 0)
-            lane = compute if not self.on_device or place.home is Tier.GPU else place.attend_lane
-            processor = self.device if lane is compute else self.hardware.cpu
-            seconds[lane] += present * sum(
-                times * self._attend_seconds(processor, spec.layer_windows[layer], *counts)
-                for layer, times in self._window_kinds
-            )
-            moved = []
-            if place.home is Tier.DISK:
-                moved += [(Lane.DISK_READ, there_bytes), (Lane.DISK_WRITE, new_bytes)]
-            if self.on_device and place.home is not Tier.GPU:
+            there_bytes = numpy.maximum(counts[1] - counts[0], 0) * self.kv_bytes
+            away = self.on_device and place.home is not Tier.GPU
+            lane, moved = place.attend_lane if away else compute, []
+            if away:
+                fresh_tokens, fresh_pairs = counts[5], counts[6]
+                cached = (counts[0] - fresh_tokens, counts[1] - fresh_tokens, counts[2] - fresh_pairs, *counts[3:5])
+                fresh = (fresh_tokens, fresh_tokens, fresh_pairs, 0, 0)
+                seconds[compute] += self._attend_layers(self.device, fresh)
+                query_bytes = cached[0] * (spec.query_size * spec.dtype_bytes)
                 on_cpu = [(Lane.D2H, query_bytes + new_bytes), (Lane.H2D, query_bytes)]
                 moved += on_cpu if lane is Lane.CPU else [(Lane.H2D, there_bytes), (Lane.D2H, new_bytes)]
+            seconds[lane] += self._attend_layers(self.device if lane is compute else self.hardware.cpu, cached)
+            if place.home is Tier.DISK:
+                moved += [(Lane.DISK_READ, there_bytes), (Lane.DISK_WRITE, new_bytes)]
             for carrier, nbytes in moved:
-                happens = nbytes > 0 if carrier is Lane.DISK_READ else present  # what is not there is not read
-                seconds[carrier] += happens * layers * self.transfer(carrier).seconds(nbytes)
+                seconds[carrier] += (nbytes > 0) * layers * self.transfer(carrier).seconds(nbytes)
         return numpy.stack([seconds[lane] for lane in Lane], axis=1)

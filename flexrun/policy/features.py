@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Features:
-    """weight_bits, kv_bits: choices, best accuracy first; the search takes fewer bits only where they are offered."""
+    """half_batches: passes in two halves, where the CPU attends beside a GPU.
+    weight_bits, kv_bits: choices, best accuracy first; the search takes fewer bits only where they are offered."""
 
     kv_on_disk: bool = False
     hidden_off_device: bool = False
+    half_batches: bool = True
     weight_bits: tuple[int, ...] = (16,)
     kv_bits: tuple[int, ...] = (16,)
 

@@ -51,5 +51,7 @@ def _mean(shapes: list[PassShape]) -> PassShape:
         Lane.CPU,
         mean("decode_tokens"),
         mean("decode_kv_tokens"),
+        mean("fresh_tokens"),
+        mean("fresh_pairs"),
     )
     return PassShape(0, tokens, logits_rows, (whole,), True)

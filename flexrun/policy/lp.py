@@ -180,7 +180,8 @@ class _Program:
         layers = spec.num_layers
         new_bytes = layers * whole.query_tokens * costs.kv_bytes
         there_bytes = max(layers * whole.kv_tokens * costs.kv_bytes - new_bytes, 0)
-        query_bytes = layers * whole.query_tokens * spec.query_size * spec.dtype_bytes
+        cached = whole.cached
+        query_bytes = layers * cached.query_tokens * spec.query_size * spec.dtype_bytes
         disk_read, disk_write = self.hardware.disk_read.bytes_per_second, self.hardware.disk_write.bytes_per_second
         on_cpu = kv["cpu_on_cpu"] + kv["disk_on_cpu"]
         on_disk = kv["disk_to_gpu"] + kv["disk_on_cpu"]
@@ -189,7 +190,7 @@ class _Program:
             Lane.DISK_READ.value: read * (1 / disk_read),
             Lane.DISK_WRITE.value: (new_bytes * on_disk) * (1 / disk_write),
         }
-        compute = costs.compute_seconds(shape)
+        compute = costs.compute_seconds(shape, self.policy.half_batches)
         if not self.budgets.on_device:
             lanes[Lane.CPU.value] = pulp.LpAffineExpression(
                 constant=compute + costs.attend_pass_seconds(self.hardware.cpu, whole)
@@ -199,9 +200,14 @@ class _Program:
         hidden_bytes = costs.hidden_bytes(shape.tokens) * (self.hidden["cpu"] + self.hidden["disk"])
         h2d = moved_bytes * (weights["cpu"] + weights["disk"]) + there_bytes * to_gpu + query_bytes * on_cpu
         d2h = new_bytes * (to_gpu + on_cpu) + query_bytes * on_cpu + hidden_bytes
-        lanes[Lane.GPU.value] = compute + costs.attend_pass_seconds(costs.device, whole) * (kv["gpu"] + to_gpu)
-        # A layer's output projection waits for all its attention: the CPU's part and the GPU's matmuls take turns.
-        lanes["gpu_and_cpu"] = compute + costs.attend_pass_seconds(self.hardware.cpu, whole) * on_cpu
+        fresh = costs.attend_pass_seconds(costs.device, whole.fresh) * on_cpu  # prompts that start need no KV cache
+        attended = costs.attend_pass_seconds(costs.device, whole) * (kv["gpu"] + to_gpu)
+        on_cpu_seconds = costs.attend_pass_seconds(self.hardware.cpu, cached) * on_cpu
+        lanes[Lane.GPU.value] = compute + fresh + attended
+        if self.policy.half_batches:  # the CPU attends one half beside the matmuls of the other
+            lanes[Lane.CPU.value] = on_cpu_seconds
+        else:  # a layer's output projection waits for all its attention: the CPU and the GPU's matmuls take turns
+            lanes["gpu_and_cpu"] = compute + fresh + on_cpu_seconds
         lanes[Lane.H2D.value] = (h2d + hidden_bytes) * (1 / costs.h2d.bytes_per_second)
         lanes[Lane.D2H.value] = d2h * (1 / costs.d2h.bytes_per_second)
         return lanes

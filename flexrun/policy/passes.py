@@ -13,7 +13,15 @@ from flexrun.placement import KVMicroBatch
 from flexrun.steps import MicroBatchShape, PassShape
 from flexrun.workload import Workload
 
-COLUMNS = ("query_tokens", "kv_tokens", "query_kv_pairs", "decode_tokens", "decode_kv_tokens")
+COLUMNS = (
+    "query_tokens",
+    "kv_tokens",
+    "query_kv_pairs",
+    "decode_tokens",
+    "decode_kv_tokens",
+    "fresh_tokens",
+    "fresh_pairs",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +138,9 @@ class _Job:
         """COLUMNS of one pass, each by micro-batch, and how many tokens are sampled."""
         decoding, decoding_kv = self.decoding, self.decoding_kv
         table = [column[:] for column in (decoding, decoding_kv, decoding_kv, decoding, decoding_kv)]
-        query, kv, pairs, single, single_kv = table
+        nothing = [0] * len(decoding)
+        table += [nothing, nothing[:]]
+        query, kv, pairs, single, single_kv, fresh, fresh_pairs = table
         sampled = sum(decoding)
         room = self.policy.tokens_per_pass - sampled
         under_way, self.prompts, done = self.prompts, deque(), []
@@ -148,6 +158,9 @@ class _Job:
                 if count == 1:
                     single[home] += 1
                     single_kv[home] += seen
+                elif not prompt.cached:
+                    fresh[home] += count
+                    fresh_pairs[home] += count * (count + 1) // 2
                 prompt.cached = seen
             (done if prompt.cached == prompt.tokens else self.prompts).append(prompt)
         for home, count in enumerate(decoding):

@@ -55,7 +55,13 @@ class _Clock:
 
     def __init__(self, layout: Layout, costs: StepCosts, keep_events: bool):
         self._costs, self._keep_events = costs, keep_events
-        self._scheduler = build_scheduler(layout.spec, layout.placement, layout.account, on_device=layout.on_device)
+        self._scheduler = build_scheduler(
+            layout.spec,
+            layout.placement,
+            layout.account,
+            on_device=layout.on_device,
+            half_batches=layout.policy.half_batches,
+        )
         self._compute = LANES.index(self._scheduler.compute_lane)
         self._names = _contention_names(costs, self._scheduler.compute_lane)
         self._speeds: dict[int, dict[int, float]] = {}

@@ -37,6 +37,7 @@ def engines(draw) -> dict:
         weights=draw(placements(on_device)),
         kv=draw(placements(on_device, disk=False)),
         cpu_attention_share=draw(st.sampled_from([0.0, 0.5, 1.0])),
+        half_batches=draw(st.booleans()),
     )
     return {"policy": policy, "gpu_memory": "64MiB" if on_device else 0, "direct_io": draw(st.booleans())}
 

@@ -99,7 +99,9 @@ def test_where_only_the_link_takes_time_the_gpu_is_filled_with_weights():
     assert solution.kv["cpu_on_cpu"] == pytest.approx(1.0, abs=1e-4)
     moved = sum(unit.disk_bytes for unit in streamed(POLICY, True).units)
     least = passes * moved * (1 - solution.weights.gpu) / link.bytes_per_second
-    query_bytes = SPEC.num_layers * SPEC.query_size * 2 * int(JOB.kv_tokens.sum())
+    attended = sum(kind.count * kind.shape.micro_batches[0].cached.query_tokens for kind in kinds_of(POLICY))
+    assert attended < int(JOB.kv_tokens.sum()) / 2, "prompts that start in a pass send no queries"
+    query_bytes = SPEC.num_layers * SPEC.query_size * 2 * attended
     assert solution.seconds == pytest.approx(least + query_bytes / link.bytes_per_second, rel=0.01)
 
 
@@ -123,6 +125,20 @@ def test_kv_in_ram_is_attended_where_that_is_cheap():
     assert to_gpu.kv["cpu_to_gpu"] > 0.9
     on_cpu = solve(dataclasses.replace(T4, h2d=Transfer(1e8), d2h=Transfer(1e9)), budgets, fixed=fixed)
     assert on_cpu.kv["cpu_on_cpu"] > 0.9
+
+
+def test_in_two_half_batches_the_cpu_attends_beside_the_matmuls():
+    """As a whole, a pass takes the sum of both; in halves, the longer, and the GPU reads its weights twice."""
+    seconds = {}
+    for speed in (6e9, 1e18):
+        rates = dataclasses.replace(T4.cpu.rates["float16"], decode_kv_bytes_per_second=speed)
+        machine = dataclasses.replace(T4, cpu=dataclasses.replace(T4.cpu, rates={"float16": rates}))
+        for halves in (False, True):
+            policy = dataclasses.replace(POLICY, half_batches=halves)
+            solution = solve(machine, Budgets(8 * GIB, 8 * GIB), policy, kv_home="cpu_on_cpu")
+            seconds[speed, halves] = solution.seconds
+    assert seconds[6e9, True] < 0.8 * seconds[6e9, False]
+    assert seconds[1e18, True] > 1.2 * seconds[1e18, False], "nothing to hide: the second reading is all that is left"
 
 
 def test_kv_goes_to_disk_only_where_that_is_offered():

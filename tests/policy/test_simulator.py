@@ -157,12 +157,13 @@ def test_both_ways_of_the_link_share_it(timed):
     policy = Policy(sequences_in_flight=1, weights=Placement(1.0, 0.0), cpu_attention_share=0.0)
     layout = layout_of(policy, on_device=True)
     timed({StepKind.LOAD_KV: 1.0, StepKind.SAVE_KV: 1.0})
+    passes = decode_passes(layout, 2)[1:]  # of the first nothing is cached yet
     machine = dataclasses.replace(T4, contention={}, duplex_share=0.5)
-    timeline = simulate_layout(layout, machine, decode_passes(layout, 1))
+    timeline = simulate_layout(layout, machine, passes)
     # The first load starts together with the first save; both take 2 s, as does every later pair.
     assert timeline.busy_seconds[Lane.H2D] == pytest.approx(12.0)
     assert timeline.seconds == pytest.approx(12.0)
-    alone = simulate_layout(layout, dataclasses.replace(machine, duplex_share=1.0), decode_passes(layout, 1))
+    alone = simulate_layout(layout, dataclasses.replace(machine, duplex_share=1.0), passes)
     assert alone.seconds == pytest.approx(6.0)
 
 
