@@ -79,7 +79,6 @@ class Policy:
     def check_runnable(self) -> None:
         """Raise UnsupportedError for what can be planned but is not run in this version."""
         for asked, what, remedy in (
-            (self.kv.disk, "places KV cache on disk", "place it on cpu or gpu, or lower sequences_in_flight"),
             (self.hidden.gpu < 1, "keeps hidden states off the compute device", "set hidden.gpu to 1"),
             (self.weight_bits < 16, f"stores weights in {self.weight_bits} bits", "set weight_bits to 16"),
             (self.kv_bits < 16, f"stores KV cache in {self.kv_bits} bits", "set kv_bits to 16"),

@@ -43,7 +43,8 @@ class Block:
 
 
 class DirectFile:
-    """A file opened for direct reads. ``direct`` says whether O_DIRECT is in force.
+    """A file opened for direct reads. ``direct`` says whether O_DIRECT is in force; ``path`` of one without a name is
+    its folder.
 
     hint: what to do where the file turns out shorter than it should be.
     """
@@ -59,13 +60,14 @@ class DirectFile:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise ExecutionError(f"cannot open {path}: {error.strerror}", "check the disk and the path") from error
-        self._take(path, descriptor, direct, hint)
+        self._take(path, str(path), descriptor, direct, hint)
 
     @classmethod
-    def nameless(cls, folder: Path, nbytes: int, *, direct: bool = True) -> DirectFile:
+    def nameless(cls, folder: Path, nbytes: int, *, what: str = "scratch file", direct: bool = True) -> DirectFile:
         """A new file of ``nbytes`` zeros in ``folder`` to read and write; it has no name and ends with the process.
 
-        Its space is taken at once. Raises OSError where the folder or its disk cannot give it.
+        Its space is taken at once. ``what`` names it in errors. Raises OSError where the folder or its disk cannot
+        give it.
         """
         descriptor = _open_nameless(Path(folder))
         try:
@@ -74,11 +76,11 @@ class DirectFile:
             os.close(descriptor)
             raise
         file = cls.__new__(cls)
-        file._take(Path(folder), descriptor, direct, "check the disk")
+        file._take(folder, f"{what} in {folder}", descriptor, direct, "check the disk")
         return file
 
-    def _take(self, path: Path, descriptor: int, direct: bool, hint: str) -> None:
-        self.path, self._descriptor, self._hint = Path(path), descriptor, hint
+    def _take(self, path: Path, name: str, descriptor: int, direct: bool, hint: str) -> None:
+        self.path, self._name, self._descriptor, self._hint = Path(path), name, descriptor, hint
         self.direct = direct and bool(O_DIRECT) and self._set_direct(True)
 
     def _set_direct(self, wanted: bool) -> bool:
@@ -111,11 +113,11 @@ class DirectFile:
                     self.direct = False
                     continue
                 raise ExecutionError(
-                    f"{self.path}: {what} of {nbytes} bytes at {offset} failed: {error.strerror}", "check the disk"
+                    f"{self._name}: {what} of {nbytes} bytes at {offset} failed: {error.strerror}", "check the disk"
                 ) from error
             if count == 0:
                 raise ExecutionError(
-                    f"{self.path}: short {what}, {done} of {nbytes} bytes at offset {offset}", self._hint
+                    f"{self._name}: short {what}, {done} of {nbytes} bytes at offset {offset}", self._hint
                 )
             done += count
         if not self.direct and what == "read":  # keep the page cache from becoming a tier of its own

@@ -60,7 +60,6 @@ def test_the_attention_share_is_a_fraction(share):
 @pytest.mark.parametrize(
     ("planned", "named"),
     [
-        ({"kv": Placement(0.0, 0.5, 0.5)}, "KV cache on disk"),
         ({"hidden": Placement(0.5, 0.5, 0.0)}, "hidden states"),
         ({"weight_bits": 4}, "weights in 4 bits"),
         ({"kv_bits": 8}, "KV cache in 8 bits"),

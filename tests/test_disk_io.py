@@ -231,7 +231,8 @@ def test_a_write_that_fails_or_stops_is_named(tmp_path, monkeypatch):
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(disk_io.os, "pwritev", fail)
-    with pytest.raises(ExecutionError, match=rf"{tmp_path}: write of 4096 bytes at 0 failed: Input/output error"):
+    told = rf"scratch file in {tmp_path}: write of 4096 bytes at 0 failed: Input/output error"
+    with pytest.raises(ExecutionError, match=told):
         file.write_from(*arguments)
     monkeypatch.setattr(disk_io.os, "pwritev", lambda *_: 0)
     with pytest.raises(ExecutionError, match="short write, 0 of 4096 bytes at offset 0"):

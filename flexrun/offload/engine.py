@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 
 import torch
@@ -62,6 +63,7 @@ class Engine:
         *,
         cpu_budget_bytes: int | None,
         gpu_budget_bytes: int = 0,
+        disk_budget_bytes: int | None = None,
         accelerator: EmulatedDevice | None = None,
         bytes_per_second: Mapping[Lane, float] = MappingProxyType({}),
         trace: bool = False,
@@ -69,7 +71,8 @@ class Engine:
     ):
         """``gpu_budget_bytes`` > 0: an accelerator with that much memory beside the host, emulated unless one is given.
 
-        The engine closes the accelerator. bytes_per_second: bandwidths that lanes of an emulated one are held to.
+        The engine closes the accelerator. disk_budget_bytes: for the packed weights and the KV cache beside them, where
+        some of it lives on disk. bytes_per_second: bandwidths that lanes of an emulated one are held to.
         """
         self.policy, self.kv_tokens = policy, kv_tokens
         self._accelerator = accelerator or EmulatedDevice()
@@ -80,13 +83,13 @@ class Engine:
             if on_device:
                 self.tiers[Tier.GPU] = MemoryTier(Tier.GPU, gpu_budget_bytes, self._accelerator.memory)
             host, device = self.tiers[Tier.CPU], self.tiers.get(Tier.GPU)
+            self.kv = self._open_kv(spec, disk_budget_bytes, packed.folder.parent, account, direct)
+            undo.callback(self.kv.close)
             pack = pack_matrix if can_pack(DTYPES[spec.dtype]) else None
             self.weights = WeightStore(
                 spec, packed, placement, account, host, device, accelerator=self._accelerator, direct=direct, pack=pack
             )
             undo.callback(self.weights.close)
-            self.kv = KVStore(spec, kv_micro_batches(policy, kv_tokens, on_device=on_device), host, device)
-            undo.callback(self.kv.close)
             self._scheduler = build_scheduler(
                 spec, placement, account, on_device=on_device, half_batches=policy.half_batches
             )
@@ -111,6 +114,17 @@ class Engine:
             undo.pop_all()
             self._batcher = Batcher(policy, self.kv)
             self.totals = Totals()
+
+    def _open_kv(
+        self, spec: ModelSpec, disk_budget_bytes: int | None, folder: Path, account: MemoryAccount, direct: bool
+    ) -> KVStore:
+        """Before the weights are read: a full disk is told at once."""
+        host, device = self.tiers[Tier.CPU], self.tiers.get(Tier.GPU)
+        places = kv_micro_batches(self.policy, self.kv_tokens, on_device=device is not None)
+        if any(place.home is Tier.DISK for place in places):
+            self.tiers[Tier.DISK] = MemoryTier(Tier.DISK, disk_budget_bytes)
+            self.tiers[Tier.DISK].reserve("weights", account.bytes_by_kind[Tier.DISK]["weights"])
+        return KVStore(spec, places, host, device, self.tiers.get(Tier.DISK), folder, direct=direct)
 
     @property
     def events(self) -> list[Event] | None:
@@ -175,6 +189,8 @@ class Engine:
         self._accelerator.settle()
         self.kv.close()
         self.weights.close()
+        if Tier.DISK in self.tiers:
+            self.tiers[Tier.DISK].release("weights", self.tiers[Tier.DISK].used_by_kind["weights"])
         self.tiers[Tier.CPU].release("rotary", self._rotary_bytes)
         self._rotary_bytes = 0
         self._accelerator.close()

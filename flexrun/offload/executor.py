@@ -26,7 +26,7 @@ from flexrun.offload.weight_store import WeightStore
 from flexrun.schedule import Scheduler
 from flexrun.steps import Step, StepKind
 
-THREADS = {Lane.DISK_READ: 3}  # enough requests in flight to fill one SSD; each costs little CPU
+THREADS = {Lane.DISK_READ: 3, Lane.DISK_WRITE: 3}  # enough requests in flight to fill one SSD; each costs little CPU
 WEIGHTS = (StepKind.READ_WEIGHTS, StepKind.COPY_WEIGHTS)
 
 

@@ -7,14 +7,20 @@ what is in use of a slab moves as few large copies.
 from __future__ import annotations
 
 import bisect
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy
 from torch import Tensor
 
+from flexrun.attention import Segments
 from flexrun.core import DTYPES, Lane, Tier, align_up
 from flexrun.models.spec import ModelSpec
+from flexrun.offload.kv_file import GAP_BYTES, KVFile, Pages, cover, pages_of
 from flexrun.offload.tiers import Buffer, MemoryTier
 from flexrun.placement import KV_SLOTS, KVMicroBatch
+from flexrun.steps import Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,39 +61,80 @@ class TokenSpace:
         self._free.insert(place, (start, end))
 
 
+@dataclass(frozen=True, slots=True)
+class _Moves:
+    """What a pass moves of every layer's slab of one micro-batch; pages: of one that lives on disk."""
+
+    cached_runs: list[tuple[int, int]]
+    pages: Pages | None
+
+
 class KVStore:
-    """Slabs for every layer of every micro-batch, in the memory of each micro-batch's home tier."""
+    """Slabs for every layer of every micro-batch, in the memory of each micro-batch's home tier or in a file.
+
+    A slab on disk passes through a staging slot of the host; what is attended elsewhere than at home, through one of
+    the compute device. Slabs on disk and their slots keep the keys and values of a token together, so that a
+    sequence is one range of bytes; whatever lies behind it, a slab's tensor is [2, tokens, kv_heads, head_dim].
+    """
 
     def __init__(
-        self, spec: ModelSpec, micro_batches: tuple[KVMicroBatch, ...], host: MemoryTier, device: MemoryTier | None
+        self,
+        spec: ModelSpec,
+        micro_batches: tuple[KVMicroBatch, ...],
+        host: MemoryTier,
+        device: MemoryTier | None,
+        disk: MemoryTier | None = None,
+        folder: Path | None = None,
+        *,
+        direct: bool = True,
     ):
+        """``disk`` and ``folder``: where micro-batches whose home is the disk live. Raises BudgetError or ConfigError
+        where a tier is too small or the folder cannot be written."""
         self.micro_batches = micro_batches
         self._spec = spec
         self._dtype = DTYPES[spec.dtype]
         self._spaces = [TokenSpace(micro_batch.capacity_tokens) for micro_batch in micro_batches]
-        self.sequences = [0] * len(micro_batches)  # regions in use
+        self._regions: list[dict[int, int]] = [{} for _ in micro_batches]  # start -> capacity of those in use
         self._buffers: list[Buffer] = []
         self._slabs: list[list[Tensor]] = []
-        layer_bytes = spec.kv_elements_per_token * self._dtype.itemsize
-        for micro_batch in micro_batches:
-            memory = device if micro_batch.home is Tier.GPU else host
-            slab_bytes = micro_batch.capacity_tokens * layer_bytes
-            buffer = memory.allocate("kv", slab_bytes * spec.num_layers, touch=True)
-            self._buffers.append(buffer)
-            self._slabs.append(
-                [self._view(buffer, layer * slab_bytes, micro_batch) for layer in range(spec.num_layers)]
-            )
-        self._staging: list[Tensor] = []
-        staged = [mb for mb in micro_batches if mb.home is Tier.CPU and mb.attend_lane is Lane.GPU]
-        if staged:
-            slot_bytes = align_up(staged[0].capacity_tokens * layer_bytes)
-            buffer = device.allocate("kv_staging", KV_SLOTS * slot_bytes, touch=True)
-            self._buffers.append(buffer)
-            self._staging = [self._view(buffer, slot * slot_bytes, staged[0]) for slot in range(KV_SLOTS)]
+        self._row_bytes = spec.kv_elements_per_token * self._dtype.itemsize
+        self._slot_bytes = align_up(self.largest_sequence_tokens * self._row_bytes)
+        self._moves: dict[int, tuple[Segments, _Moves]] = {}  # of each micro-batch, for the pass at hand
+        self._host_slots: Buffer | None = None
+        self._device_slots: Buffer | None = None
+        self.file: KVFile | None = None
+        on_disk = [index for index, place in enumerate(micro_batches) if place.home is Tier.DISK]
+        self._disk_places = {index: place for place, index in enumerate(on_disk)}
+        if on_disk:  # first: a full disk shows before any memory is filled
+            self.file = KVFile(folder, self._slot_bytes, len(on_disk) * spec.num_layers, disk, direct=direct)
+        try:
+            self._allocate(host, device)
+        except BaseException:
+            self.close()
+            raise
+
+    def _allocate(self, host: MemoryTier, device: MemoryTier | None) -> None:
+        layers = self._spec.num_layers
+        for micro_batch in self.micro_batches:
+            self._slabs.append([])
+            if micro_batch.home is not Tier.DISK:
+                slab_bytes = micro_batch.capacity_tokens * self._row_bytes
+                buffer = self._buffer(device if micro_batch.home is Tier.GPU else host, "kv", slab_bytes * layers)
+                self._slabs[-1] = [self._view(buffer, layer * slab_bytes, micro_batch) for layer in range(layers)]
+        if self.file is not None:
+            self._host_slots = self._buffer(host, "kv_staging", KV_SLOTS * self._slot_bytes)
+        if any(place.home is not Tier.GPU and place.attend_lane is Lane.GPU for place in self.micro_batches):
+            self._device_slots = self._buffer(device, "kv_staging", KV_SLOTS * self._slot_bytes)
+
+    def _buffer(self, memory: MemoryTier, kind: str, nbytes: int) -> Buffer:
+        self._buffers.append(memory.allocate(kind, nbytes, touch=True))
+        return self._buffers[-1]
 
     def _view(self, buffer: Buffer, offset: int, micro_batch: KVMicroBatch) -> Tensor:
-        shape = (2, micro_batch.capacity_tokens, self._spec.num_kv_heads, self._spec.head_dim)
-        return buffer.view(offset, shape, self._dtype)
+        tokens, heads = micro_batch.capacity_tokens, (self._spec.num_kv_heads, self._spec.head_dim)
+        if micro_batch.home is Tier.DISK:
+            return buffer.view(offset, (tokens, 2, *heads), self._dtype).transpose(0, 1)
+        return buffer.view(offset, (2, tokens, *heads), self._dtype)
 
     def allocate(self, tokens: int, max_sequences: int) -> Region | None:
         """Room for a sequence of ``tokens`` in the emptiest micro-batch that has it, or None for now.
@@ -96,18 +143,23 @@ class KVStore:
         """
         order = sorted(
             (index for index, count in enumerate(self.sequences) if count < max_sequences),
-            key=lambda index: (self.sequences[index], -self._spaces[index].free_tokens, index),
+            key=lambda index: (len(self._regions[index]), -self._spaces[index].free_tokens, index),
         )
         for index in order:
             start = self._spaces[index].allocate(tokens)
             if start is not None:
-                self.sequences[index] += 1
+                self._regions[index][start] = tokens
                 return Region(index, start, tokens)
         return None
 
     def release(self, region: Region) -> None:
         self._spaces[region.micro_batch].release(region.start, region.capacity)
-        self.sequences[region.micro_batch] -= 1
+        del self._regions[region.micro_batch][region.start]
+
+    @property
+    def sequences(self) -> list[int]:
+        """Sequences in each micro-batch."""
+        return [len(regions) for regions in self._regions]
 
     @property
     def largest_sequence_tokens(self) -> int:
@@ -115,14 +167,70 @@ class KVStore:
         return max(micro_batch.capacity_tokens for micro_batch in self.micro_batches)
 
     def slab(self, layer: int, micro_batch: int) -> Tensor:
-        """[2, tokens, kv_heads, head_dim] in the micro-batch's home tier."""
+        """[2, tokens, kv_heads, head_dim] in the memory of the micro-batch's home tier, which is not the disk."""
         return self._slabs[micro_batch][layer]
 
-    def staging(self, slot: int) -> Tensor:
-        """[2, tokens, kv_heads, head_dim] on the device, for host-resident KV that is attended there."""
-        return self._staging[slot]
+    def on_host(self, layer: int, micro_batch: int, slot: int) -> Tensor:
+        """The slab of a micro-batch that lives on the host, or the host's ``slot`` for one that lives on disk."""
+        if micro_batch in self._disk_places:
+            return self._view(self._host_slots, slot * self._slot_bytes, self.micro_batches[micro_batch])
+        return self._slabs[micro_batch][layer]
+
+    def staging(self, slot: int, micro_batch: int) -> Tensor:
+        """The slot in the memory of the compute device through which a micro-batch from another tier is attended.
+
+        Laid out like the micro-batch's slab at home, so that what is in use moves as few copies.
+        """
+        slots = self._host_slots if self._device_slots is None else self._device_slots
+        return self._view(slots, slot * self._slot_bytes, self.micro_batches[micro_batch])
+
+    # KV on disk ---------------------------------------------------------------------------------------
+
+    def read_parts(self, step: Step, segments: Segments) -> list[Callable[[], None]]:
+        """READ_KV: what earlier passes left of a micro-batch's ``segments``, to the host slot ``step.offset``."""
+        return self.file.read_parts(*self._moved(step, segments))
+
+    def write_parts(self, step: Step, segments: Segments) -> list[Callable[[], None]]:
+        """WRITE_KV: the rows that this pass adds to ``segments``, out of the host slot ``step.offset``."""
+        return self.file.write_parts(*self._moved(step, segments))
+
+    def _moved(self, step: Step, segments: Segments) -> tuple[int, Pages, int]:
+        slab = self._disk_places[step.micro_batch] * self._spec.num_layers + step.layer
+        address = self._host_slots.data.data_ptr() + step.offset * self._slot_bytes
+        return slab, self._moves_of(step.micro_batch, segments).pages, address
+
+    # What a pass moves --------------------------------------------------------------------------------
+
+    def cached_runs(self, micro_batch: int, segments: Segments) -> list[tuple[int, int]]:
+        """Tokens (start, stop) of a slab that earlier passes left for ``segments``, sorted; small gaps are included."""
+        return self._moves_of(micro_batch, segments).cached_runs
+
+    def _moves_of(self, micro_batch: int, segments: Segments) -> _Moves:
+        """The same for every layer, so worked out once a pass."""
+        known = self._moves.get(micro_batch)
+        if known is None or known[0] is not segments:
+            start, stop = segments.kv_start, segments.kv_start + segments.kv_len
+            middle = stop - segments.query_len
+            cached, new = numpy.stack([start, middle], axis=1), numpy.stack([middle, stop], axis=1)
+            runs = [(first, last) for first, last in cover(cached, 1, GAP_BYTES // self._row_bytes).tolist()]
+            pages = None
+            if micro_batch in self._disk_places:
+                present = set(start.tolist())
+                rooms = [(at, at + room) for at, room in self._regions[micro_batch].items() if at not in present]
+                absent = numpy.array(rooms, dtype=numpy.int64).reshape(-1, 2)
+                pages = pages_of(*(tokens * self._row_bytes for tokens in (cached, new, absent)))
+            self._moves[micro_batch] = known = (segments, _Moves(runs, pages))
+        return known[1]
 
     def close(self) -> None:
-        self._slabs, self._staging = [], []
+        self._slabs, self._host_slots, self._device_slots = [], None, None
         for buffer in self._buffers:
             buffer.close()
+        if self.file is not None:
+            self.file.close()
+
+
+def pieces(slab: Tensor, start: int, stop: int) -> list[Tensor]:
+    """Tokens ``[start, stop)`` of a slab as contiguous tensors: keys and values, or both in one."""
+    rows = slab[:, start:stop]
+    return [rows.transpose(0, 1)] if slab.stride(0) < slab.stride(1) else [rows[0], rows[1]]

@@ -51,8 +51,8 @@ class Activations:
         dtype, tokens, place = DTYPES[spec.dtype], policy.tokens_per_pass, accelerator.place
         heads = (tokens, spec.num_heads, spec.head_dim)
         kv_heads = (tokens, spec.num_kv_heads, spec.head_dim)
-        on_host = [each for each in kv.micro_batches if each.home is Tier.CPU] if device is not None else []
-        attends_on_host = any(each.attend_lane is Lane.CPU for each in on_host)
+        away = [each for each in kv.micro_batches if each.home is not self.compute_tier]
+        attends_on_host = device is not None and any(each.attend_lane is Lane.CPU for each in away)
         row_bytes = weights.embedding_rows.row_bytes if weights.embedding_rows else 0
         self.embedding_rows = host.allocate("embedding_rows", tokens * row_bytes) if row_bytes else None
         for tier, kind, nbytes in self._reserved:
@@ -64,10 +64,8 @@ class Activations:
         self.gathers_embedding = bool(row_bytes) or not on_device
         # A copy lane may still read the query when its projection's memory is used again on another stream.
         self.copies_query = attends_on_host and accelerator.is_separate
-        self.branches: dict[
-            int, list[Tensor]
-        ] = {}  # first row -> attention branches of chunks, until the MLP takes them
-        if on_host:  # rows that a copy lane carries to the host KV while the compute lane goes on
+        self.branches: dict[int, list[Tensor]] = {}  # first row -> attention branch of each chunk, until the MLP
+        if away:  # rows that a copy lane carries to where the KV lives while the compute lane goes on
             self.key, self.value = (torch.empty(kv_heads, dtype=dtype, device=place) for _ in range(2))
         self._host_rows: Buffer | None = None
         if attends_on_host:
@@ -191,8 +189,10 @@ class Modules:
         segments = rows.segments
         if activations.in_place(rows.index):
             slab = self._kv.slab(step.layer, rows.index)
-        else:  # KV copied to a staging slot: add this pass's own rows
-            slab, segments = self._kv.staging(step.offset), rows.cached
+        else:  # KV that came to a staging slot: add this pass's own rows
+            slab = self._kv.staging(step.offset, rows.index)
+            if activations.compute_tier is Tier.GPU:
+                segments = rows.cached
             part = slice(step.start, step.stop)
             store(slab, activations.kv_rows[rows.index][: step.rows], activations.key[part], activations.value[part])
         attend_rows(self._spec, step, segments, slab, activations.query, activations.attended)

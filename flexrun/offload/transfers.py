@@ -10,7 +10,7 @@ import torch
 from flexrun.models.spec import ModelSpec
 from flexrun.offload.batcher import MicroBatchRows
 from flexrun.offload.device import EmulatedDevice
-from flexrun.offload.kv_store import KVStore
+from flexrun.offload.kv_store import KVStore, pieces
 from flexrun.offload.modules import Activations, attend_rows, store
 from flexrun.offload.weight_store import WeightStore
 from flexrun.steps import Step, StepKind
@@ -29,7 +29,12 @@ class Transfers:
     ):
         self._spec, self._weights, self._kv = spec, weights, kv
         self._activations, self._accelerator = activations, accelerator
-        self._parts = {StepKind.READ_WEIGHTS: weights.read_parts, StepKind.COPY_WEIGHTS: weights.copy_parts}
+        self._parts = {
+            StepKind.READ_WEIGHTS: weights.read_parts,
+            StepKind.COPY_WEIGHTS: weights.copy_parts,
+            StepKind.READ_KV: lambda step: kv.read_parts(step, activations.rows[step.micro_batch].segments),
+            StepKind.WRITE_KV: lambda step: kv.write_parts(step, activations.rows[step.micro_batch].segments),
+        }
         self._whole = {
             StepKind.READ_ROWS: self._read_rows,
             StepKind.OFFLOAD_QUERY: self._offload_query,
@@ -66,24 +71,24 @@ class Transfers:
     def _store_to_host(self, step: Step, rows: MicroBatchRows) -> None:
         """New keys and values to the slab; behind everything else that the step copies, for it waits for its copies."""
         part = slice(rows.start, rows.stop)
-        slab, kv_rows = self._kv.slab(step.layer, rows.index), torch.from_numpy(rows.kv_rows)
+        slab, kv_rows = self._kv.on_host(step.layer, rows.index, step.offset), torch.from_numpy(rows.kv_rows)
         new = self._activations.key[part], self._activations.value[part]
         for arrived, (key, value) in self._accelerator.rows_on_host(*new):
             store(slab, kv_rows[arrived], key, value)
 
     def _load_kv(self, step: Step) -> None:
-        """Tokens cached before this pass, one copy a run of neighbouring sequences."""
+        """Tokens cached before this pass, runs of neighbouring sequences together."""
         rows = self._activations.rows[step.micro_batch]
-        slab, staging = self._kv.slab(step.layer, rows.index), self._kv.staging(step.offset)
-        for _, query_len, kv_start, kv_len in rows.segments.rows:
-            part = slice(kv_start, kv_start + kv_len - query_len)
-            for kind in range(2):  # keys and values are one piece each: only such a copy is asynchronous
-                self._accelerator.copy(staging[kind, part], slab[kind, part])
+        slab = self._kv.on_host(step.layer, rows.index, step.source_offset)
+        staging = self._kv.staging(step.offset, rows.index)
+        for run in self._kv.cached_runs(rows.index, rows.segments):
+            for target, source in zip(pieces(staging, *run), pieces(slab, *run)):
+                self._accelerator.copy(target, source)
 
     def _attend_on_host(self, step: Step) -> None:
         activations = self._activations
         rows = activations.rows[step.micro_batch]
-        slab = self._kv.slab(step.layer, rows.index)
+        slab = self._kv.on_host(step.layer, rows.index, step.offset)
         attend_rows(self._spec, step, rows.cached, slab, activations.host_query, activations.host_attended)
 
     def _return_attended(self, step: Step) -> None:

@@ -139,8 +139,12 @@ def memory_account(
     micro_batches = kv_micro_batches(policy, kv_tokens, on_device=on_device)
     token_bytes = kv_bytes_per_token(spec, policy.kv_bits)
     kv = dict.fromkeys(Tier, 0)
+    slot_bytes = align_up(micro_batches[0].capacity_tokens * token_bytes // spec.num_layers)
     for micro_batch in micro_batches:
-        kv[micro_batch.home] += align_up(micro_batch.capacity_tokens * token_bytes)
+        if micro_batch.home is Tier.DISK:  # every layer's slab begins on a page
+            kv[Tier.DISK] += spec.num_layers * slot_bytes
+        else:
+            kv[micro_batch.home] += align_up(micro_batch.capacity_tokens * token_bytes)
     kinds = {tier: {"weights": placement.bytes_on(tier), "kv": kv[tier]} for tier in (Tier.GPU, Tier.CPU)}
     kinds[Tier.DISK] = {"weights": placement.stored_bytes, "kv": kv[Tier.DISK]}
     kinds[Tier.GPU if on_device else Tier.CPU]["workspace"] = workspace_bytes(spec, policy)
@@ -151,7 +155,6 @@ def memory_account(
     if placement.embedding_on_disk:
         row_bytes = spec.embedding_size * spec.dtype_bytes
         kinds[Tier.CPU]["embedding_rows"] = align_up(policy.tokens_per_pass * row_bytes)
-    slot_bytes = align_up(micro_batches[0].capacity_tokens * token_bytes // spec.num_layers)
     if kv[Tier.DISK]:
         kinds[Tier.CPU]["kv_staging"] = KV_SLOTS * slot_bytes
     if on_device:

@@ -18,8 +18,8 @@ PROPERTY = settings(
 
 
 @st.composite
-def placements(draw, gpu: bool, disk: bool = True) -> Placement:
-    parts = [draw(st.integers(0, 4)) * gpu, draw(st.integers(0, 4)), draw(st.integers(0, 4)) * disk]
+def placements(draw, gpu: bool) -> Placement:
+    parts = [draw(st.integers(0, 4)) * gpu, draw(st.integers(0, 4)), draw(st.integers(0, 4))]
     parts[1] += not sum(parts)
     total = sum(parts)
     return Placement(parts[0] / total, parts[1] / total, parts[2] / total)
@@ -35,7 +35,7 @@ def engines(draw) -> dict:
         attention_micro_batch=draw(st.integers(1, 4)),
         token_micro_batch=draw(st.integers(1, 40)),
         weights=draw(placements(on_device)),
-        kv=draw(placements(on_device, disk=False)),
+        kv=draw(placements(on_device)),
         cpu_attention_share=draw(st.sampled_from([0.0, 0.5, 1.0])),
         half_batches=draw(st.booleans()),
     )

@@ -262,8 +262,8 @@ def test_a_budget_of_nothing_is_no_default():
 
 
 def test_a_policy_that_only_can_be_planned_is_not_run(open_llm):
-    llm = open_llm("llama", policy=Policy(kv=Placement(0.0, 0.0, 1.0)))
-    with pytest.raises(UnsupportedError, match="places KV cache on disk"):
+    llm = open_llm("llama", policy=Policy(kv_bits=8))
+    with pytest.raises(UnsupportedError, match="stores KV cache in 8 bits"):
         llm.prepare(Workload.uniform(4, 10, 5))
 
 

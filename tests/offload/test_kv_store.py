@@ -78,7 +78,7 @@ def test_slabs_are_apart_and_writable(store):
     kv, _, _ = store(ON_GPU, ON_HOST, STAGED)
     spec = kv._spec
     slabs = [kv.slab(layer, index) for layer in range(spec.num_layers) for index in range(3)]
-    slabs += [kv.staging(0), kv.staging(1)]
+    slabs += [kv.staging(0, 2), kv.staging(1, 2)]
     for number, slab in enumerate(slabs):
         assert slab.shape == (2, 30, spec.num_kv_heads, spec.head_dim)
         assert slab.is_contiguous()

@@ -189,14 +189,13 @@ def test_an_engine_takes_exactly_what_the_account_says(packed, matrices_move, da
     spec, weights = packed(data.draw(st.sampled_from(["llama", "gemma2", "opt_350m"])))
     on_device = data.draw(st.booleans())
     sequences = data.draw(st.integers(1, 6))
-    gpu_kv = data.draw(st.sampled_from([0.0, 0.5, 1.0])) if on_device else 0.0
     policy = Policy(
         sequences_in_flight=sequences,
         tokens_per_pass=data.draw(st.integers(sequences, 50)),
         attention_micro_batch=data.draw(st.integers(1, 4)),
         token_micro_batch=data.draw(st.integers(1, 60)),
         weights=data.draw(fractions(gpu=on_device)),
-        kv=Placement(gpu_kv, 1 - gpu_kv, 0.0),
+        kv=data.draw(fractions(gpu=on_device)),
         cpu_attention_share=data.draw(st.sampled_from([0.0, 0.5, 1.0])),
     )
     kv_tokens = data.draw(st.integers(1, 300))
@@ -226,13 +225,16 @@ def test_an_engine_takes_exactly_what_the_account_says(packed, matrices_move, da
         direct=False,
     )
     try:
-        assert set(engine.tiers) == ({Tier.CPU, Tier.GPU} if on_device else {Tier.CPU})
+        kv_on_disk = account.bytes_by_kind[Tier.DISK]["kv"]
+        assert set(engine.tiers) == {Tier.CPU} | ({Tier.GPU} if on_device else set()) | (
+            {Tier.DISK} if kv_on_disk else set()
+        )
         for tier, memory in engine.tiers.items():
             told = {kind: nbytes for kind, nbytes in account.bytes_by_kind[tier].items() if nbytes}
             assert {kind: nbytes for kind, nbytes in memory.used_by_kind.items() if nbytes} == told
             assert memory.used_bytes == memory.peak_bytes == account.total(tier)
         on_disk = sum(path.stat().st_size for path in weights.folder.glob("*.bin"))
-        assert account.total(Tier.DISK) == on_disk
+        assert account.total(Tier.DISK) == on_disk + kv_on_disk
     finally:
         engine.close()
     assert all(memory.used_bytes == 0 for memory in engine.tiers.values())
