@@ -56,11 +56,7 @@ class DirectFile:
         direct: bool = True,
         hint: str = "the packed cache is damaged; delete its folder and run again",
     ):
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise ExecutionError(f"cannot open {path}: {error.strerror}", "check the disk and the path") from error
-        self._take(path, str(path), descriptor, direct, hint)
+        self._take(path, str(path), _open_for_reading(path), direct, hint)
 
     @classmethod
     def nameless(cls, folder: Path, nbytes: int, *, what: str = "scratch file", direct: bool = True) -> DirectFile:
@@ -129,6 +125,13 @@ class DirectFile:
             self._descriptor = -1
 
 
+def _open_for_reading(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ExecutionError(f"cannot open {path}: {error.strerror}", "check the disk and the path") from error
+
+
 def _open_nameless(folder: Path) -> int:
     """Descriptor of a file that no folder lists, so that it goes however the process ends."""
     flags = os.O_RDWR | os.O_CLOEXEC
@@ -163,16 +166,26 @@ class RowFile:
     """Rows of a table on disk (an embedding): few, small and scattered, so read through the page cache."""
 
     def __init__(self, path: Path, offset: int, row_bytes: int):
+        """Raises ExecutionError where the file cannot be opened."""
         self.path, self._offset, self.row_bytes = Path(path), offset, row_bytes
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._descriptor = _open_for_reading(path)
         os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_RANDOM)
 
     def read_rows(self, rows: list[int], target: torch.Tensor) -> None:
-        """Row ``rows[n]`` to ``target[n]`` (uint8 [>= len(rows), row_bytes]). Raises ExecutionError on a short read."""
+        """Row ``rows[n]`` to ``target[n]`` (uint8 [>= len(rows), row_bytes]).
+
+        Raises ExecutionError on an error or a short read.
+        """
         view = memoryview(target.numpy()).cast("B")
         for place, row in enumerate(rows):
             window = view[place * self.row_bytes : (place + 1) * self.row_bytes]
-            if os.preadv(self._descriptor, [window], self._offset + row * self.row_bytes) != self.row_bytes:
+            try:
+                count = os.preadv(self._descriptor, [window], self._offset + row * self.row_bytes)
+            except OSError as error:
+                raise ExecutionError(
+                    f"{self.path}: read of row {row} failed: {error.strerror}", "check the disk"
+                ) from error
+            if count != self.row_bytes:
                 raise ExecutionError(
                     f"{self.path}: short read of row {row}", "the packed cache is damaged; delete its folder"
                 )

@@ -268,3 +268,19 @@ def test_rows_are_gathered(content):
         rows.read_rows([99999], target)
     rows.close()
     rows.close()
+
+
+def test_a_failing_row_read_names_file_and_row(tmp_path, monkeypatch):
+    path = tmp_path / "rows.bin"
+    path.write_bytes(bytes(64))
+    rows = RowFile(path, 0, 16)
+
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(ExecutionError, match=r"rows.bin: read of row 3 failed: Input/output error"):
+        rows.read_rows([3], torch.empty(1, 16, dtype=torch.uint8))
+    rows.close()
+    with pytest.raises(ExecutionError, match="cannot open"):
+        RowFile(tmp_path / "absent.bin", 0, 16)

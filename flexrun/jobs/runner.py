@@ -182,7 +182,8 @@ class _Job:
                 self._stream(llm, index, rows, journal)
             except FlexrunError:
                 if self.config.output_file != "-":
-                    self._say(f"{self.answered:,} answers of this run are safe in {self.config.output_file}")
+                    where = self.config.output_file
+                    self._say(f"{self.answered:,} answers of this run are safe in {where}; go on with --resume")
                 raise
             finally:
                 self.seconds["run"] = time.perf_counter() - started

@@ -17,6 +17,7 @@ from flexrun.models.rope import RopeTables
 from flexrun.models.spec import ModelSpec
 from flexrun.offload.batcher import PassPlan
 from flexrun.offload.device import EmulatedDevice
+from flexrun.offload.failures import failure_of
 from flexrun.offload.kv_store import KVStore
 from flexrun.offload.lanes import LaneMeter, LaneWorker, Progress, QueuedSteps, Throttle
 from flexrun.offload.modules import Activations, Modules
@@ -65,6 +66,7 @@ class Executor:
         lanes = [Lane.DISK_READ] + ([Lane.H2D, Lane.D2H, Lane.CPU] if device is not None else [])
         self._meters = {lane: LaneMeter(self._record) for lane in (*lanes, self._compute_lane)}
         self._throttles = {lane: Throttle(rate) for lane, rate in bytes_per_second.items()}
+        self._step: Step | None = None  # the one that is computed
         self._workers: dict[tuple[Lane, bool], LaneWorker] = {}
         self._queue = accelerator.queue(self._compute_lane)
         meter = self._meters[self._compute_lane]
@@ -75,14 +77,16 @@ class Executor:
         """Run one pass. ``consume(start, logits)`` gets float32 [rows, vocab] for ``plan.sampled[start:]``.
 
         Raises ExecutionError (or the lane's own error) where a lane failed. An error or an interrupt in the middle
-        of a pass leaves the lanes with steps of that pass, so no further pass will run: see ``failed``.
+        of a pass leaves the lanes with steps of that pass, so no further pass will run: see ``failed``. A failure of
+        what is loaded ahead is raised by the pass that needs it: this one is whole, and its answers stand.
         """
         self._progress.check()
         try:
             self._run(plan, consume)
         except BaseException as error:
-            self._progress.fail(error)
-            raise
+            failure = failure_of(error, self._step)
+            self._progress.fail(failure)
+            raise failure from failure.__cause__
 
     @property
     def failed(self) -> bool:
@@ -90,6 +94,7 @@ class Executor:
 
     def _run(self, plan: PassPlan, consume: Callable[[int, Tensor], None]) -> None:
         with nullcontext() if self._queue is None else self._queue.active():
+            self._step = None
             self._activations.begin(plan)
             self._modules.consume = consume
             compute = []
@@ -102,9 +107,9 @@ class Executor:
                 self._compute(step)
             if self._queued is not None:  # the tables of this pass are overwritten by the next one
                 self._queued.drain()
-        self._progress.check()
 
     def _compute(self, step: Step) -> None:
+        self._step = step
         self._progress.wait(step, self._queue)
         if self._queued is None:
             start_seconds = time.perf_counter()

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from flexrun.core import Event, Lane
 from flexrun.errors import ExecutionError, FlexrunError
 from flexrun.offload.device import Mark, Queue
+from flexrun.offload.failures import failure_of
 from flexrun.steps import Step
 
 
@@ -30,6 +31,7 @@ class Progress:
         self._early: dict[Lane, set[int]] = {lane: set() for lane in Lane}  # finished before one that comes earlier
         self._marks: dict[Lane, dict[int, Mark]] = {lane: {} for lane in Lane}  # of steps a device may still be at
         self.failure: BaseException | None = None
+        self._failed = threading.Event()
 
     def is_finished(self, lane: Lane, order: int) -> bool:
         return order < self._done[lane] or order in self._early[lane]
@@ -75,13 +77,21 @@ class Progress:
     def fail(self, error: BaseException) -> None:
         with self._condition:
             self.failure = self.failure or error
+            self._failed.set()
             self._condition.notify_all()
 
     def check(self) -> None:
+        """Raise the failure of the run, if there is one."""
         if self.failure is not None:
             if isinstance(self.failure, FlexrunError):
                 raise self.failure
-            raise ExecutionError(f"a lane failed: {self.failure!r}") from self.failure
+            raise ExecutionError(f"the run was broken off: {self.failure!r}") from self.failure
+
+    def sleep_until(self, seconds: float) -> None:
+        """Sleep to a time of ``perf_counter``; a failure ends it."""
+        remaining = seconds - time.perf_counter()
+        if remaining > 0:
+            self._failed.wait(remaining)
 
 
 class Throttle:
@@ -101,12 +111,6 @@ class Throttle:
             start = self._free_seconds if now - self._free_seconds < self.CATCH_UP_SECONDS else now
             self._free_seconds = start + nbytes / self._bytes_per_second
             return self._free_seconds
-
-    @staticmethod
-    def sleep_until(seconds: float) -> None:
-        remaining = seconds - time.perf_counter()
-        if remaining > 0:
-            time.sleep(remaining)
 
 
 class LaneMeter:
@@ -225,10 +229,12 @@ class LaneWorker:
             return task, part
 
     def _run(self) -> None:
+        step = None
         try:
             with nullcontext() if self._queue is None else self._queue.active():
                 while (taken := self._take()) is not None:
                     task, part = taken
+                    step = task.step
                     self._run_part(task, part)
                     if self._queue is not None:
                         self._queue.bound()
@@ -236,7 +242,7 @@ class LaneWorker:
                 if self._queued is not None:
                     self._queued.drain()
         except BaseException as error:
-            self._progress.fail(error)
+            self._progress.fail(failure_of(error, step))
 
     def _run_part(self, task: _Task, part: Callable[[], None]) -> None:
         if self._throttle is None:
@@ -244,7 +250,7 @@ class LaneWorker:
             return
         arrival_seconds = self._throttle.take_turn(task.step.bytes / len(task.parts))
         part()
-        self._throttle.sleep_until(arrival_seconds)
+        self._progress.sleep_until(arrival_seconds)
 
     def _finish_part(self, task: _Task) -> None:
         with self._state_lock:

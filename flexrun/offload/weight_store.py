@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -58,9 +59,7 @@ class WeightStore:
         self.spec, self.packed, self.placement = spec, packed, placement
         self._dtype = DTYPES[spec.dtype]
         self._compute_tier = Tier.CPU if device is None else Tier.GPU
-        self._files = {entry.file: None for entry in packed.entries.values()}
-        for name in self._files:
-            self._files[name] = DirectFile(packed.folder / name, direct=direct)
+        self._files: dict[str, DirectFile] = {}
         self._units = [_Unit() for _ in placement.units]
         self._unit_index = {(unit.layer, unit.module): unit.index for unit in placement.units}
         self.embedding: dict[str, Tensor] = {}
@@ -70,9 +69,14 @@ class WeightStore:
         self._host, self._accelerator = host, accelerator or EmulatedDevice()
         self._packed_bytes = 0
         self._staging: Buffer | None = None
-        self._load(host, device, read_threads)
-        self.host_ring = self._ring(host, account.host_ring_bytes)
-        self.device_ring = self._ring(device, account.device_ring_bytes) if device is not None else None
+        with ExitStack() as undo:  # files stay open and bytes counted unless they are given back
+            undo.callback(self.close)
+            for name in dict.fromkeys(entry.file for entry in packed.entries.values()):
+                self._files[name] = DirectFile(packed.folder / name, direct=direct)
+            self._load(host, device, read_threads)
+            self.host_ring = self._ring(host, account.host_ring_bytes)
+            self.device_ring = self._ring(device, account.device_ring_bytes) if device is not None else None
+            undo.pop_all()
 
     def _ring(self, tier: MemoryTier, nbytes: int) -> Buffer | None:
         if not nbytes:
@@ -212,8 +216,9 @@ class WeightStore:
         for unit in self._units:
             unit.resident, unit.from_host = {}, []
         self.embedding = {}
-        for buffer in self._buffers:
-            buffer.close()
+        for buffer in (*self._buffers, self._staging):
+            if buffer is not None:
+                buffer.close()
         if self._packed_bytes:
             self._host.release("weights", self._packed_bytes)
             self._packed_bytes = 0

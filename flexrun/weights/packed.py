@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from flexrun.core import DTYPES, PAGE_BYTES, align_up, format_bytes
-from flexrun.errors import BudgetError, CheckpointError, UnsupportedError
+from flexrun.errors import BudgetError, CheckpointError, ExecutionError, UnsupportedError
 from flexrun.models.spec import ModelSpec
 from flexrun.weights.checkpoint import CheckpointReader, check_tensors
 
@@ -81,7 +81,8 @@ def open_packed(
 
     A changed checkpoint has another fingerprint and so another folder; older folders of the same model and
     dtype are removed. Two processes at once share one lock: the second waits and reuses.
-    Raises CheckpointError for a bad checkpoint before anything is written, BudgetError where the disk is short.
+    Raises CheckpointError for a bad checkpoint before anything is written, BudgetError where the disk is short,
+    ExecutionError where it fails or others fill it meanwhile.
     """
     cache_dir = Path(cache_dir)
     cache_dir.mkdir(parents=True, exist_ok=True)
@@ -108,7 +109,7 @@ def open_packed(
             like = glob.escape(stem)
             for stale in [*cache_dir.glob(f".{like}-*.partial"), *cache_dir.glob(f"{like}-????????????????")]:
                 shutil.rmtree(stale, ignore_errors=True)
-            _write(reader, spec, folder, key, progress)
+            _write_or_nothing(reader, spec, folder, key, progress)
             packed = _load(folder, key)
             if packed is None:
                 raise CheckpointError(f"{folder}: the packed cache just written cannot be read back", "check the disk")
@@ -155,7 +156,19 @@ def _digest(body: dict) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def _write(reader: CheckpointReader, spec: ModelSpec, folder: Path, key: str, progress: bool) -> None:
+def _write_or_nothing(reader: CheckpointReader, spec: ModelSpec, folder: Path, key: str, progress: bool) -> None:
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        _write(reader, spec, folder, partial, key, progress)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)  # its room may be what others now lack
+        raise ExecutionError(
+            f"packing the weights into {folder.parent} failed: {error.strerror or error}",
+            "free some space, or give --disk-dir a folder on a larger disk",
+        ) from error
+
+
+def _write(reader: CheckpointReader, spec: ModelSpec, folder: Path, partial: Path, key: str, progress: bool) -> None:
     dtype = DTYPES[spec.dtype]
     stored, names = spec.tensors_by_layer(), reader.names()
     total_bytes = sum(align_up(torch.Size(tensor.shape).numel() * dtype.itemsize) for _, tensor in stored)
@@ -165,7 +178,6 @@ def _write(reader: CheckpointReader, spec: ModelSpec, folder: Path, key: str, pr
             f"packing needs {format_bytes(total_bytes)} in {folder.parent}, which has {format_bytes(free_bytes)} free",
             "give --disk-dir a folder on a larger disk",
         )
-    partial = folder.with_name(f".{folder.name}.partial")
     partial.mkdir()
     rows, files = [], {}
     bar = tqdm(total=total_bytes, unit="B", unit_scale=True, desc="packing weights", disable=not progress, leave=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from flexrun.core import PAGE_BYTES
-from flexrun.errors import BudgetError, CheckpointError
+from flexrun.errors import BudgetError, CheckpointError, ExecutionError
 from flexrun.models.families import spec_from_config
 from flexrun.weights import packed as packed_module
 from flexrun.weights.packed import MANIFEST, open_packed
@@ -68,6 +69,26 @@ def test_every_tensor_is_aligned_checksummed_and_what_the_checkpoint_holds(model
     assert files == {"embedding.bin", "layer-0000.bin", "layer-0001.bin", "layer-0002.bin", "head.bin"}
     assert all((weights.folder / file).stat().st_size % PAGE_BYTES == 0 for file in files)
     weights.verify()
+
+
+@pytest.mark.parametrize("after", [0, 2])
+def test_a_disk_that_fills_meanwhile_ends_in_words_and_gives_its_room_back(model, cache, monkeypatch, after):
+    fsync, count = os.fsync, 0
+
+    def refuse(descriptor):
+        nonlocal count
+        count += 1
+        if count > after:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(ExecutionError, match=r"packing the weights into .* failed: No space left") as caught:
+        pack(model, cache)
+    assert "--disk-dir" in caught.value.hint
+    assert [path.suffix for path in cache.iterdir()] == [".lock"]
+    monkeypatch.undo()
+    pack(model, cache).verify()
 
 
 def test_a_second_run_reuses_the_cache(model, cache):
