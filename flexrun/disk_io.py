@@ -108,8 +108,10 @@ class DirectFile:
                     self._set_direct(False)
                     self.direct = False
                     continue
+                full = error.errno in (errno.ENOSPC, errno.EDQUOT)  # where a file system gives room only as it is used
                 raise ExecutionError(
-                    f"{self._name}: {what} of {nbytes} bytes at {offset} failed: {error.strerror}", "check the disk"
+                    f"{self._name}: {what} of {nbytes} bytes at {offset} failed: {error.strerror}",
+                    "free some space, or give --disk-dir a folder on a larger disk" if full else "check the disk",
                 ) from error
             if count == 0:
                 raise ExecutionError(

@@ -85,7 +85,7 @@ def open_files() -> list[str]:
     for descriptor in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):  # the one of the listing itself
             targets.append(os.readlink(f"/proc/self/fd/{descriptor}"))
-    return sorted(target for target in targets if target.endswith((".bin", ".safetensors")))
+    return sorted(target for target in targets if "/pytest-" in target and "/packed" in target)
 
 
 def run_into(model, fault, after_outputs: int = 1) -> tuple[list, BaseException]:
@@ -115,6 +115,20 @@ def failing(error: Exception, after: int = 0):
             raise error
 
     return call
+
+
+ON_DISK = Policy(
+    sequences_in_flight=4,
+    tokens_per_pass=24,
+    attention_micro_batch=1,
+    weights=Placement(0.2, 0.8, 0),
+    kv=Placement(0, 0.25, 0.75),
+    cpu_attention_share=0.5,
+)
+
+
+def no_room(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 STEPS = {
@@ -258,21 +272,29 @@ def test_after_a_failure_the_same_llm_runs_again(model, whole, monkeypatch):
 
 @pytest.fixture
 def job(checkpoint, tmp_path):
-    """job(*flags) -> exit code of ``flexrun run`` over a few prompts, weights streamed."""
+    """job(policy, *flags) -> exit code of ``flexrun run`` over a few prompts."""
     source = tmp_path / "in.jsonl"
     rows = [
         {"custom_id": request.request_id, "prompt": request.token_ids, "max_tokens": request.params.max_tokens}
         for request in requests()
     ]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    policy = tmp_path / "policy.json"
-    policy.write_text(SPLIT.to_json())
 
-    def run(*flags) -> int:
+    def run(policy: Policy, *flags) -> int:
+        (tmp_path / "policy.json").write_text(policy.to_json())
         return main(
             [
                 *("run", "--model", str(checkpoint("llama")), "-i", str(source), "-o", str(tmp_path / "out.jsonl")),
-                *("--dtype", "float32", "--policy", str(policy), "--cpu-memory", "64MiB", "--gpu-memory", "64MiB"),
+                *(
+                    "--dtype",
+                    "float32",
+                    "--policy",
+                    str(tmp_path / "policy.json"),
+                    "--cpu-memory",
+                    "64MiB",
+                    "--gpu-memory",
+                    "64MiB",
+                ),
                 *("--disk-dir", str(tmp_path / "packed"), "--threads", "1", "--no-progress", "--order", "input"),
                 *flags,
             ]
@@ -285,7 +307,7 @@ def refuse_memory(*_):
     raise MemoryError("no room")
 
 
-def fail_a_read(*_):
+def fail_the_disk(*_):
     raise OSError(errno.EIO, "Input/output error")
 
 
@@ -293,19 +315,26 @@ def break_a_lane(*_):
     raise RuntimeError("the lane is broken")
 
 
-JOB_FAULTS = {  # where it is put, what it does, words of the message, exit code
-    "disk_read": (os, "preadv", fail_a_read, "Input/output error", 1),
-    "short read": (os, "preadv", lambda *_: 0, "short read", 1),
-    "h2d": (Transfers, "_return_attended", break_a_lane, "(h2d lane)", 1),
-    "h2d weights": (EmulatedDevice, "copy", break_a_lane, "the lane is broken", 1),
-    "d2h": (Transfers, "_offload_query", break_a_lane, "(d2h lane)", 1),
-    "cpu": (Transfers, "_attend_on_host", refuse_memory, "memory ran out in attend", 2),
-    "gpu": (Modules, "_mlp", refuse_memory, "memory ran out in mlp", 2),
+JOB_FAULTS = {  # the policy, where the fault is put, what it does, words of the message, exit code
+    "disk_read": (SPLIT, os, "preadv", fail_the_disk, "Input/output error", 1),
+    "disk_read kv": (ON_DISK, os, "preadv", fail_the_disk, "packed: read of", 1),
+    "short read": (SPLIT, os, "preadv", lambda *_: 0, "short read", 1),
+    "disk_write": (ON_DISK, os, "pwritev", fail_the_disk, "packed: write of", 1),
+    "disk full": (ON_DISK, os, "pwritev", no_room, "free some space, or give --disk-dir", 1),
+    "h2d": (SPLIT, Transfers, "_return_attended", break_a_lane, "(h2d lane)", 1),
+    "h2d kv": (ON_DISK, Transfers, "_load_kv", break_a_lane, "(h2d lane)", 1),
+    "h2d weights": (SPLIT, EmulatedDevice, "copy", break_a_lane, "the lane is broken", 1),
+    "d2h": (SPLIT, Transfers, "_offload_query", break_a_lane, "(d2h lane)", 1),
+    "d2h kv": (ON_DISK, Transfers, "_save_kv", refuse_memory, "memory ran out in save_kv", 2),
+    "cpu": (SPLIT, Transfers, "_attend_on_host", refuse_memory, "memory ran out in attend", 2),
+    "gpu": (SPLIT, Modules, "_mlp", refuse_memory, "memory ran out in mlp", 2),
 }
 
 
-@pytest.mark.parametrize("where, name, fault, words, code", JOB_FAULTS.values(), ids=JOB_FAULTS)
-def test_a_job_keeps_its_answers_and_goes_on_later(job, tmp_path, monkeypatch, capsys, where, name, fault, words, code):
+@pytest.mark.parametrize("policy, where, name, fault, words, code", JOB_FAULTS.values(), ids=JOB_FAULTS)
+def test_a_job_keeps_its_answers_and_goes_on_later(
+    job, tmp_path, monkeypatch, capsys, policy, where, name, fault, words, code
+):
     """The fault comes once two answers are written."""
     written, real, append = 0, getattr(where, name), Journal.append
 
@@ -319,14 +348,14 @@ def test_a_job_keeps_its_answers_and_goes_on_later(job, tmp_path, monkeypatch, c
 
     monkeypatch.setattr(Journal, "append", count_answers)
     monkeypatch.setattr(where, name, fail_later)
-    assert outcome(job) == code
+    assert outcome(lambda: job(policy)) == code
     monkeypatch.undo()
     said = capsys.readouterr().err
     assert words in said and "hint:" in said
-    assert lane_threads() == []
+    assert lane_threads() == [] and open_files() == []
     before = answers(tmp_path / "out.jsonl")
     assert 2 <= len(before) < 8 and f"{len(before)} answers of this run are safe" in said
-    assert outcome(lambda: job("--resume")) == 0
+    assert outcome(lambda: job(policy, "--resume")) == 0
     after = answers(tmp_path / "out.jsonl")
     assert len(after) == 8 and before.items() <= after.items()
 
