@@ -1,7 +1,8 @@
 """Runs the executor's steps on a clock instead of a machine: the timeline a policy will have.
 
-Each lane runs its steps in order once their dependencies are over, as in offload.lanes. Lanes that share a
-processor or memory slow each other down: a step's speed is the product of what each other busy lane leaves it.
+Each lane runs its steps in order once their dependencies are over, as in offload.lanes: weights in an order of their
+own, and they stand still while the rows of a pass are on the same lane. Lanes that share a processor or memory slow
+each other down: a step's speed is the product of what each other busy lane leaves it.
 """
 
 from __future__ import annotations
@@ -17,11 +18,15 @@ from flexrun.hardware import Hardware
 from flexrun.placement import build_scheduler
 from flexrun.policy.cost import StepCosts
 from flexrun.policy.layout import Layout
-from flexrun.steps import PassShape, Step
+from flexrun.steps import STREAMING, PassShape, Step
 
 BESIDE_EMULATED_LINK = 0.25
+STANDSTILL = 1e-9  # of its speed
 LANES = list(Lane)
-LANE_NUMBERS = {lane: number for number, lane in enumerate(LANES)}
+SHARED = (Lane.H2D, Lane.DISK_READ)  # lanes in which weights have a queue beside that of the rows
+QUEUES = [*LANES, *SHARED]
+ROWS_QUEUES = {lane: number for number, lane in enumerate(LANES)}
+WEIGHTS_QUEUES = {lane: len(LANES) + number for number, lane in enumerate(SHARED)}
 
 
 @dataclass
@@ -51,7 +56,7 @@ def simulate_layout(
 
 
 class _Clock:
-    """Lanes as numbers, in the order of Lane: a search runs millions of steps through here."""
+    """Queues as numbers, in the order of QUEUES: a search runs millions of steps through here."""
 
     def __init__(self, layout: Layout, costs: StepCosts, keep_events: bool):
         self._costs, self._keep_events = costs, keep_events
@@ -65,13 +70,17 @@ class _Clock:
         self._compute = LANES.index(self._scheduler.compute_lane)
         self._names = _contention_names(costs, self._scheduler.compute_lane)
         self._speeds: dict[int, dict[int, float]] = {}
-        self._waiting: list[deque[tuple[tuple, float, Step | None]]] = [deque() for _ in LANES]
-        self._running: dict[int, list] = {}  # lane -> [seconds of work left, step, start]
-        self._done = [0] * len(LANES)
+        self._waiting: list[deque[tuple[tuple, float, Step | None]]] = [deque() for _ in QUEUES]
+        self._running: dict[int, list] = {}  # queue -> [seconds of work left, step, start, seconds it stood still]
+        self._done = [0] * len(QUEUES)
+        self._queued = [0] * len(QUEUES)  # steps so far
+        self._beside = {ROWS_QUEUES[lane]: WEIGHTS_QUEUES[lane] for lane in SHARED}
+        self._places: dict[Lane, list[tuple[int, int]]] = {lane: [] for lane in SHARED}  # by order in the lane
         self._now = 0.0
         self._timeline = Timeline()
 
     def run(self, passes: Iterable[PassShape]) -> Timeline:
+        places, queues = self._places, ROWS_QUEUES
         for index, shape in enumerate(passes):
             shape = dataclasses.replace(shape, index=index)  # the scheduler counts passes from its first
             sequences = sum(micro_batch.decode_tokens for micro_batch in shape.micro_batches)
@@ -83,8 +92,19 @@ class _Clock:
                 seconds = durations.get(key)
                 if seconds is None:
                     durations[key] = seconds = self._costs.seconds_in_run(step, shape)
-                depends_on = tuple((LANE_NUMBERS[lane], order) for lane, order in step.depends_on)
-                self._waiting[LANE_NUMBERS[step.lane]].append((depends_on, seconds, step))
+                depends_on = tuple(
+                    [
+                        places[lane][order] if lane in places else (queues[lane], order)
+                        for lane, order in step.depends_on
+                    ]
+                )
+                queue = queues[step.lane]
+                if step.lane in places:
+                    if step.kind in STREAMING:
+                        queue = WEIGHTS_QUEUES[step.lane]
+                    places[step.lane].append((queue, self._queued[queue]))
+                    self._queued[queue] += 1
+                self._waiting[queue].append((depends_on, seconds, step))
             self._run_pass()
             self._timeline.pass_ends_seconds.append(self._now)
         return self._timeline
@@ -92,18 +112,18 @@ class _Clock:
     def _run_pass(self) -> None:
         """Advance until the compute lane has nothing left: the next pass is planned only then."""
         running, done, compute = self._running, self._done, self._compute
-        lanes = list(enumerate(self._waiting))
+        waiting = list(enumerate(self._waiting))
         work_left = self._waiting[compute]
         while work_left or compute in running:
-            for lane, queue in lanes:
-                if not queue or lane in running:
+            for number, queue in waiting:
+                if not queue or number in running:
                     continue
                 for other, order in queue[0][0]:
                     if done[other] <= order:
                         break
                 else:
                     _, seconds, step = queue.popleft()
-                    running[lane] = [seconds, step, self._now]
+                    running[number] = [seconds, step, self._now, 0.0]
             if not running:
                 raise ExecutionError("the schedule cannot go on: every lane waits for another")
             self._advance()
@@ -112,30 +132,34 @@ class _Clock:
         """To the moment at which the next running step ends."""
         running = self._running
         if len(running) == 1:
-            ((lane, entry),) = running.items()
+            ((queue, entry),) = running.items()
             self._now += entry[0]
-            self._finish(lane)
+            self._finish(queue)
             return
         active = 0
-        for lane in running:
-            active |= 1 << lane
+        for queue in running:
+            active |= 1 << queue
         speeds = self._speeds.get(active) or self._speeds_of(active)
-        elapsed = min([entry[0] / speeds[lane] for lane, entry in running.items()])
+        elapsed = min([entry[0] / speeds[queue] for queue, entry in running.items()])
         self._now += elapsed
         over = []
-        for lane, entry in running.items():
-            entry[0] -= elapsed * speeds[lane]
+        for queue, entry in running.items():
+            entry[0] -= elapsed * speeds[queue]
             if entry[0] <= 1e-12:
-                over.append(lane)
-        for lane in over:
-            self._finish(lane)
+                over.append(queue)
+        for queue in over:
+            self._finish(queue)
 
-    def _finish(self, lane: int) -> None:
-        _, step, start_seconds = self._running.pop(lane)
+    def _finish(self, queue: int) -> None:
+        _, step, start_seconds, still_seconds = self._running.pop(queue)
         if step is None:
             return
-        self._done[lane] += 1
-        self._timeline.busy_seconds[LANES[lane]] += self._now - start_seconds
+        self._done[queue] += 1
+        self._timeline.busy_seconds[step.lane] += self._now - start_seconds - still_seconds
+        if queue in self._beside:
+            beside = self._running.get(self._beside[queue])
+            if beside is not None:
+                beside[3] += self._now - max(start_seconds, beside[2])
         if self._keep_events:
             self._timeline.events.append(
                 Event(
@@ -159,22 +183,27 @@ class _Clock:
         return keeps
 
     def _speeds_of(self, active: int) -> dict[int, float]:
-        """Of each lane in the set ``active`` (a bit a lane), the share of its speed that the others leave it."""
+        """Of each queue in the set ``active`` (a bit a queue), the share of its speed that the others leave it."""
         hardware, names = self._costs.hardware, self._names
-        busy = [lane for lane in range(len(LANES)) if active >> lane & 1]
+        busy = [queue for queue in range(len(QUEUES)) if active >> queue & 1]
         speeds = dict.fromkeys(busy, 1.0)
-        for lane in busy:
-            for other in busy:
-                if other == lane:
+        moving = list(dict.fromkeys(QUEUES[queue] for queue in busy))
+        for queue in busy:
+            lane = QUEUES[queue]
+            if queue >= len(LANES) and ROWS_QUEUES[lane] in speeds:
+                speeds[queue] = STANDSTILL
+                continue
+            for other in moving:
+                if other is lane:
                     continue
-                speeds[lane] *= self._keeps(names[lane], names[other])
+                speeds[queue] *= self._keeps(names[lane], names[other])
                 if {names[lane], names[other]} == {"h2d", "d2h"}:
-                    speeds[lane] *= hardware.duplex_share
+                    speeds[queue] *= hardware.duplex_share
         self._speeds[active] = speeds
         return speeds
 
 
-def _contention_names(costs: StepCosts, compute_lane: Lane) -> list[str]:
+def _contention_names(costs: StepCosts, compute_lane: Lane) -> dict[Lane, str]:
     """Under which name of hardware.LANES each lane's contention was measured."""
     emulated = costs.on_device and costs.hardware.gpu is None
     names = {lane: lane.value for lane in Lane}
@@ -182,4 +211,4 @@ def _contention_names(costs: StepCosts, compute_lane: Lane) -> list[str]:
     if emulated:
         names[Lane.H2D] = names[Lane.D2H] = "host_copy"
     names[compute_lane] = "compute"
-    return list(names.values())
+    return names
