@@ -7,6 +7,7 @@ step by step; the others follow from those: a fit of how their lanes take turns,
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -42,7 +43,9 @@ class Effort:
 
 
 MIN_LAYERS = 4
-QUICK = Effort(passes=240, steps=2_000, layers=8, units=64)  # for ranking many policies
+NEAR = 0.08  # of the longest pass: passes that differ less are alike
+QUICK = Effort(passes=240, steps=3_000, layers=8, units=64)  # for ranking many policies
+CLOSE = Effort(passes=480, steps=6_000, layers=16, units=64)  # for those that are near the best
 FULL = Effort(passes=1000, steps=10_000, layers=40, units=128)
 
 
@@ -50,7 +53,8 @@ FULL = Effort(passes=1000, steps=10_000, layers=40, units=128)
 class Forecast:
     """Seconds and tokens of a whole job. lane_seconds: what each lane works, waiting left out.
 
-    prefill_seconds and decode_seconds split each pass by its tokens, as a run's summary does.
+    prefill_seconds and decode_seconds split each pass by its tokens, as a run's summary does. simulated_steps: how many
+    it took to tell.
     """
 
     seconds: float
@@ -60,6 +64,7 @@ class Forecast:
     prompt_tokens: int
     generated_tokens: int
     lane_seconds: dict[Lane, float]
+    simulated_steps: int = 0
 
     @property
     def generated_tokens_per_second(self) -> float:
@@ -109,8 +114,9 @@ def forecast(
     bound = _whole(workload, [part.forecast(_no_waiting) for part in parts])
     if bound.seconds > limit_seconds or not len(parts[0].passes):
         return bound
-    seconds_of = _simulated(layout, hardware, parts[0].passes, parts[0].lanes, effort)
-    return _whole(workload, [part.forecast(seconds_of, costs.start_seconds) for part in parts])
+    seconds_of, steps = _simulated(layout, hardware, parts[0].passes, parts[0].lanes, effort)
+    job = _whole(workload, [part.forecast(seconds_of, costs.start_seconds) for part in parts])
+    return dataclasses.replace(job, simulated_steps=steps)
 
 
 def _whole(workload: Workload, parts: Sequence[Forecast]) -> Forecast:
@@ -192,33 +198,40 @@ def _no_waiting(lanes: numpy.ndarray) -> numpy.ndarray:
     return lanes.max(axis=1)
 
 
-def _simulated(layout: Layout, hardware: Hardware, passes: Passes, lanes: numpy.ndarray, effort: Effort) -> PassSeconds:
-    """Simulate all passes, or some that differ as much as possible.
+def _simulated(
+    layout: Layout, hardware: Hardware, passes: Passes, lanes: numpy.ndarray, effort: Effort
+) -> tuple[PassSeconds, int]:
+    """Simulate all passes, or some that differ as much as possible; how long passes take, and the steps simulated.
 
     Each runs behind the pass before it, which fills the pipeline, and twice, as neighbours in a job are alike.
     """
     units = sum(1 for unit in layout.placement.units if unit.disk_bytes + unit.host_bytes)
     steps_a_pass = layout.spec.num_layers * (3 + 3 * len(layout.micro_batches)) + 2 * units
     if steps_a_pass * len(passes) <= effort.steps:
-        seconds = numpy.array(simulate_layout(layout, hardware, passes).pass_seconds)
+        timeline = simulate_layout(layout, hardware, passes)
+        seconds = numpy.array(timeline.pass_seconds)
         ratios = seconds / lanes.max(axis=1)
-        return lambda asked: seconds if asked is lanes else asked.max(axis=1) * _of_nearest(asked, lanes, ratios)
+        return (
+            lambda asked: seconds if asked is lanes else asked.max(axis=1) * _of_nearest(asked, lanes, ratios)
+        ), timeline.steps
     layers = effort.layers_of(layout)
     if layers < layout.spec.num_layers:
         steps_a_pass = steps_a_pass * layers // layout.spec.num_layers
         layout = layout.shallow(layers)
     costs = StepCosts(layout.spec, layout.policy, layout.placement, hardware, on_device=layout.on_device)
     chosen = _most_different(lanes, max(effort.steps // (3 * steps_a_pass), 4))
-    seconds = []
+    seconds, steps = [], 0
     for place in chosen:
         window = [passes.shape(number) for number in (max(place - 1, 0), place, place)]
-        seconds.append(sum(simulate_layout(layout, hardware, window).pass_seconds[1:]) / 2)
+        timeline = simulate_layout(layout, hardware, window)
+        seconds.append(sum(timeline.pass_seconds[1:]) / 2)
+        steps += timeline.steps
     known = lanes[chosen]
     # Of a model of which some layers are simulated, the ratio to the busiest lane holds for all of them.
     seconds = known.max(axis=1) * numpy.array(seconds) / costs.lane_seconds_of(passes.chosen(chosen)).max(axis=1)
     weights, _ = scipy.optimize.nnls(known, seconds)
     ratios = seconds / _taking_turns(known, weights)
-    return lambda asked: _taking_turns(asked, weights) * _of_nearest(asked, known, ratios)
+    return (lambda asked: _taking_turns(asked, weights) * _of_nearest(asked, known, ratios)), steps
 
 
 def _taking_turns(lanes: numpy.ndarray, weights: numpy.ndarray) -> numpy.ndarray:
@@ -230,7 +243,7 @@ def _most_different(lanes: numpy.ndarray, count: int) -> list[int]:
     """Passes that leave no other far away: each next one is the farthest from those chosen (Gonzalez 1985)."""
     chosen = [int(lanes.max(axis=1).argmax())]
     distances = numpy.abs(lanes - lanes[chosen[0]]).sum(axis=1)
-    while len(chosen) < min(count, len(lanes)) and distances.max() > 0:
+    while len(chosen) < min(count, len(lanes)) and distances.max() > NEAR * lanes[chosen[0]].max():
         chosen.append(int(distances.argmax()))
         distances = numpy.minimum(distances, numpy.abs(lanes - lanes[chosen[-1]]).sum(axis=1))
     return chosen

@@ -32,6 +32,7 @@ PRICED_BYTES = 8 << 30
 DOUBLING_COST, AWAY_COST, FEWER_SLOTS_COST = 0.004, 0.0005, 0.0001
 PURE_TRIED, PURE_WITHIN = 8, 3.0  # free programs, within this factor of the best, whose pure forms are solved
 SIZES_ROUNDED = 4
+HALVES = "halves"
 
 
 def size_cost(policy: Policy) -> float:
@@ -76,9 +77,9 @@ class Programs:
         return len(self._choices)
 
     def solve_all(self) -> list[Choice]:
-        """Programs worth rounding: the best of each pass size with the KV cache placed freely, and of each pure home.
+        """Programs worth rounding: the best of each pass size with the KV cache placed freely, and of each form.
 
-        A coarse grid comes first, then the neighbourhood of its best, then pure homes where the free ones do well.
+        A coarse grid comes first, then the neighbourhood of its best, then the forms where the free ones do well.
         """
         for sequences in self.sequence_counts():
             for tokens in self.pass_tokens(sequences)[:2]:
@@ -94,29 +95,32 @@ class Programs:
                             self.solve(near, max(choice.policy.tokens_per_pass, near))
         for choice in self.solved()[:PURE_TRIED]:
             if choice.seconds <= PURE_WITHIN * self.solved()[0].seconds:
-                for kv_home in self.kv_homes:
-                    self.solve(choice.policy.sequences_in_flight, choice.policy.tokens_per_pass, kv_home)
+                for form in self.forms:
+                    self.solve(choice.policy.sequences_in_flight, choice.policy.tokens_per_pass, form)
         by_size: dict[tuple[int, int, int], Choice] = {}
         for choice in self.solved():
             policy = choice.policy
             by_size.setdefault((policy.tokens_per_pass, policy.weight_bits, policy.kv_bits), choice)
         kinds = len(self._bits("weight_bits")) * len(self._bits("kv_bits"))
-        pure = [choice for kv_home in self.kv_homes for choice in self.solved(kv_home)[:1]]
-        return [*list(by_size.values())[: SIZES_ROUNDED * kinds], *pure]
+        others = [choice for form in self.forms for choice in self.solved(form)[:1]]
+        return [*list(by_size.values())[: SIZES_ROUNDED * kinds], *others]
 
-    def solved(self, kv_home: str | None = None) -> list[Choice]:
-        """Solved programs, best first: those with the KV cache placed freely, or all at one home."""
-        solved = (choice for key, choice in self._choices.items() if choice and key[-1] == kv_home)
+    def solved(self, form: str | None = None) -> list[Choice]:
+        """Solved programs, best first: those with the KV cache placed freely, or of one of the ``forms``."""
+        solved = (choice for key, choice in self._choices.items() if choice and key[-1] == form)
         return sorted(solved, key=lambda choice: choice.seconds)
 
     @property
-    def kv_homes(self) -> tuple[str, ...]:
-        """Pure homes of the KV cache to solve for.
+    def forms(self) -> tuple[str, ...]:
+        """Pure homes of the KV cache to solve for, and passes in two halves.
 
         A program lets all lanes overlap; where the schedule does not, a pure form may be the better one.
         """
-        alone = self.budgets.on_device and not {"kv", "cpu_attention_share"} & set(self.fixed)
-        return ("gpu", "cpu_to_gpu", "cpu_on_cpu") if alone else ()
+        if not self.budgets.on_device:
+            return ()
+        alone = not {"kv", "cpu_attention_share"} & set(self.fixed)
+        halves = self.features.half_batches and "half_batches" not in self.fixed
+        return (("gpu", "cpu_to_gpu", "cpu_on_cpu") if alone else ()) + ((HALVES,) if halves else ())
 
     @cached_property
     def most_sequences(self) -> int:
@@ -140,13 +144,16 @@ class Programs:
         sizes = {max(min(tokens, most), sequences) for tokens in PASS_TOKENS}
         return sorted(sizes, key=lambda tokens: abs(math.log(tokens / max(USUAL_PASS_TOKENS - 1, sequences))))
 
-    def solve(self, sequences: int, tokens: int, kv_home: str | None = None) -> None:
+    def solve(self, sequences: int, tokens: int, form: str | None = None) -> None:
         for weight_bits in self._bits("weight_bits"):
             for kv_bits in self._bits("kv_bits"):
-                key = (sequences, tokens, weight_bits, kv_bits, kv_home)
+                key = (sequences, tokens, weight_bits, kv_bits, form)
                 if key not in self._choices:
                     policy = self.discrete(sequences, tokens, weight_bits=weight_bits, kv_bits=kv_bits)
-                    self._choices[key] = self._program(policy, kv_home)
+                    if form == HALVES:
+                        self._choices[key] = self._program(dataclasses.replace(policy, half_batches=True), None)
+                    else:
+                        self._choices[key] = self._program(policy, form)
 
     def _bits(self, name: str) -> tuple[int, ...]:
         return (self.fixed[name],) if name in self.fixed else getattr(self.features, name)

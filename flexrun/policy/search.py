@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from flexrun.config import Placement, Policy
 from flexrun.core import Tier
@@ -20,20 +20,19 @@ from flexrun.hardware import Hardware
 from flexrun.models.spec import ModelSpec
 from flexrun.policy.features import RUNNABLE, Features
 from flexrun.policy.fill import fill_weights, refuse
-from flexrun.policy.forecast import FULL, QUICK, Forecast, forecast
+from flexrun.policy.forecast import CLOSE, FULL, QUICK, Forecast, forecast
 from flexrun.policy.layout import Budgets, Layout
 from flexrun.policy.lp import Solution
+from flexrun.policy.moves import can_halve, moves, whole
 from flexrun.policy.passes import Passes
-from flexrun.policy.programs import CPU_ROWS, GPU_ROWS, USUAL_PASS_TOKENS, Choice, Programs, size_cost
+from flexrun.policy.programs import USUAL_PASS_TOKENS, Choice, Programs, size_cost
 from flexrun.workload import Workload
 
 MICRO_BATCHES = (1, 4, 16)  # of attention, beside a device
-FINALISTS, MOST_FINALISTS, CLOSE = 2, 8, 1.05  # policies looked at in full, within this factor of the best
+FINALISTS, MOST_FINALISTS, NEAR = 2, 8, 1.1  # policies looked at in full, within this factor of the best
 WORTH = 0.005  # a move must save this share of the time
-MOVES_TRIED = 36
-MANY_ROUNDS = 12
-DEEP_UNITS, SHALLOW_MORE = 200, 6
-SIMPLE_PARTS = (8, 4, 2, 6, 3, 5, 7, 12, 16)
+QUICK_STEPS, FINALIST_STEPS, CLOSE_STEPS = 80_000, 40_000, 80_000  # simulated while climbing, and between
+LOOK_STEPS, UNIT_STEPS = 400, 3  # that the rest of a look at a policy, and of each of its units, takes as long as
 MANY_MORE = 0.1  # share of the weights, those on the device counted twice
 
 
@@ -48,6 +47,14 @@ class Plan:
     gains: Mapping[Tier, float] = field(default_factory=dict)  # more throughput from PRICED_BYTES more of a tier
     programs: int = 0
     simulations: int = 0
+
+
+class _Score(NamedTuple):
+    """seconds: forecast, times size_cost."""
+
+    seconds: float
+    layout: Layout
+    forecast: Forecast
 
 
 def search(
@@ -79,7 +86,10 @@ class _Search:
         self.budgets: Budgets = budgets
         self.fixed: dict[str, Any] = fixed
         self.programs = Programs(spec, hardware, workload, budgets, fixed, features)
-        self._scores: dict[Policy, tuple[float, Layout] | None] = {}
+        self._effort = QUICK
+        self._scores: dict[Policy, _Score | None] = {}  # by what was asked, and by what it became
+        self._simulations = 0
+        self._steps_left = 0
         self._passes: dict[tuple, Passes] = {}
         self._best_score = float("inf")  # whose bound is above it need not be simulated
 
@@ -95,13 +105,14 @@ class _Search:
         if not self._layouts():
             refuse(self.spec, self._smallest(), self.workload, self.budgets)
         self._improve()
-        job, layout = self._finalist()
+        best = self._layouts()[0]
         solution, gains = None, {}
         if choices:
             solution = choices[0].solution
             tiers = [tier for tier in (Tier.GPU, Tier.CPU) if self.budgets.of(tier)]
             gains = {tier: self.programs.gain(tier, choices[0]) for tier in tiers}
-        return Plan(layout.policy, layout, job, solution, gains, len(self.programs), len(self._layouts()))
+        job = forecast(best.layout, self.workload, self.hardware, FULL)
+        return Plan(best.layout.policy, best.layout, job, solution, gains, len(self.programs), self._simulations)
 
     # Whole tensors and micro-batches ------------------------------------------------------------------
 
@@ -117,8 +128,11 @@ class _Search:
         for size in sorted(sizes):
             count = -(-sequences // size)
             on_gpu = solution.kv_placement.gpu * count
-            for whole in sorted({int(on_gpu + 1e-6), math.ceil(on_gpu - 1e-6)}):
-                yield self._as_policy(choice, size, share, whole)
+            for whole_ones in sorted({int(on_gpu + 1e-6), math.ceil(on_gpu - 1e-6)}):
+                policy = self._as_policy(choice, size, share, whole_ones)
+                yield policy
+                if can_halve(policy) and "half_batches" not in self.fixed and self.programs.features.half_batches:
+                    yield dataclasses.replace(policy, half_batches=True)
 
     def _as_policy(self, choice: Choice, attention_micro_batch: int, share: float, on_gpu: int) -> Policy:
         """on_gpu: micro-batches whose KV lives on the device."""
@@ -130,8 +144,9 @@ class _Search:
             policy,
             attention_micro_batch=attention_micro_batch,
             kv=self.fixed.get("kv", rounded),
-            cpu_attention_share=share if "cpu_attention_share" in self.fixed else _whole(share, count - on_gpu),
+            cpu_attention_share=share if "cpu_attention_share" in self.fixed else whole(share, count - on_gpu),
             hidden=self.fixed.get("hidden", solution.hidden),
+            half_batches=self.fixed.get("half_batches", False),
         )
 
     def _smaller(self) -> Iterator[Policy]:
@@ -156,22 +171,23 @@ class _Search:
         *_, smallest = self._smaller()
         return smallest
 
-    def _score(self, policy: Policy) -> float | None:
-        """Forecast seconds of a policy with its weights placed, times its size_cost; None where it does not fit."""
-        key = policy
-        if key not in self._scores:
-            scored = [self._scored(layout) for layout in self._filled(policy)]
-            self._scores[key] = min(scored, key=lambda score: score[0]) if scored else None
-            if scored:
-                self._scores[self._scores[key][1].policy] = self._scores[key]
-        score = self._scores[key]
-        return score and score[0]
+    def _score(self, policy: Policy) -> _Score | None:
+        """Of a policy with its weights placed; None where it does not fit."""
+        if policy not in self._scores:
+            scores = [self._scored(layout) for layout in self._filled(policy)]
+            best = min(scores, key=lambda score: score.seconds) if scores else None
+            self._scores[policy] = best
+            if best:
+                self._scores[best.layout.policy] = best
+        return self._scores[policy]
 
-    def _scored(self, layout: Layout) -> tuple[float, Layout]:
+    def _scored(self, layout: Layout) -> _Score:
         cost = size_cost(layout.policy)
-        job = forecast(layout, self.workload, self.hardware, QUICK, self._best_score / cost, self._passes)
+        job = forecast(layout, self.workload, self.hardware, self._effort, self._best_score / cost, self._passes)
+        self._simulations += 1
+        self._steps_left -= job.simulated_steps + LOOK_STEPS + UNIT_STEPS * len(layout.placement.units)
         self._best_score = min(self._best_score, job.seconds * cost)
-        return job.seconds * cost, layout
+        return _Score(job.seconds * cost, layout, job)
 
     def _filled(self, policy: Policy) -> Iterator[Layout]:
         """The policy with its weights placed: beside whole rings, and beside the least if that keeps many more."""
@@ -187,127 +203,61 @@ class _Search:
             if _resident(least) > _resident(layout) + MANY_MORE:
                 yield least
 
-    def _layouts(self) -> list[tuple[float, Layout]]:
+    def _layouts(self) -> list[_Score]:
         """Scored layouts, best first."""
-        fitting = {score[1].policy: score for score in self._scores.values() if score}
-        return sorted(fitting.values(), key=lambda score: score[0])
-
-    def _finalist(self) -> tuple[Forecast, Layout]:
-        """The best layout by a full look at those that a quick look cannot tell apart."""
-        layouts = self._layouts()
-        count = min(max(FINALISTS * DEEP_UNITS // len(layouts[0][1].placement.units), FINALISTS), MOST_FINALISTS)
-        close = [layout for seconds, layout in layouts[:count] if seconds <= layouts[0][0] * CLOSE]
-        jobs = [(forecast(layout, self.workload, self.hardware, FULL), layout) for layout in close]
-        return min(jobs, key=lambda pair: pair[0].seconds * size_cost(pair[1].policy))
+        fitting = {score.layout.policy: score for score in self._scores.values() if score}
+        return sorted(fitting.values(), key=lambda score: score.seconds)
 
     # Small moves --------------------------------------------------------------------------------------
 
     def _improve(self) -> None:
-        """Hill climbing from the best policy of each form: where KV lives and is attended, how large a pass is."""
-        starts: dict[tuple, Policy] = {}
-        for _, layout in self._layouts():
-            policy = layout.policy
-            form = (policy.kv.gpu > 0.5, policy.cpu_attention_share > 0.5)
-            starts.setdefault(form, policy)
-            starts.setdefault((*form, policy.tokens_per_pass), policy)
-        units = len(self._layouts()[0][1].placement.units)  # the more, the more a look at a policy costs
-        left = max(min(MOVES_TRIED * DEEP_UNITS // units, SHALLOW_MORE * MOVES_TRIED), MOVES_TRIED // 2)
-        for policy in dict.fromkeys(sorted(starts.values(), key=lambda start: self._scores[start][0])):
-            left = self._climb(policy, left)
+        """Climb by quick looks from the best policy of each form, then by closer ones from what those find near."""
+        self._steps_left = QUICK_STEPS
+        for policy in _best_of_forms(self._layouts()):
+            self._climb(policy)
+        finalists = self._finalists()
+        self._effort, self._best_score, self._scores = CLOSE, float("inf"), {}
+        self._steps_left = FINALIST_STEPS
+        for place, layout in enumerate(finalists):
+            if place < FINALISTS or self._steps_left > 0:
+                self._scores[layout.policy] = self._scored(layout)
+        self._steps_left = CLOSE_STEPS
+        self._climb(self._layouts()[0].layout.policy)
 
-    def _climb(self, policy: Policy, left: int) -> int:
-        """From one policy to its neighbours: the first move that pays is made, until none does. Returns moves left."""
+    def _finalists(self) -> list[Layout]:
+        """Layouts near the best: of each form the best, then others."""
+        layouts = self._layouts()
+        close = {score.layout.policy: score.layout for score in layouts if score.seconds <= layouts[0].seconds * NEAR}
+        policies = [policy for policy in _best_of_forms(layouts) if policy in close]
+        return [close[policy] for policy in list(dict.fromkeys([*policies, *close]))[:MOST_FINALISTS]]
+
+    def _climb(self, policy: Policy) -> None:
+        """From one policy to its neighbours: the first move that pays is made, until none does or it takes too long."""
         improved = True
         while improved:
             improved = False
-            for changes in self._moves(policy):
+            for changes in moves(policy, self.programs, closely=self._effort is CLOSE):
                 moved = dataclasses.replace(policy, **{"weights": Placement(), **self.fixed, **changes})
-                left -= moved not in self._scores
-                if left < 0:
-                    return 0
+                if moved.half_batches and "half_batches" not in self.fixed and not can_halve(moved):
+                    moved = dataclasses.replace(moved, half_batches=False)
+                if self._steps_left <= 0:
+                    return
                 score = self._score(moved)
-                if score is not None and score < self._scores[policy][0] * (1 - WORTH):
-                    policy = self._scores[moved][1].policy
+                if score is not None and score.seconds < self._scores[policy].seconds * (1 - WORTH):
+                    policy = score.layout.policy
                     improved = True
-        return left
-
-    def _moves(self, policy: Policy) -> Iterator[dict]:
-        """Changes of what is not fixed, those that tend to matter most first."""
-        sequences, tokens = policy.sequences_in_flight, policy.tokens_per_pass
-        count = -(-sequences // policy.attention_micro_batch)
-        free = {each.name for each in dataclasses.fields(Policy)} - set(self.fixed)
-        many = {"sequences_in_flight", "attention_micro_batch", "tokens_per_pass"} <= free
-        rounds = -(-len(self.workload) // sequences)
-        for round_count in (
-            (rounds - 1, rounds, rounds + 1) if many else ()
-        ):  # even rounds leave no slot empty at the end
-            near = -(-len(self.workload) // round_count) if 0 < round_count <= MANY_ROUNDS else sequences
-            if near != sequences and near <= self.programs.most_sequences:
-                yield {
-                    "sequences_in_flight": near,
-                    "attention_micro_batch": -(-near // count),
-                    "tokens_per_pass": max(tokens, near),
-                }
-        for factor in (2, 0.5, 1.5, 0.75) if many else ():
-            near = min(round(sequences * factor), self.programs.most_sequences)
-            if 1 <= near != sequences:
-                change = {"sequences_in_flight": near, "attention_micro_batch": -(-near // count)}
-                yield {**change, "tokens_per_pass": max(tokens, near)}
-                if factor == 2:
-                    yield {**change, "tokens_per_pass": 2 * tokens}
-        if "tokens_per_pass" in free:
-            yield {"tokens_per_pass": 2 * tokens}
-            if "token_micro_batch" in free:
-                rows = GPU_ROWS if self.hardware.gpu else CPU_ROWS
-                yield {"tokens_per_pass": 4 * tokens, "token_micro_batch": min(4 * policy.token_micro_batch, rows)}
-            yield {"tokens_per_pass": max(tokens // 2, sequences)}
-        if self.budgets.on_device:
-            if "attention_micro_batch" in free:
-                for size in {-(-sequences // (2 * count)), -(-sequences // max(count // 2, 1))}:
-                    yield {"attention_micro_batch": size}
-            if "cpu_attention_share" in free and policy.kv.gpu < 1:
-                away = count - int(count * policy.kv.gpu + 1e-9)
-                for step in (1, -1):
-                    yield {"cpu_attention_share": _whole(policy.cpu_attention_share + step / away, away)}
-            if "kv" in free:
-                most = 1.0 - policy.kv.disk
-                for share in {round(min(max(policy.kv.gpu + step / count, 0.0), most), 6) for step in (1, -1)}:
-                    yield {"kv": Placement(share, most - share, policy.kv.disk)}
-        if "token_micro_batch" in free:
-            most = GPU_ROWS if self.budgets.on_device and self.hardware.gpu else 2 * CPU_ROWS
-            for rows in (256, 512, 1024, 2048):
-                if rows <= min(tokens, most):
-                    yield {"token_micro_batch": rows}
-        if "weights" in free:
-            for weights in _near(policy.weights):
-                yield {"weights": weights}
-        for factor in (1.125, 0.875) if many else ():
-            near = min(round(sequences * factor), self.programs.most_sequences)
-            if 1 <= near != sequences:
-                yield {"sequences_in_flight": near, "attention_micro_batch": -(-near // count)}
 
 
-def _whole(share: float, count: int) -> float:
-    """A share of ``count`` micro-batches as it will be: of whole ones."""
-    return round(min(max(round(share * count), 0), count) / count, 4) if count else 1.0
-
-
-def _near(weights: Placement) -> Iterator[Placement]:
-    """Fewer weights on the fastest tier in use, and a little more: which tensors move changes how evenly they move.
-
-    In simple fractions every so many tensors are alike, and the lanes fall into step.
-    """
-    faster = weights.gpu if weights.gpu else weights.cpu
-    if not 0 < faster < 1:
-        return
-    shares = [math.floor(faster * parts - 1e-9) / parts for parts in SIMPLE_PARTS]
-    shares += [faster + step for step in (-0.02, -0.04, -0.06, -0.1, 0.02)]
-    for share in dict.fromkeys(round(min(max(share, 0.0), 1.0), 4) for share in shares):
-        if weights.gpu:
-            cpu = min(weights.cpu, 1.0 - share) if weights.disk else 1.0 - share
-            yield Placement(share, cpu, max(1.0 - share - cpu, 0.0))
-        else:
-            yield Placement(0.0, share, 1.0 - share)
+def _best_of_forms(scores: list[_Score]) -> list[Policy]:
+    """Of scores, best first, the best of each form: where KV lives and is attended, how large a pass is."""
+    best: dict[tuple, Policy] = {}
+    for score in scores:
+        policy = score.layout.policy
+        form = (policy.kv.gpu > 0.5, policy.cpu_attention_share > 0.5, policy.half_batches)
+        best.setdefault(form, policy)
+        best.setdefault((*form, policy.tokens_per_pass), policy)
+    order = {score.layout.policy: place for place, score in enumerate(scores)}
+    return sorted(dict.fromkeys(best.values()), key=order.__getitem__)
 
 
 def _resident(layout: Layout) -> float:

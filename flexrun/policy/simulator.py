@@ -36,6 +36,7 @@ class Timeline:
     pass_ends_seconds: list[float] = field(default_factory=list)
     busy_seconds: dict[Lane, float] = field(default_factory=lambda: dict.fromkeys(Lane, 0.0))
     events: list[Event] = field(default_factory=list)
+    steps: int = 0
 
     @property
     def seconds(self) -> float:
@@ -87,7 +88,9 @@ class _Clock:
             between = self._costs.between_passes_seconds(sequences)
             self._waiting[self._compute].append(((), between, None))
             durations: dict[tuple, float] = {}
-            for step in self._scheduler.pass_steps(shape):
+            steps = self._scheduler.pass_steps(shape)
+            self._timeline.steps += len(steps)
+            for step in steps:
                 key = self._costs.alike(step)
                 seconds = durations.get(key)
                 if seconds is None:
