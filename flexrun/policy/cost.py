@@ -85,7 +85,7 @@ class StepCosts:
         on_cpu = step.lane is Lane.CPU or (step.lane is Lane.GPU and self.device is self.hardware.cpu)
         if step.kind in ATTENDS and on_cpu:
             return seconds * CPU_ATTENTION_IN_RUN
-        if step.kind is StepKind.ATTENTION_INPUTS:
+        if step.kind is StepKind.ATTENTION_INPUTS and on_cpu:
             seconds += STORE_SECONDS
         return seconds * CPU_IN_RUN if on_cpu else seconds
 
