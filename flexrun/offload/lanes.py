@@ -7,6 +7,7 @@ on the device, a host lane waits for it on the host. The compute lane has no thr
 
 from __future__ import annotations
 
+import bisect
 import queue
 import threading
 import time
@@ -97,20 +98,59 @@ class Progress:
 class Throttle:
     """Holds a lane to ``bytes_per_second``, however many threads it has: each copy gets its turn on the link."""
 
-    CATCH_UP_SECONDS = 0.005  # a sleep ends late: the next turn starts when the last one should have ended
+    AT_ONCE_SECONDS = 0.0005
+    CATCH_UP_SECONDS = 0.005
 
     def __init__(self, bytes_per_second: float):
         self._bytes_per_second = bytes_per_second
         self._lock = threading.Lock()
-        self._free_seconds = 0.0
+        self._free_seconds = self._woke_seconds = 0.0
 
     def take_turn(self, nbytes: float) -> float:
-        """The time (of ``perf_counter``) at which ``nbytes`` that set out now have arrived, at the earliest."""
+        """The time (of ``perf_counter``) at which ``nbytes`` that set out now have arrived, at the earliest.
+
+        A sleep ends late; whoever goes on at once after it starts when it should have ended.
+        """
         with self._lock:
             now = time.perf_counter()
-            start = self._free_seconds if now - self._free_seconds < self.CATCH_UP_SECONDS else now
+            goes_on = now - self._woke_seconds < self.AT_ONCE_SECONDS
+            goes_on &= now - self._free_seconds < self.CATCH_UP_SECONDS
+            start = self._free_seconds if goes_on else max(now, self._free_seconds)
             self._free_seconds = start + nbytes / self._bytes_per_second
             return self._free_seconds
+
+    def arrived(self) -> None:
+        """To be called when the sleep of a turn has ended."""
+        self._woke_seconds = time.perf_counter()
+
+
+class BusyTime:
+    """How long at least one of many spans of time was under way. They may come in any order, but not very late."""
+
+    LATEST = 256  # spans apart that a later one may still fill the gaps of
+
+    def __init__(self):
+        self._spans: list[tuple[float, float]] = []  # sorted, apart from each other
+        self._settled_seconds = 0.0
+        self._settled_until = float("-inf")
+
+    def add(self, start: float, end: float) -> None:
+        start = max(start, self._settled_until)
+        if start >= end:
+            return
+        first = bisect.bisect_left(self._spans, start, key=lambda span: span[1])
+        last = bisect.bisect_right(self._spans, end, key=lambda span: span[0])
+        if first < last:
+            start, end = min(start, self._spans[first][0]), max(end, self._spans[last - 1][1])
+        self._spans[first:last] = [(start, end)]
+        if len(self._spans) > self.LATEST:
+            oldest = self._spans.pop(0)
+            self._settled_seconds += oldest[1] - oldest[0]
+            self._settled_until = oldest[1]
+
+    @property
+    def seconds(self) -> float:
+        return self._settled_seconds + sum(end - start for start, end in self._spans)
 
 
 class LaneMeter:
@@ -119,15 +159,19 @@ class LaneMeter:
     def __init__(self, record: Callable[[Event], None] | None = None):
         self._record = record
         self._lock = threading.Lock()
-        self.busy_seconds = 0.0  # time in which at least one step was under way
-        self._last_end_seconds = 0.0
+        self._busy = BusyTime()
         self.moved_bytes = 0
         self.flops = 0
 
+    @property
+    def busy_seconds(self) -> float:
+        """Time in which at least one step was under way."""
+        with self._lock:
+            return self._busy.seconds
+
     def add(self, step: Step, start_seconds: float, end_seconds: float) -> None:
         with self._lock:
-            self.busy_seconds += max(end_seconds - max(start_seconds, self._last_end_seconds), 0.0)
-            self._last_end_seconds = max(end_seconds, self._last_end_seconds)
+            self._busy.add(start_seconds, end_seconds)
             self.moved_bytes += step.bytes
             self.flops += step.flops
         if self._record is not None:
@@ -159,16 +203,18 @@ class QueuedSteps:
 
 @dataclass
 class _Task:
-    """A step split into parts that several threads of its lane may take."""
+    """A step, split into parts that several threads of its lane may take once its turn has come."""
 
     step: Step
-    parts: list[Callable[[], None]]
+    make_parts: Callable[[Step], list[Callable[[], None]]]
+    parts: list[Callable[[], None]] = field(default_factory=list)
     next_part: int = 0
-    unfinished: int = field(init=False)
+    unfinished: int = 0
     start_seconds: float = 0.0
     start: Mark | None = None
 
-    def __post_init__(self):
+    def split(self) -> None:
+        self.parts = self.make_parts(self.step)
         self.unfinished = len(self.parts)
 
 
@@ -196,6 +242,7 @@ class LaneWorker:
         self._queued = QueuedSteps(feeds, meter) if feeds is not None and not ends_on_host else None
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._current: _Task | None = None
+        self._taken: Step | None = None  # the last one
         self._take_lock = threading.Lock()
         self._state_lock = threading.Lock()
         self._threads = [
@@ -205,8 +252,9 @@ class LaneWorker:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, step: Step, parts: list[Callable[[], None]]) -> None:
-        self._tasks.put(_Task(step, parts))
+    def submit(self, step: Step, make_parts: Callable[[Step], list[Callable[[], None]]]) -> None:
+        """``make_parts`` is called by the lane, while the caller goes on: one part at least."""
+        self._tasks.put(_Task(step, make_parts))
 
     def _take(self) -> tuple[_Task, Callable] | None:
         """The next part in order; waits for the dependencies of a step before its first part is handed out."""
@@ -216,6 +264,8 @@ class LaneWorker:
                 if task is None:
                     self._tasks.put(None)  # for the other threads
                     return None
+                self._taken = task.step
+                task.split()
                 self._progress.wait(task.step, self._queue)
                 task.start_seconds = time.perf_counter()
                 if self._queue is not None:
@@ -229,7 +279,7 @@ class LaneWorker:
             return task, part
 
     def _run(self) -> None:
-        step = None
+        step = None  # whose part is being run
         try:
             with nullcontext() if self._queue is None else self._queue.active():
                 while (taken := self._take()) is not None:
@@ -239,10 +289,11 @@ class LaneWorker:
                     if self._queue is not None:
                         self._queue.bound()
                     self._finish_part(task)
+                    step = None
                 if self._queued is not None:
                     self._queued.drain()
         except BaseException as error:
-            self._progress.fail(failure_of(error, step))
+            self._progress.fail(failure_of(error, step or self._taken))
 
     def _run_part(self, task: _Task, part: Callable[[], None]) -> None:
         if self._throttle is None:
@@ -251,6 +302,7 @@ class LaneWorker:
         arrival_seconds = self._throttle.take_turn(task.step.bytes / len(task.parts))
         part()
         self._progress.sleep_until(arrival_seconds)
+        self._throttle.arrived()
 
     def _finish_part(self, task: _Task) -> None:
         with self._state_lock:

@@ -8,10 +8,12 @@ from functools import partial
 from itertools import pairwise
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from flexrun.core import Lane
 from flexrun.errors import BudgetError, ExecutionError
-from flexrun.offload.lanes import LaneMeter, LaneWorker, Progress
+from flexrun.offload.lanes import BusyTime, LaneMeter, LaneWorker, Progress, Throttle
 from flexrun.steps import Step, StepKind
 
 WAIT_SECONDS = 20
@@ -19,6 +21,11 @@ WAIT_SECONDS = 20
 
 def step(lane: Lane, order: int, *depends_on, nbytes: int = 0) -> Step:
     return Step(StepKind.READ_WEIGHTS, lane, order, 0, depends_on, bytes=nbytes)
+
+
+def parts(*calls):
+    """What a lane splits a step into."""
+    return lambda step: list(calls)
 
 
 def after(lane: Lane, order: int) -> Step:
@@ -68,7 +75,7 @@ def within(seconds: float, call, *arguments):
 def test_steps_run_in_order(progress, worker):
     lane, seen = worker(Lane.H2D), []
     for order in range(50):
-        lane.submit(step(Lane.H2D, order), [partial(seen.append, order)])
+        lane.submit(step(Lane.H2D, order), parts(partial(seen.append, order)))
     assert within(WAIT_SECONDS, progress.wait, after(Lane.H2D, 49)) == "returned"
     assert seen == list(range(50))
 
@@ -76,9 +83,9 @@ def test_steps_run_in_order(progress, worker):
 def test_a_step_waits_for_what_it_depends_on(progress, worker):
     read, copy, seen = worker(Lane.DISK_READ), worker(Lane.H2D), []
     gate = threading.Event()
-    copy.submit(step(Lane.H2D, 0, (Lane.DISK_READ, 1), (Lane.GPU, 0)), [partial(seen.append, "copy")])
-    read.submit(step(Lane.DISK_READ, 0), [partial(seen.append, "first")])
-    read.submit(step(Lane.DISK_READ, 1), [gate.wait, partial(seen.append, "second")])
+    copy.submit(step(Lane.H2D, 0, (Lane.DISK_READ, 1), (Lane.GPU, 0)), parts(partial(seen.append, "copy")))
+    read.submit(step(Lane.DISK_READ, 0), parts(partial(seen.append, "first")))
+    read.submit(step(Lane.DISK_READ, 1), parts(gate.wait, partial(seen.append, "second")))
     time.sleep(0.02)
     assert seen == ["first"]
     gate.set()
@@ -92,15 +99,15 @@ def test_a_step_waits_for_what_it_depends_on(progress, worker):
 
 def test_parts_of_a_step_run_on_several_threads(progress, worker):
     lane, together = worker(Lane.DISK_READ, threads=3), threading.Barrier(3)
-    lane.submit(step(Lane.DISK_READ, 0), [partial(together.wait, WAIT_SECONDS)] * 3)
+    lane.submit(step(Lane.DISK_READ, 0), parts(*[partial(together.wait, WAIT_SECONDS)] * 3))
     assert within(WAIT_SECONDS, progress.wait, after(Lane.DISK_READ, 0)) == "returned"
 
 
 def test_a_step_is_done_when_all_its_parts_and_all_steps_before_it_are(progress, worker):
     lane, gate = worker(Lane.DISK_READ, threads=3), threading.Event()
     quick = threading.Event()
-    lane.submit(step(Lane.DISK_READ, 0), [gate.wait, lambda: None])
-    lane.submit(step(Lane.DISK_READ, 1), [quick.set])
+    lane.submit(step(Lane.DISK_READ, 0), parts(gate.wait, lambda: None))
+    lane.submit(step(Lane.DISK_READ, 1), parts(quick.set))
     assert quick.wait(WAIT_SECONDS), "the next step starts while a part of the first is under way"
     time.sleep(0.02)
     assert progress._done[Lane.DISK_READ] == 0
@@ -113,7 +120,7 @@ def test_events_and_totals_are_kept(progress, worker):
     events = []
     lane = worker(Lane.D2H, events.append)
     for order in range(3):
-        lane.submit(step(Lane.D2H, order, nbytes=10), [partial(time.sleep, 0.005)])
+        lane.submit(step(Lane.D2H, order, nbytes=10), parts(partial(time.sleep, 0.005)))
     assert within(WAIT_SECONDS, progress.wait, after(Lane.D2H, 2)) == "returned"
     lane.close(WAIT_SECONDS)
     assert [event.bytes for event in events] == [10] * 3
@@ -127,14 +134,14 @@ def test_events_and_totals_are_kept(progress, worker):
 def test_a_failure_wakes_every_waiter_with_the_original_error(progress, worker, threads):
     read, copy = worker(Lane.DISK_READ, threads=threads), worker(Lane.H2D)
     copied = []
-    copy.submit(step(Lane.H2D, 0, (Lane.DISK_READ, 0)), [partial(copied.append, 1)])
+    copy.submit(step(Lane.H2D, 0, (Lane.DISK_READ, 0)), parts(partial(copied.append, 1)))
     original = BudgetError("the disk is full", "buy another")
 
     def fail():
         time.sleep(0.05)
         raise original
 
-    read.submit(step(Lane.DISK_READ, 0), [fail])
+    read.submit(step(Lane.DISK_READ, 0), parts(fail))
     assert within(WAIT_SECONDS, progress.wait, after(Lane.DISK_READ, 0)) is original
     assert within(WAIT_SECONDS, progress.wait, after(Lane.H2D, 0)) is original
     assert within(WAIT_SECONDS, progress.check) is original
@@ -142,7 +149,7 @@ def test_a_failure_wakes_every_waiter_with_the_original_error(progress, worker, 
 
 
 def test_a_failure_of_another_kind_is_wrapped(progress, worker):
-    worker(Lane.H2D).submit(step(Lane.H2D, 0), [partial(int, "no number")])
+    worker(Lane.H2D).submit(step(Lane.H2D, 0), parts(partial(int, "no number")))
     error = within(WAIT_SECONDS, progress.wait, after(Lane.H2D, 0))
     assert isinstance(error, ExecutionError)
     assert "no number" in str(error)
@@ -159,10 +166,10 @@ def test_the_first_failure_counts(progress):
 def test_closing_never_hangs(progress, worker):
     """Neither an idle lane, nor one that waits for a step that will never come, nor one after a failure."""
     idle, waiting, failed = worker(Lane.CPU, threads=4), worker(Lane.H2D), worker(Lane.D2H, threads=2)
-    waiting.submit(step(Lane.H2D, 0, (Lane.GPU, 7)), [lambda: None])
-    waiting.submit(step(Lane.H2D, 1), [lambda: None])
+    waiting.submit(step(Lane.H2D, 0, (Lane.GPU, 7)), parts(lambda: None))
+    waiting.submit(step(Lane.H2D, 1), parts(lambda: None))
     progress.fail(ExecutionError("stop"))
-    failed.submit(step(Lane.D2H, 0), [lambda: None])
+    failed.submit(step(Lane.D2H, 0), parts(lambda: None))
     for lane in (idle, waiting, failed):
         assert within(WAIT_SECONDS, lane.close) == "returned"
         assert within(WAIT_SECONDS, lane.close) == "returned"
@@ -172,6 +179,39 @@ def test_closing_never_hangs(progress, worker):
 def test_closing_lets_queued_work_end(progress, worker):
     lane, seen = worker(Lane.D2H), []
     for order in range(20):
-        lane.submit(step(Lane.D2H, order), [partial(seen.append, order)])
+        lane.submit(step(Lane.D2H, order), parts(partial(seen.append, order)))
     assert within(WAIT_SECONDS, lane.close) == "returned"
     assert seen == list(range(20))
+
+
+@given(st.lists(st.tuples(st.integers(0, 300), st.integers(0, 20)), max_size=60))
+def test_busy_time_is_how_long_any_span_lasted(spans):
+    """Spans of whole seconds, in any order: as many seconds as lie in at least one."""
+    busy, inside = BusyTime(), set()
+    for start, length in spans:
+        busy.add(float(start), float(start + length))
+        inside |= set(range(start, start + length))
+    assert busy.seconds == len(inside)
+
+
+def test_busy_time_forgets_old_spans_but_not_their_seconds():
+    busy = BusyTime()
+    for second in range(3000):
+        busy.add(second, second + 0.5)
+    assert busy.seconds == pytest.approx(1500)
+    assert len(busy._spans) <= BusyTime.LATEST
+    busy.add(2990, 3000)
+    assert busy.seconds == pytest.approx(1505)
+
+
+def test_copies_that_follow_each_other_keep_to_the_bandwidth_and_a_rest_is_not_made_up_for():
+    throttle, start = Throttle(1000.0), time.perf_counter()
+    for _ in range(10):  # every sleep ends late, all of them together hardly
+        arrival = throttle.take_turn(5.0)
+        time.sleep(max(arrival - time.perf_counter(), 0) + 0.0002)
+        throttle.arrived()
+    assert arrival - start == pytest.approx(0.05, abs=0.005)
+    time.sleep(0.003)
+    asked = time.perf_counter()
+    assert throttle.take_turn(5.0) - asked >= 0.005
+    assert throttle.take_turn(5.0) - asked >= 0.01, "two at once take turns"

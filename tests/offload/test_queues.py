@@ -19,6 +19,11 @@ pytestmark = pytest.mark.usefixtures("matrices_move")
 KV_TOKENS = 300
 
 
+def parts(*calls):
+    """What a lane splits a step into."""
+    return lambda step: list(calls)
+
+
 @pytest.fixture
 def tokens_with(packed, make_group):
     """tokens_with(device, **policy) -> (tokens of each request, engine, closed already)."""
@@ -118,7 +123,7 @@ def test_the_host_waits_for_the_mark(device):
     progress.finish(step(Lane.H2D, 0), mark)
     reads = []
     worker = LaneWorker(Lane.DISK_READ, progress, LaneMeter())
-    worker.submit(step(Lane.DISK_READ, 0, (Lane.H2D, 0)), [lambda: reads.append(mark.query())])
+    worker.submit(step(Lane.DISK_READ, 0, (Lane.H2D, 0)), parts(lambda: reads.append(mark.query())))
     assert reads == []
     held.let_go()
     worker.close()
@@ -140,8 +145,8 @@ def test_two_workers_of_a_lane_finish_in_any_order(device):
     progress = Progress()
     weights, rows = (LaneWorker(Lane.H2D, progress, LaneMeter()) for _ in range(2))
     done = []
-    weights.submit(step(Lane.H2D, 0, (Lane.GPU, 0)), [lambda: done.append("weights")])
-    rows.submit(step(Lane.H2D, 1), [lambda: done.append("rows")])
+    weights.submit(step(Lane.H2D, 0, (Lane.GPU, 0)), parts(lambda: done.append("weights")))
+    rows.submit(step(Lane.H2D, 1), parts(lambda: done.append("rows")))
     progress.wait(step(Lane.GPU, 0, (Lane.H2D, 1)))
     assert done == ["rows"] and not progress.is_finished(Lane.H2D, 0)
     progress.finish(step(Lane.GPU, 0))
