@@ -85,7 +85,7 @@ class Family:
         values = (getattr(self, item.name) for item in fields(self))
         keys = {value.key for value in values if isinstance(value, From)} | set(self.when)
         if self.experts is not None:
-            keys |= {*self.experts.num_experts, "quantization_config"}
+            keys |= set(self.experts.num_experts)
         if self.latent_attention:
             keys |= {"kv_lora_rank", "rope_interleave"}
         return frozenset(keys)

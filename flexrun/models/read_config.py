@@ -10,6 +10,7 @@ import torch
 from flexrun.core import DTYPES, nearest_name
 from flexrun.errors import ConfigError, UnsupportedError
 from flexrun.models.family import Family, From
+from flexrun.models.quantization import check_quantization
 from flexrun.models.rope_config import layer_type_rope_specs, rope_spec
 from flexrun.models.spec import NO_ROPE, Experts, LatentAttention, ModelSpec, RopeSpec
 
@@ -32,7 +33,7 @@ _ONE = (None, 1, 1.0)
 _REFUSED: dict[str, tuple] = {
     **dict.fromkeys(
         (
-            "quantization_config", "compression_config", "per_layer_config",
+            "compression_config", "per_layer_config",
             "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "kv_lora_rank",
             "clip_qkv", "attention_sink", "attention_sinks", "use_attention_sinks", "use_sinks",
             "add_full_attention_sink_bias", "add_swa_attention_sink_bias", "attention_chunk_size",
@@ -48,7 +49,6 @@ _REFUSED: dict[str, tuple] = {
     ),
     "position_embedding_type": (None, "rope", "rotary"),
 }  # fmt: skip
-PLANNED_QUANTIZATIONS = ("fp8", "mxfp4")  # checkpoints that can be planned, in the dtype of their model
 _HINT = "this version would compute something else than the model's authors; it runs no such option"
 
 
@@ -207,17 +207,15 @@ def _latent_attention_factor(rope: RopeSpec) -> float:
 
 def _unrunnable(family: Family, config: Mapping, settings: Mapping) -> tuple[str, ...]:
     """What of this model the decoder does not compute yet."""
-    quantization = config.get("quantization_config") or settings.get("quantization_config")
     reasons = {
         "mixture of experts": family.experts is not None,
         "multi-head latent attention": family.latent_attention,
         "attention sinks": "sinks" in family.layer,
     }
-    if quantization:
-        method = quantization.get("quant_method")
-        if method not in PLANNED_QUANTIZATIONS:
-            raise UnsupportedError(f"config option quantization_config (quant_method {method!r})", _HINT)
-        reasons[f"{method} checkpoint"] = True
+    for given in (config.get("quantization_config"), settings.get("quantization_config")):
+        fused_experts = isinstance(family.layer.get("expert_gate_up"), str)
+        if given and check_quantization(given) == "mxfp4" and not fused_experts:
+            raise UnsupportedError(f"config option quantization_config (quant_method 'mxfp4') in {family.architecture}")
     return tuple(reason for reason, applies in reasons.items() if applies)
 
 

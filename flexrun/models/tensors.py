@@ -36,11 +36,20 @@ class PackedTensor:
     def elements(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def part(self) -> int | None:
+        """The entry along the first dimension of its source that the tensor is made of; None: of all."""
+        return self.groups if self.assemble in ("fused_expert", "fused_expert_pairs") else None
+
     def build(self, tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
         """The packed tensor, contiguous, from the source tensors in order, cast to ``dtype`` if given.
 
-        May share memory with a lone source that needs no change.
+        Where ``part`` says so, a source may be that entry of it alone. May share memory with a lone source that needs
+        no change.
         """
+        if self.part is not None:
+            whole = len(self.source_shapes[0])
+            tensors = [tensor[self.part] if tensor.dim() == whole else tensor for tensor in tensors]
         packed = ASSEMBLERS[self.assemble](tensors, self.groups, dtype or tensors[0].dtype)
         return packed.reshape(self.shape).contiguous()
 
@@ -64,9 +73,9 @@ def _neox_qkv(tensors: Sequence[Tensor], groups: int, dtype: torch.dtype) -> Ten
 
 
 def _fused_expert(tensors: Sequence[Tensor], groups: int, dtype: torch.dtype) -> Tensor:
-    """gpt-oss stores all experts in one tensor, [experts, inputs, outputs] or [experts, outputs]."""
+    """gpt-oss stores all experts in one tensor, [experts, inputs, outputs] or [experts, outputs]; this is one of it."""
     (fused,) = tensors
-    return fused[groups].t().to(dtype)
+    return fused.t().to(dtype)
 
 
 def _fused_expert_pairs(tensors: Sequence[Tensor], groups: int, dtype: torch.dtype) -> Tensor:

@@ -44,6 +44,10 @@ class CheckpointReader(abc.ABC):
         Raises CheckpointError when the tensor is absent, its stored format cannot be read, or the file ends early.
         """
 
+    def read_part(self, name: str, part: int, dtype: torch.dtype) -> torch.Tensor:
+        """Entry ``part`` along the tensor's first dimension, as ``read`` would have it; may be a transposed view."""
+        return self.read(name, dtype)[part]
+
     @abc.abstractmethod
     def file_of(self, name: str) -> Path:
         """The file that holds the tensor (for messages)."""

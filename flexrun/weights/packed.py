@@ -189,7 +189,13 @@ def _write(reader: CheckpointReader, spec: ModelSpec, folder: Path, partial: Pat
                 stack.close()  # syncs and closes the previous layer's file
                 out, current = stack.enter_context(_synced(partial / file_name)), file_name
             sources = [spec.find_source(source, names) for source in tensor.sources]
-            value = tensor.build([reader.read(source, dtype) for source in sources], dtype)
+            part = tensor.part
+            values = [
+                reader.read(source, dtype) if part is None else reader.read_part(source, part, dtype)
+                for source in sources
+            ]
+            value = tensor.build(values, dtype)
+            del values
             data = value.view(torch.uint8).numpy().reshape(-1).data
             offset = out.tell()
             out.write(data)

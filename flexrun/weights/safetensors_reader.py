@@ -19,6 +19,7 @@ from flexrun.weights.checkpoint import (
     read_exactly,
     read_json,
 )
+from flexrun.weights.quantized import parts_of, quantized_tensors
 
 INDEX_NAME = "model.safetensors.index.json"
 LARGEST_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -119,7 +120,8 @@ class SafetensorsReader(CheckpointReader):
     """A directory with config.json and either model.safetensors, shards with their index, or one *.safetensors."""
 
     def __init__(self, path: str | Path):
-        """Read and check every header. Raises CheckpointError naming the file (and tensor) at fault."""
+        """Read and check every header. Raises CheckpointError naming the file (and tensor) at fault, UnsupportedError
+        naming a quantization_config that is not read."""
         self.path = Path(path)
         self.config = read_json(self.path / "config.json", required=True)
         self.generation_config = read_json(self.path / "generation_config.json", required=False)
@@ -132,6 +134,8 @@ class SafetensorsReader(CheckpointReader):
             self._open_shards(index_path)
         else:
             self._tensors = self._header(self._single_file())
+        self._quantized = quantized_tensors(self.config, self._tensors)
+        self._hidden = parts_of(self._quantized.values()) - set(self._quantized)
 
     def _single_file(self) -> Path:
         whole = self.path / "model.safetensors"
@@ -179,15 +183,17 @@ class SafetensorsReader(CheckpointReader):
             raise CheckpointError(f"{self.path}: tensor {name!r} is missing") from None
 
     def names(self) -> set[str]:
-        return set(self._tensors)
+        return (set(self._tensors) | set(self._quantized)) - self._hidden
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._stored(name).shape
+        return self._quantized[name].shape if name in self._quantized else self._stored(name).shape
 
     def file_of(self, name: str) -> Path:
-        return self._stored(name).path
+        return self._stored(self._quantized[name].values if name in self._quantized else name).path
 
     def refusal(self, name: str) -> str | None:
+        if name in self._quantized:
+            return self._quantized[name].complaint
         dtype = self._stored(name).dtype
         return None if dtype in READABLE else f"is stored as {dtype}; only {', '.join(READABLE)} weights run"
 
@@ -195,23 +201,49 @@ class SafetensorsReader(CheckpointReader):
         return fingerprint_files(self.config, self._headers)
 
     def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        self._check_readable(name)
+        if name in self._quantized:
+            return self._quantized[name].read(None, dtype, self._tensors, self._bytes)
         stored = self._stored(name)
-        where = f"{stored.path}: tensor {name!r}"
+        return self._read(stored, stored.shape, 0, dtype, f"{stored.path}: tensor {name!r}")
+
+    def read_part(self, name: str, part: int, dtype: torch.dtype) -> torch.Tensor:
+        self._check_readable(name)
+        if name in self._quantized:
+            return self._quantized[name].read(part, dtype, self._tensors, self._bytes)
+        stored = self._stored(name)
+        part_bytes = stored.size_bytes // stored.shape[0]
+        return self._read(stored, stored.shape[1:], part * part_bytes, dtype, f"{stored.path}: tensor {name!r}")
+
+    def _check_readable(self, name: str) -> None:
         if refusal := self.refusal(name):
-            raise CheckpointError(f"{where} {refusal}", "convert the weights to bfloat16 or float16 first")
+            raise CheckpointError(
+                f"{self.file_of(name)}: tensor {name!r} {refusal}", "convert the weights to bfloat16 or float16 first"
+            )
+
+    def _bytes(self, name: str, offset_bytes: int, nbytes: int) -> torch.Tensor:
+        stored, data = self._stored(name), torch.empty(nbytes, dtype=torch.uint8)
+        where = f"{stored.path}: tensor {name!r}"
+        read_exactly(self._descriptor(stored.path), _bytes_of(data), stored.offset_bytes + offset_bytes, where)
+        return data
+
+    def _read(
+        self, stored: StoredTensor, shape: tuple[int, ...], skip_bytes: int, dtype: torch.dtype, where: str
+    ) -> torch.Tensor:
         descriptor = self._descriptor(stored.path)
-        result = torch.empty(stored.shape, dtype=dtype)
+        offset_bytes = stored.offset_bytes + skip_bytes
+        result = torch.empty(shape, dtype=dtype)
         flat = result.view(-1)
         if READABLE[stored.dtype] == dtype:
             if flat.numel():
-                read_exactly(descriptor, _bytes_of(flat), stored.offset_bytes, where)
+                read_exactly(descriptor, _bytes_of(flat), offset_bytes, where)
             return result
         element_bytes = ELEMENT_BITS[stored.dtype] // 8
         step = CONVERT_ROWS_BYTES // element_bytes
         staging = torch.empty(min(step, flat.numel()), dtype=READABLE[stored.dtype])
         for start in range(0, flat.numel(), step):
             part = staging[: min(step, flat.numel() - start)]
-            read_exactly(descriptor, _bytes_of(part), stored.offset_bytes + start * element_bytes, where)
+            read_exactly(descriptor, _bytes_of(part), offset_bytes + start * element_bytes, where)
             flat[start : start + part.numel()].copy_(part)
         return result
 
