@@ -6,7 +6,7 @@ import torch
 from flexrun.attention import Segments
 
 
-def oracle(query, keys, values, segments, *, scale, window=0, softcap=0.0):
+def oracle(query, keys, values, segments, *, scale, window=0, softcap=0.0, sinks=None):
     """(out, lse) in float64 with explicit masks; rows that see nothing, or of no segment, are 0 and -inf."""
     out = torch.zeros(query.shape, dtype=torch.float64)
     lse = torch.full(query.shape[:2], float("-inf"), dtype=torch.float64)
@@ -20,8 +20,10 @@ def oracle(query, keys, values, segments, *, scale, window=0, softcap=0.0):
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
         scores = scores.masked_fill(~visible, float("-inf"))
+        if sinks is not None:  # a column of its own, whose value is nothing
+            scores = torch.cat([scores, sinks.double()[:, None, None].expand(-1, query_len, 1)], dim=-1)
         lse[rows] = scores.logsumexp(-1).T
-        weights = scores.softmax(-1).nan_to_num(0.0)
+        weights = scores.softmax(-1).nan_to_num(0.0)[..., :kv_len]
         out[rows] = torch.einsum("hqk,khd->qhd", weights, values[kv_rows])
     return out, lse
 

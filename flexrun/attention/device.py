@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from flexrun.attention.sdpa import attend_segment
+from flexrun.attention.sdpa import attend_segment, sink_share
 from flexrun.attention.segments import Segments
 
 LIKE_LENGTHS = 1.25  # longest sequence of a padded group, in lengths of its shortest
@@ -26,9 +26,9 @@ GATHER_ELEMENTS = 1 << 24  # most elements of the keys (and of the values) of on
 FLASH_HEAD_DIM = 256
 
 try:
-    from torch.nn.attention.varlen import varlen_attn_out
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn_out
 
-    _HAS_VARLEN = {"seqused_k", "enable_gqa", "window_size", "scale"} <= set(
+    _HAS_VARLEN = {"seqused_k", "enable_gqa", "window_size", "scale", "return_aux"} <= set(
         inspect.signature(varlen_attn_out).parameters
     )
 except ImportError:
@@ -106,7 +106,9 @@ def _pack(segments: Segments, mask: numpy.ndarray, number: int, upload: Upload) 
     return _Packed(slice(first, last), starts, kv_starts, lengths[:-1], int(query_len.max()), int(kv_len.max()))
 
 
-def attend_on_device(query, keys, values, segments: Segments, scale: float, window: int, softcap: float, out) -> bool:
+def attend_on_device(
+    query, keys, values, segments: Segments, scale: float, window: int, softcap: float, sinks, out
+) -> bool:
     """See ``attend``; the tensors are checked. False, with nothing done, for segments over parts of sequences."""
     if (segments.query_position != segments.kv_len - segments.query_len).any() or not len(segments):
         return False
@@ -115,9 +117,9 @@ def attend_on_device(query, keys, values, segments: Segments, scale: float, wind
     tables: _Tables = segments.__dict__["_device_tables"]
     if tables.packed is not None and not softcap and _flash_applies(query):
         for part in tables.packed:
-            _attend_packed(query, keys, values, part, scale, window, out)
+            _attend_packed(query, keys, values, part, scale, window, sinks, out)
         return True
-    _attend_decoding(query, keys, values, tables, scale, window, softcap, out)
+    _attend_decoding(query, keys, values, tables, scale, window, softcap, sinks, out)
     for query_start, query_len, kv_start, kv_len in tables.others:
         rows, kv_rows = slice(query_start, query_start + query_len), slice(kv_start, kv_start + kv_len)
         attend_segment(
@@ -128,6 +130,7 @@ def attend_on_device(query, keys, values, segments: Segments, scale: float, wind
             scale=scale,
             window=window,
             softcap=softcap,
+            sinks=sinks,
             out=out[rows],
         )
     return True
@@ -144,9 +147,9 @@ def _has_flash(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _attend_packed(query, keys, values, part: _Packed, scale, window, out) -> None:
+def _attend_packed(query, keys, values, part: _Packed, scale, window, sinks, out) -> None:
     """window counts the row itself, the kernel's left border does not."""
-    varlen_attn_out(
+    result = varlen_attn_out(
         out[part.rows],
         query[part.rows],
         keys,
@@ -159,7 +162,10 @@ def _attend_packed(query, keys, values, part: _Packed, scale, window, out) -> No
         window_size=(window - 1 if window else -1, 0),
         enable_gqa=query.shape[1] != keys.shape[1],
         seqused_k=part.kv_lengths,
+        return_aux=None if sinks is None else AuxRequest(lse=True),
     )
+    if sinks is not None:  # the kernel knows none; its log-sum-exp is [heads, rows]
+        out[part.rows].mul_(sink_share(result[1].t(), sinks))
 
 
 def like_lengths(lengths: list[int], row_elements: int) -> list[slice]:
@@ -173,7 +179,7 @@ def like_lengths(lengths: list[int], row_elements: int) -> list[slice]:
     return [*groups, slice(start, len(lengths))] if lengths else []
 
 
-def _attend_decoding(query, keys, values, tables: _Tables, scale, window, softcap, out) -> None:
+def _attend_decoding(query, keys, values, tables: _Tables, scale, window, softcap, sinks, out) -> None:
     """Sequences of one query row each, gathered group by group; the group of query heads stands for positions."""
     num_heads, head_dim = query.shape[1:]
     num_kv_heads = keys.shape[1]
@@ -189,10 +195,15 @@ def _attend_decoding(query, keys, values, tables: _Tables, scale, window, softca
         key, value = (slab.index_select(0, kv_rows).view(batch).transpose(1, 2) for slab in (keys, values))
         grouped = query.index_select(0, rows).view(count, num_kv_heads, num_heads // num_kv_heads, head_dim)
         mask = visible[:, None, None]
-        if softcap:
+        if softcap or sinks is not None:
             scores = (grouped.float() @ key.float().transpose(-1, -2)).mul_(scale)
-            scores.div_(softcap).tanh_().mul_(softcap).masked_fill_(~mask, float("-inf"))
-            result = (scores.softmax(-1) @ value.float()).to(query.dtype)
+            if softcap:
+                scores.div_(softcap).tanh_().mul_(softcap)
+            scores.masked_fill_(~mask, float("-inf"))
+            result = scores.softmax(-1) @ value.float()
+            if sinks is not None:
+                result *= sink_share(scores.logsumexp(-1), sinks.view(num_kv_heads, -1))
+            result = result.to(query.dtype)
         else:
             result = scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scale)
         out.index_copy_(0, rows, result.reshape(count, num_heads, head_dim))

@@ -13,7 +13,17 @@ NATIVE_QUERY_TOKENS = 8  # segments of at most so many query rows are bound by r
 
 
 def attend(
-    query, keys, values, segments: Segments, *, scale: float, window: int = 0, softcap: float = 0.0, out, lse=None
+    query,
+    keys,
+    values,
+    segments: Segments,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks=None,
+    out,
+    lse=None,
 ):
     """Causal attention of every segment, each over its own rows of a KV slab. Returns ``out``.
 
@@ -22,28 +32,30 @@ def attend(
     segment are left as they are. One dtype: float32, bfloat16 or float16; softmax and sums are float32.
     lse: None, or float32 [tokens, num_heads] (last dim contiguous) that gets the natural logarithm of each row's sum
     of ``exp(score)``, -inf where the row sees nothing; ``merge`` joins partial results by it.
+    sinks: None, or contiguous float32 [num_heads] on the query's device: one more score of each row of a head, taken
+    as it is, that has its share of the softmax (and of lse) and no value. A row that sees nothing still becomes zeros.
     scale multiplies ``q·k``; softcap ``c`` > 0 replaces a score ``s`` with ``c * tanh(s / c)``; window 0 is unlimited.
     Raises ValueError where shapes or dtypes disagree or a segment lies outside the tensors.
     """
-    _check(query, keys, values, segments, out, lse)
+    _check(query, keys, values, segments, out, lse, sinks)
     if query.is_cuda:
-        whole = lse is None and attend_on_device(query, keys, values, segments, scale, window, softcap, out)
+        whole = lse is None and attend_on_device(query, keys, values, segments, scale, window, softcap, sinks, out)
         if not whole:
-            _attend_each(query, keys, values, segments, scale, window, softcap, out, lse)
+            _attend_each(query, keys, values, segments, scale, window, softcap, sinks, out, lse)
         return out
     if not native.available:
-        _attend_each(query, keys, values, segments, scale, window, softcap, out, lse)
+        _attend_each(query, keys, values, segments, scale, window, softcap, sinks, out, lse)
         return out
     short, long = segments.split(NATIVE_QUERY_TOKENS)
     for part in (short, long):
         if len(part) and not native.attend(
-            query, keys, values, out, part.pointer, len(part), scale, window, softcap, part is long, lse
+            query, keys, values, out, part.pointer, len(part), scale, window, softcap, part is long, lse, sinks
         ):
-            _attend_each(query, keys, values, part, scale, window, softcap, out, lse)
+            _attend_each(query, keys, values, part, scale, window, softcap, sinks, out, lse)
     return out
 
 
-def _attend_each(query, keys, values, segments, scale, window, softcap, out, lse) -> None:
+def _attend_each(query, keys, values, segments, scale, window, softcap, sinks, out, lse) -> None:
     for (query_start, query_len, kv_start, kv_len), position in zip(segments.rows, segments.query_position.tolist()):
         rows, kv_rows = slice(query_start, query_start + query_len), slice(kv_start, kv_start + kv_len)
         attend_segment(
@@ -54,12 +66,13 @@ def _attend_each(query, keys, values, segments, scale, window, softcap, out, lse
             scale=scale,
             window=window,
             softcap=softcap,
+            sinks=sinks,
             out=out[rows],
             lse=None if lse is None else lse[rows],
         )
 
 
-def _check(query, keys, values, segments: Segments, out, lse) -> None:
+def _check(query, keys, values, segments: Segments, out, lse, sinks) -> None:
     tokens, num_heads, head_dim = query.shape
     capacity, num_kv_heads, key_dim = keys.shape
     if values.shape != keys.shape or out.shape != query.shape or key_dim != head_dim or num_heads % num_kv_heads:
@@ -75,6 +88,16 @@ def _check(query, keys, values, segments: Segments, out, lse) -> None:
         raise ValueError(
             f"attend: lse must be float32 {(tokens, num_heads)} with a contiguous last dim, on {query.device}; it is "
             f"{lse.dtype} {tuple(lse.shape)} with strides {lse.stride()}, on {lse.device}"
+        )
+    if sinks is not None and (
+        sinks.dtype != torch.float32
+        or sinks.shape != (num_heads,)
+        or not sinks.is_contiguous()
+        or sinks.device != query.device
+    ):
+        raise ValueError(
+            f"attend: sinks must be contiguous float32 {(num_heads,)} on {query.device}; they are {sinks.dtype} "
+            f"{tuple(sinks.shape)} on {sinks.device}"
         )
     if segments.query_end > tokens or segments.kv_end > capacity:
         raise ValueError(

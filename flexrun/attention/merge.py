@@ -52,24 +52,37 @@ def attend_split(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
+    sinks: Tensor | None = None,
     out: Tensor,
     lse: Tensor | None = None,
 ) -> Tensor:
     """Causal attention over a KV cache that is split by token: ``first`` here, ``second`` there. Returns ``out``.
 
     As ``attend`` over the whole, with the KV of each part on that part's device: queries are copied there and partial
-    results back to the query's device, where they are merged.
+    results back to the query's device, where they are merged. The sinks join the first part, and so count once.
     """
-    partial = [_attend_part(query, part, scale, window, softcap) for part in (first, second)]
+    partial = [
+        _attend_part(query, part, scale, window, softcap, part_sinks)
+        for part, part_sinks in ((first, sinks), (second, None))
+    ]
     return merge(*partial[0], *partial[1], out, lse)
 
 
-def _attend_part(query: Tensor, part: KVPart, scale, window, softcap) -> tuple[Tensor, Tensor]:
+def _attend_part(query: Tensor, part: KVPart, scale, window, softcap, sinks) -> tuple[Tensor, Tensor]:
     there = query.to(part.keys.device)
     # rows of no segment are merged too: they must hold a number
     out = torch.zeros(there.shape, dtype=there.dtype, device=there.device)
     lse = torch.full(there.shape[:2], float("-inf"), device=there.device)
     part.attend(
-        there, part.keys, part.values, part.segments, scale=scale, window=window, softcap=softcap, out=out, lse=lse
+        there,
+        part.keys,
+        part.values,
+        part.segments,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        sinks=None if sinks is None else sinks.to(there.device),
+        out=out,
+        lse=lse,
     )
     return out.to(query.device), lse.to(query.device)

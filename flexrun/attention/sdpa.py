@@ -17,12 +17,12 @@ SCORE_ELEMENTS = 1 << 23  # of one float32 score matrix of the explicit form
 
 
 def attend_segment(
-    query, keys, values, *, query_position: int, scale: float, window: int, softcap: float, out, lse=None
+    query, keys, values, *, query_position: int, scale: float, window: int, softcap: float, sinks=None, out, lse=None
 ) -> None:
     """Causal attention of one segment (see Segments); writes ``out`` and, where given, ``lse``.
 
     query, out: [query_len, num_heads, D]; keys, values: [kv_len, num_kv_heads, D]; one dtype, last dim contiguous;
-    lse: float32 [query_len, num_heads].
+    lse: float32 [query_len, num_heads]; sinks: float32 [num_heads].
     """
     # what no query sees, and then the queries that see nothing, are cut off: every row below sees something
     past, kv_len = query_position, len(keys)
@@ -37,21 +37,21 @@ def attend_segment(
         for part in (slice(0, first), slice(max(first, stop), None)):
             out[part].zero_()
             if lse is not None:
-                lse[part].fill_(float("-inf"))
+                lse[part] = float("-inf") if sinks is None else sinks
         if stop <= first:
             return
         query, out, past = query[first:stop], out[first:stop], past + first
         lse = None if lse is None else lse[first:stop]
-    _attend_rows(query, keys, values, past, scale, window, softcap, out, lse)
+    _attend_rows(query, keys, values, past, scale, window, softcap, sinks, out, lse)
 
 
-def _attend_rows(query, keys, values, past: int, scale, window, softcap, out, lse) -> None:
+def _attend_rows(query, keys, values, past: int, scale, window, softcap, sinks, out, lse) -> None:
     query_len, num_heads, _ = query.shape
     kv_len, num_kv_heads, _ = keys.shape
     if window >= past + query_len:
         window = 0
     reach = past + query_len if window else kv_len
-    if softcap or lse is not None:
+    if softcap or sinks is not None or lse is not None:
         block_tokens = max(1, min(query_len, SCORE_ELEMENTS // (num_heads * reach)))
         attend_block = _explicit_block
     elif query_len == 1:
@@ -66,6 +66,7 @@ def _attend_rows(query, keys, values, past: int, scale, window, softcap, out, ls
     folded = (num_kv_heads, num_heads // num_kv_heads)
     query, out = query.unflatten(1, folded), out.unflatten(1, folded)
     lse = None if lse is None else lse.unflatten(1, folded)
+    sinks = None if sinks is None else sinks.view(*folded, 1)
     for start in range(0, query_len, block_tokens):
         stop = min(start + block_tokens, query_len)
         first_kv = max(0, past + start - window + 1) if window else 0
@@ -79,6 +80,7 @@ def _attend_rows(query, keys, values, past: int, scale, window, softcap, out, ls
             window=window,
             softcap=softcap,
             block_tokens=block_tokens,
+            sinks=sinks,
             lse=None if lse is None else lse[start:stop],
         )
         out[start:stop].copy_(result)
@@ -108,16 +110,26 @@ def _masked_block(query, keys, values, *, past, scale, window, block_tokens, **_
     return result.permute(2, 0, 1, 3)
 
 
-def _explicit_block(query, keys, values, *, past, scale, window, softcap, lse, **_):
+def _explicit_block(query, keys, values, *, past, scale, window, softcap, sinks, lse, **_):
     query, keys, values = _grouped(query.float(), keys.float(), values.float())
     scores = (query @ keys.transpose(-1, -2)).mul_(scale)
     if softcap:
         scores.div_(softcap).tanh_().mul_(softcap)
     query_len, kv_len = scores.shape[-2:]
     scores += _causal_band(query_len, kv_len, past, window, query_len, torch.float32, scores.device)
+    total = None if sinks is None and lse is None else scores.logsumexp(-1)
+    result = scores.softmax(-1) @ values
+    if sinks is not None:
+        result *= sink_share(total, sinks)
+        torch.logaddexp(total, sinks, out=total)
     if lse is not None:
-        lse.copy_(scores.logsumexp(-1).permute(2, 0, 1))
-    return (scores.softmax(-1) @ values).permute(2, 0, 1, 3)
+        lse.copy_(total.permute(2, 0, 1))
+    return result.permute(2, 0, 1, 3)
+
+
+def sink_share(lse, sinks):
+    """What the result without sinks is multiplied by, [..., 1]: from its log-sum-exp and the sinks of its rows."""
+    return torch.sigmoid(lse - sinks)[..., None]
 
 
 def _causal_band(query_len: int, kv_len: int, past: int, window: int, block_tokens: int, dtype, device):

@@ -20,8 +20,8 @@ _ACTIVATION = {"silu": 0, "gelu_tanh": 1}
 _NORM = struct.Struct("@4P8q3fi").pack
 _GATED = struct.Struct("@3P5q2i").pack
 _ROPE = struct.Struct("@3P5qi").pack
-_ATTENTION = struct.Struct("@5P13q2fi").pack
-_LAYOUT = 2  # of dispatch.c: a library of other sources would misread the structs
+_ATTENTION = struct.Struct("@6P13q2fi").pack
+_LAYOUT = 3  # of dispatch.c: a library of other sources would misread the structs
 
 
 def _load():
@@ -166,7 +166,18 @@ def apply_rope(x, cosine, sine) -> bool:
 
 
 def attend(
-    query, keys, values, out, segments_pointer: int, count: int, scale, window, softcap, long=False, lse=None
+    query,
+    keys,
+    values,
+    out,
+    segments_pointer: int,
+    count: int,
+    scale,
+    window,
+    softcap,
+    long=False,
+    lse=None,
+    sinks=None,
 ) -> bool:
     """Causal attention of ``count`` segments; shapes as in flexrun.attention.attend, which checks them.
 
@@ -187,6 +198,7 @@ def attend(
         values.data_ptr(),
         out.data_ptr(),
         0 if lse is None else lse.data_ptr(),
+        0 if sinks is None else sinks.data_ptr(),
         query_stride[0],
         query_stride[1],
         out_stride[0],

@@ -344,15 +344,15 @@ static void finish_rows(const struct attention *a, const struct chunk *chunk, co
     for (int64_t row = 0; row < rows * a->num_kv_heads; row++) {
         int64_t head = row / rows * group + row % rows % group, token = chunk->query_row + row % rows / group;
         int64_t target = token * a->out_stride + head * a->out_head_stride;
-        float total = partial->sum[row];
+        float logarithm;
 #ifdef HAVE_BF16_DOT
         if (a->dtype == BFLOAT16) columns_in_order(partial->sum_values + row * a->head_dim, a->head_dim);
 #endif
-        VEC inverse = v_set1(total > 0.0f ? 1.0f / total : 0.0f); /* a row that sees nothing is 0 */
+        VEC inverse = v_set1(finish_sum(a, head, partial->maximum[row], partial->sum[row], &logarithm));
         for (int64_t column = 0; column < a->head_dim; column += LANES) {
             VEC sum = v_load(partial->sum_values + row * a->head_dim + column);
             BY_DTYPE(a->dtype, v_store_any(a->out, target + column, v_mul(sum, inverse), TYPE));
         }
-        if (a->lse) a->lse[token * a->lse_stride + head] = log_sum(partial->maximum[row], total);
+        if (a->lse) a->lse[token * a->lse_stride + head] = logarithm;
     }
 }

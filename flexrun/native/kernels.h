@@ -16,6 +16,7 @@ struct attention {
     const void *query, *keys, *values;
     void *out;
     float *lse; /* [tokens][num_heads]: natural logarithm of each row's sum of exp(score); may be NULL */
+    const float *sinks; /* [num_heads]: one more score of each row, without a value; may be NULL */
     int64_t query_stride, query_head_stride, out_stride, out_head_stride, lse_stride;
     int64_t key_stride, key_head_stride, value_stride, value_head_stride;
     int64_t num_heads, num_kv_heads, head_dim;

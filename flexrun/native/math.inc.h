@@ -81,5 +81,19 @@ INLINE VEC v_tanh(VEC x) {
     return v_select_less(square, v_set1(0.09f), series, direct);
 }
 
-/* log(sum of exp(score)) of a row whose sum is relative to its maximum; -inf where it sees nothing. */
-INLINE float log_sum(float maximum, float sum) { return sum > 0.0f ? maximum + logf(sum) : -INFINITY; }
+/* What a row's sums of values are multiplied by at the end, and the logarithm of its sum of exp(score).
+ *
+ * sum is relative to maximum. A sink joins the sum here, once a row, however its KV was split. A row that sees nothing
+ * becomes 0, and its logarithm that of the sink, or -inf. */
+INLINE float finish_sum(const struct attention *a, int64_t head, float maximum, float sum, float *logarithm) {
+    float sink = a->sinks ? a->sinks[head] : -INFINITY, top = maximum > sink ? maximum : sink, factor = 0.0f;
+    *logarithm = -INFINITY;
+    if (top == -INFINITY) return factor;
+    float total = sink > -INFINITY ? expf(sink - top) : 0.0f;
+    if (sum > 0.0f) {
+        factor = maximum < top ? expf(maximum - top) : 1.0f;
+        total += sum * factor;
+    }
+    *logarithm = top + logf(total);
+    return factor / total;
+}

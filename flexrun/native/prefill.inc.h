@@ -155,9 +155,10 @@ static void prefill_item(const struct attention *a, const struct prefill *p, flo
     for (int64_t row = 0; row < rows; row++) {
         int64_t token = row / group, head = p->kv_head * group + row % group;
         uint16_t *out = (uint16_t *)a->out + (p->query_row + token) * a->out_stride + head * a->out_head_stride;
-        VEC factor = v_set1(sum[row] > 0.0f ? 1.0f / sum[row] : 0.0f); /* a row that sees nothing is 0 */
+        float logarithm;
+        VEC factor = v_set1(finish_sum(a, head, maximum[row], sum[row], &logarithm));
         for (int64_t column = 0; column < head_dim; column += 16)
             v_store_bf16(out + column, v_mul(v_load(outputs + row * head_dim + column), factor));
-        if (a->lse) a->lse[(p->query_row + token) * a->lse_stride + head] = log_sum(maximum[row], sum[row]);
+        if (a->lse) a->lse[(p->query_row + token) * a->lse_stride + head] = logarithm;
     }
 }

@@ -71,6 +71,23 @@ def test_queries_anywhere_around_their_part_of_the_kv(path, dtype, options, quer
     check(*tensors, scale=0.3, **options)
 
 
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("options", [{}, {"window": 5}, {"window": 128}, {"softcap": 2.0}], ids=str)
+def test_sinks_take_their_share(path, dtype, options):
+    lengths = [1, 4, 1, 9, 200, 2, 1], [1, 4, 33, 31, 210, 100, 5]
+    tensors = make(*lengths, num_heads=6, num_kv_heads=2, head_dim=64, dtype=dtype)
+    check(*tensors, scale=0.3, sinks=torch.linspace(-4, 4, 6), **options)
+
+
+def test_sinks_of_queries_around_a_part_of_the_kv(path):
+    positions = [-5, -1, 0, 6, 14, 15, 40]
+    sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 32, "dtype": torch.float32}
+    for query_len in (1, 20):
+        tensors = make([query_len] * 7, [15] * 7, query_position=positions, **sizes)
+        for window in (0, 6):
+            check(*tensors, scale=0.3, sinks=torch.tensor([0.5, -1.0, 9.0, -9.0]), window=window)
+
+
 @pytest.mark.parametrize("query_len", [1, 9])
 def test_an_empty_part_is_nothing_seen(path, query_len):
     tensors = make(
@@ -151,6 +168,9 @@ def test_tensors_that_do_not_fit_are_refused():
     for lse in (torch.empty(2, 3), torch.empty(4, 2).T, torch.empty(2, 4, dtype=torch.float64)):
         with pytest.raises(ValueError, match="lse must be float32"):
             attend(query, keys, values, segments, scale=1.0, out=query.clone(), lse=lse)
+    for sinks in (torch.zeros(3), torch.zeros(4).double(), torch.zeros(8)[::2]):
+        with pytest.raises(ValueError, match="sinks must be contiguous float32"):
+            attend(query, keys, values, segments, scale=1.0, sinks=sinks, out=query.clone())
     for query_, keys_, values_, out in refused:
         with pytest.raises(ValueError, match="attend"):
             attend(query_, keys_, values_, segments, scale=1.0, out=out.clone())

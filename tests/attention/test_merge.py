@@ -38,7 +38,9 @@ def split_slab(keys, values, segments, first_tokens):
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (7, 1)], ids=str)
 @pytest.mark.parametrize(
-    "options", [{}, {"window": 1}, {"window": 25}, {"softcap": 2.0}, {"window": 35, "softcap": 3.0}], ids=str
+    "options",
+    [{}, {"window": 1}, {"window": 25}, {"softcap": 2.0}, {"window": 35, "softcap": 3.0}, {"sinks": 1.5}],
+    ids=str,
 )
 @pytest.mark.parametrize("first_tokens", [0, 1, 30, 1000, [7, 33, 0, 69, 10, 280]], ids=str)
 def test_two_parts_are_the_whole(path, dtype, heads, options, first_tokens):
@@ -46,6 +48,8 @@ def test_two_parts_are_the_whole(path, dtype, heads, options, first_tokens):
     query, keys, values, segments = make(
         QUERY_LENS, KV_LENS, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=32, dtype=dtype
     )
+    if "sinks" in options:
+        options = {"sinks": torch.linspace(-options["sinks"], options["sinks"], num_heads)}
     expected, expected_lse = oracle(query, keys, values, segments, scale=0.3, **options)
     first, second = split_slab(keys, values, segments, first_tokens)
     out, lse = torch.full(query.shape, float("nan"), dtype=dtype), torch.full(query.shape[:2], float("nan"))

@@ -33,7 +33,7 @@ def attend(query, keys, values, segments, long, **options):
     out, lse = torch.empty_like(query), torch.empty(query.shape[:2])
     called = native.attend(
         query, keys, values, out, segments.pointer, len(segments), 0.2, options.get("window", 0),
-        options.get("softcap", 0.0), long, lse,
+        options.get("softcap", 0.0), long, lse, options.get("sinks"),
     )  # fmt: skip
     return called, out, lse
 
@@ -77,9 +77,9 @@ def main():
         for threads in (1, 3):
             torch.set_num_threads(threads)
             for dtype, head_dim in product(TOLERANCE, (16, 64, 80, 96, 128, 256)):
-                check_attention(dtype, head_dim, LENGTHS, False)
+                check_attention(dtype, head_dim, LENGTHS, False, sinks=torch.linspace(-1, 1, 6))
                 check_attention(dtype, head_dim, PART, False, window=(0, 5)[threads % 2])
-                check_attention(dtype, head_dim, ([70, 9], [70, 139]), True)
+                check_attention(dtype, head_dim, ([70, 9], [70, 139]), True, sinks=torch.linspace(-1, 1, 6))
                 check_attention(dtype, head_dim, ([70, 9], [3, 20], [-5, 9]), True, softcap=2.0)
             for dtype, width in product(TOLERANCE, (1, 15, 33)):
                 check_elementwise(dtype, width)

@@ -14,9 +14,10 @@ def make(query_lens, kv_lens, num_heads, num_kv_heads, head_dim, dtype, query_po
     return attention_oracle.make(query_lens, kv_lens, query_position=query_position, **sizes)
 
 
-def run(query, keys, values, segments, scale=0.2, window=0, softcap=0.0, lse=None):
+def run(query, keys, values, segments, scale=0.2, window=0, softcap=0.0, sinks=None, lse=None):
     out = torch.full(query.shape, float("nan"), dtype=query.dtype)
-    assert native.attend(query, keys, values, out, segments.pointer, len(segments), scale, window, softcap, False, lse)
+    pointer, count = segments.pointer, len(segments)
+    assert native.attend(query, keys, values, out, pointer, count, scale, window, softcap, False, lse, sinks)
     return out
 
 
@@ -73,6 +74,18 @@ def test_groups(instruction_set, dtype, tolerance, heads):
                                      {"window": 33, "softcap": 0.7}], ids=str)  # fmt: skip
 def test_windows_and_soft_caps(instruction_set, dtype, tolerance, options):
     check(make([1, 8, 1, 5], [900, 260, 31, 5], 4, 2, 32, dtype), tolerance, scale=0.4, **options)
+
+
+@pytest.mark.parametrize("sink", [-200.0, -3.0, 0.0, 2.5, 200.0])
+@pytest.mark.parametrize("options", [{}, {"window": 40}, {"softcap": 5.0}], ids=str)
+def test_sinks(instruction_set, threads, dtype, tolerance, sink, options):
+    tensors = make([1, 8, 1, 5], [900, 260, 31, 5], 6, 2, 64, dtype)
+    check(tensors, tolerance, sinks=torch.linspace(sink - 1, sink + 1, 6), **options)
+
+
+def test_sinks_of_rows_that_see_nothing(instruction_set, dtype, tolerance):
+    tensors = make([3, 2], [20, 0], 4, 2, 32, dtype, [-1, 4])
+    check(tensors, tolerance, sinks=torch.tensor([0.5, -1.0, float("-inf"), 3.0]))
 
 
 @pytest.mark.parametrize("kv_len", [1, 2, 3, 4, 5, 15, 16, 17, 31, 32, 33, 63, 64, 65, 255, 256, 257, 511, 513, 1025])

@@ -25,11 +25,11 @@ def inputs(heads: int, kv_heads: int, head_dim: int, tokens: int, capacity: int)
     return [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
 
 
-def run(query, keys, values, rows, scale, window=0, softcap=0.0, out=None, lse=None) -> torch.Tensor:
+def run(query, keys, values, rows, scale, window=0, softcap=0.0, sinks=None, out=None, lse=None) -> torch.Tensor:
     out = torch.zeros_like(query) if out is None else out
     segments = Segments(*numpy.array(rows).T)
     assert native.attend(
-        query, keys, values, out, segments.pointer, len(rows), scale, window, softcap, long=True, lse=lse
+        query, keys, values, out, segments.pointer, len(rows), scale, window, softcap, long=True, lse=lse, sinks=sinks
     )
     return out
 
@@ -64,6 +64,13 @@ def test_groups(heads):
 @pytest.mark.parametrize("options", [{"window": 1}, {"window": 64}, {"window": 100}, {"softcap": 3.0}], ids=str)
 def test_windows_and_soft_caps(options):
     check(4, 2, 64, [(0, 150, 0, 300), (150, 80, 300, 80)], **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 100}, {"softcap": 3.0}], ids=str)
+def test_sinks(options):
+    rows = [(0, 150, 0, 300), (150, 80, 300, 80), (230, 70, 10, 3, -5)]
+    rows = [(*row, row[3] - row[1])[:5] for row in rows]
+    check(4, 2, 64, rows, sinks=torch.tensor([-100.0, 0.0, 2.0, 100.0]), **options)
 
 
 def test_large_scores_do_not_overflow():
