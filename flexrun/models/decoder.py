@@ -7,6 +7,7 @@ their packed names. One layer is, with the norms that ``spec.norms`` names (an a
     hidden  = residual_norm(hidden + residual_scale * branch)
     hidden  = output_norm(hidden + residual_scale * mlp_branch_norm(down(act(up(mlp_norm(hidden))))))
 
+In a sparse layer the MLP is the sum of the shared experts and, each by its weight, of those a token is sent to.
 With ``spec.parallel_residual`` the MLP reads the hidden state from before the attention branch was added.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from flexrun.models import ops
@@ -55,6 +57,8 @@ def attention_inputs(
             flat_query, flat_key, _ = qkv.split((spec.query_size, spec.kv_size, spec.kv_size), dim=1)
             _norm(spec, weights, "query_norm", flat_query, out=flat_query)
             _norm(spec, weights, "key_norm", flat_key, out=flat_key)
+    if spec.qkv_limit:
+        qkv.clamp_(-spec.qkv_limit, spec.qkv_limit)
     kind = spec.layer_ropes[layer] if spec.ropes else NO_ROPE
     if kind != NO_ROPE:
         ops.apply_rope(heads[:, : spec.num_heads + spec.num_kv_heads], rotary.cos[kind], rotary.sin[kind])
@@ -87,6 +91,37 @@ def mlp(spec: ModelSpec, layer: int, weights: Weights, hidden: Tensor, branch: T
     _norm(spec, weights, "output_norm", hidden, out=hidden)
 
 
+def sparse_mlp(
+    spec: ModelSpec, layer: int, weights: Weights, hidden: Tensor, branch: Tensor, normed: Tensor, routed: Tensor
+) -> Tensor:
+    """MLP weights of a sparse layer -> the router's logits [T, num_experts], of which experts are chosen.
+
+    Adds the attention branch to hidden [T, hidden_size] in place. normed: filled with what the experts work on, in the
+    model's dtype; routed: float32, filled with what the shared experts make of it (zeros where there are none), for the
+    chosen ones to add to. When all have, add_routed ends the layer.
+    """
+    ops.add(hidden, branch, spec.residual_scale)
+    _norm(spec, weights, "mlp_norm", hidden, out=normed)
+    if spec.experts.shared_intermediate_size:
+        shared = _gated(spec, weights, normed, "shared_")
+        if "shared_router.weight" in weights:
+            gate = ops.linear(normed, weights["shared_router.weight"]).float().sigmoid_()
+            torch.mul(shared, gate, out=routed)
+        else:
+            routed.copy_(shared)
+    else:
+        routed.zero_()
+    rows, weight, bias = normed, weights["router.weight"], weights.get("router.bias")
+    if spec.experts.routing.float32_logits:
+        rows, weight = rows.float(), weight.float()
+    return ops.linear(rows, weight, bias)
+
+
+def add_routed(spec: ModelSpec, hidden: Tensor, routed: Tensor) -> None:
+    """hidden [T, hidden_size] += what all experts made of it (float32, see sparse_mlp), in place."""
+    ops.add(hidden, routed, spec.residual_scale)
+
+
 def logits(spec: ModelSpec, weights: Weights, hidden: Tensor) -> Tensor:
     """Head weights, hidden [N, hidden_size] -> float32 logits [N, vocab_size]; ``hidden`` is left as it is.
 
@@ -95,7 +130,7 @@ def logits(spec: ModelSpec, weights: Weights, hidden: Tensor) -> Tensor:
     hidden = _norm(spec, weights, "final_norm", hidden)
     if "project_out.weight" in weights:
         hidden = ops.linear(hidden, weights["project_out.weight"])
-    scores = ops.linear(hidden, weights["lm_head.weight"]).float()
+    scores = ops.linear(hidden, weights["lm_head.weight"], weights.get("lm_head.bias")).float()
     if spec.logits_divisor != 1.0:
         scores /= spec.logits_divisor
     if spec.logits_softcap:
@@ -105,12 +140,17 @@ def logits(spec: ModelSpec, weights: Weights, hidden: Tensor) -> Tensor:
 
 def _mlp_branch(spec: ModelSpec, weights: Weights, normed: Tensor) -> Tensor:
     if spec.gated:
-        gate_up = ops.linear(normed, weights["gate_up.weight"], weights.get("gate_up.bias"))
-        inner = ops.gated_activation(gate_up, spec.activation)
+        branch = _gated(spec, weights, normed, "")
     else:
         inner = ops.activation(ops.linear(normed, weights["up.weight"], weights.get("up.bias")), spec.activation)
-    branch = ops.linear(inner, weights["down.weight"], weights.get("down.bias"))
+        branch = ops.linear(inner, weights["down.weight"], weights.get("down.bias"))
     return _norm(spec, weights, "mlp_branch_norm", branch, out=branch)
+
+
+def _gated(spec: ModelSpec, weights: Weights, normed: Tensor, prefix: str) -> Tensor:
+    gate_up = ops.linear(normed, weights[f"{prefix}gate_up.weight"], weights.get(f"{prefix}gate_up.bias"))
+    inner = ops.gated_activation(gate_up, spec.activation)
+    return ops.linear(inner, weights[f"{prefix}down.weight"], weights.get(f"{prefix}down.bias"))
 
 
 def _norm(spec: ModelSpec, weights: Weights, stem: str, x: Tensor, out: Tensor | None = None) -> Tensor:

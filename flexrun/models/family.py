@@ -31,6 +31,9 @@ class ExpertKeys:
     shared_intermediate_size: str | None = None
     num_shared_experts: str | None = None
     layers: str = "all"
+    routing: Mapping = field(default_factory=dict)  # fields of routing.RoutingRule
+    routing_options: Mapping[str, tuple] = field(default_factory=dict)  # config key -> its values that run
+    gate_limits: Mapping[str, str] = field(default_factory=dict)  # fields of routing.Experts -> config keys
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Family:
     qkv_bias: bool | From = False
     output_bias: bool | From = False
     mlp_bias: bool | From = False
+    head_bias: bool | From = False
     qkv_assembler: str = "concat"
     learned_positions: bool = False
     position_offset: int = 0
@@ -72,11 +76,13 @@ class Family:
     attention_scale: float | From | None = None  # None: head_dim ** -0.5
     query_pre_attention_scalar: From | None = None  # attention_scale is this ** -0.5
     attention_softcap: float | From = 0.0
+    qkv_limit: float | From = 0.0
     logits_softcap: float | From = 0.0
     logits_divisor: float | From = 1.0
     embedding_scale: float | From | str = 1.0  # "sqrt_hidden": sqrt(hidden_size) rounded to the model's dtype
     residual_scale: float | From = 1.0
     experts: ExpertKeys | None = None
+    fused_experts: str = "fused_expert"  # assembler of one expert where the checkpoint has all in one tensor
     latent_attention: bool = False
 
     @property

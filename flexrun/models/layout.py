@@ -64,6 +64,9 @@ class Layout:
             yield self._outer("head", "project_out", spec.embedding_size, spec.hidden_size)
         if not spec.tie_word_embeddings:
             yield self._outer("head", "lm_head", spec.vocab_size, spec.embedding_size)
+        if spec.head_bias:
+            (source,), shape = self._stems("lm_head", None), (spec.vocab_size,)
+            yield PackedTensor("lm_head.bias", "head", shape, (f"{source}.bias",), (shape,))
 
     def _attention(self, layer: int) -> Iterator[PackedTensor]:
         spec, hidden = self._spec, self._spec.hidden_size
@@ -98,7 +101,7 @@ class Layout:
         yield from self._linear("mlp", "router", (experts.num_experts,), hidden, spec.mlp_bias, layer)
         if "router_correction" in self._layer_sources:
             (source,), shape = self._stems("router_correction", layer), (experts.num_experts,)
-            yield PackedTensor("router.correction", "mlp", shape, (source,), (shape,))
+            yield PackedTensor("router.correction", "mlp", shape, (source,), (shape,), dtype="float32")
         if experts.shared_intermediate_size:
             yield from self._gated("shared_", experts.shared_intermediate_size, layer)
             if "shared_router" in self._layer_sources:
@@ -135,9 +138,11 @@ class Layout:
             for part, tail in (("weight", (columns,)), ("bias", ()))[: 2 if spec.mlp_bias else 1]:
                 name, shape = f"expert.{expert}.{stem}.{part}", (sum(rows), *tail)
                 if fused:
-                    whole = (spec.experts.num_experts, *reversed(shape))
+                    by_rows = spec.fused_experts == "fused_expert_rows"
+                    whole = (spec.experts.num_experts, *(shape if by_rows else reversed(shape)))
                     names = (tails[0] + ("_bias" if part == "bias" else ""),)
-                    assemble = "fused_expert_pairs" if stem == "gate_up" else "fused_expert"
+                    pairs = stem == "gate_up" and not by_rows
+                    assemble = "fused_expert_pairs" if pairs else spec.fused_experts
                     yield _ExpertTensor(name, shape, names, (whole,), assemble, expert)
                 else:
                     names = tuple(f"{tail}.{part}" for tail in tails)

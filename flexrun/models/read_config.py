@@ -12,7 +12,8 @@ from flexrun.errors import ConfigError, UnsupportedError
 from flexrun.models.family import Family, From
 from flexrun.models.quantization import check_quantization
 from flexrun.models.rope_config import layer_type_rope_specs, rope_spec
-from flexrun.models.spec import NO_ROPE, Experts, LatentAttention, ModelSpec, RopeSpec
+from flexrun.models.routing import read_experts
+from flexrun.models.spec import NO_ROPE, LatentAttention, ModelSpec, RopeSpec
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -40,7 +41,7 @@ _REFUSED: dict[str, tuple] = {
             "use_bidirectional_attention", "add_cross_attention", "is_encoder_decoder",
             "alibi", "use_alibi", "rope_interleave", "rope_interleaved", "use_mrope", "attn_temperature_tuning",
             "use_qk_norm", "qk_layernorm", "attn_logit_softcapping", "final_logit_softcapping",
-            "num_kv_shared_layers", "hidden_size_per_layer_input", "enable_moe_block", "logit_scale",
+            "num_kv_shared_layers", "lm_head_bias", "hidden_size_per_layer_input", "enable_moe_block", "logit_scale",
         ),
         _OFF,
     ),
@@ -85,7 +86,7 @@ def build_spec(family: Family, config: Mapping, dtype: str | None) -> ModelSpec:
         raise ConfigError(f"num_attention_heads={num_heads} is not a multiple of num_key_value_heads={num_kv_heads}")
     if family.qkv_assembler == "neox_qkv" and num_kv_heads != num_heads:
         raise UnsupportedError(f"num_key_value_heads={num_kv_heads} in {family.architecture}")
-    experts, sparse_layers = _experts(family, settings, size, num_layers)
+    experts, sparse_layers = read_experts(family, settings, size, num_layers)
     dtype = dtype or _config_dtype(config, settings)
     if dtype not in DTYPES:
         raise UnsupportedError(f"dtype {dtype!r}", nearest_name(dtype, DTYPES))
@@ -135,10 +136,12 @@ def build_spec(family: Family, config: Mapping, dtype: str | None) -> ModelSpec:
         qkv_bias=bool(value(family.qkv_bias)),
         output_bias=bool(value(family.output_bias)),
         mlp_bias=bool(value(family.mlp_bias)),
+        head_bias=bool(value(family.head_bias)),
         learned_positions=family.learned_positions,
         position_offset=family.position_offset,
         attention_scale=attention_scale,
         attention_softcap=number(family.attention_softcap, 0.0),
+        qkv_limit=number(family.qkv_limit, 0.0),
         embedding_scale=_embedding_scale(value(family.embedding_scale, 1.0), hidden_size, dtype),
         residual_scale=number(family.residual_scale, 1.0),
         logits_divisor=number(family.logits_divisor, 1.0),
@@ -150,42 +153,11 @@ def build_spec(family: Family, config: Mapping, dtype: str | None) -> ModelSpec:
         bos_token_id=next(iter(_token_ids(outer("bos_token_id"))), None),
         pad_token_id=next(iter(_token_ids(outer("pad_token_id"))), None),
         experts=experts,
+        fused_experts=family.fused_experts,
         sparse_layers=sparse_layers,
         latent=latent,
         unrunnable=_unrunnable(family, config, settings),
     )
-
-
-def _experts(
-    family: Family, settings: Mapping, size: Callable[[str], int], num_layers: int
-) -> tuple[Experts | None, tuple[bool, ...]]:
-    """The routed experts and, one a layer, whether the layer has them; (None, ()) where no layer does."""
-    keys = family.experts
-    if keys is None:
-        return None, ()
-    number_key = next((key for key in keys.num_experts if settings.get(key) is not None), keys.num_experts[0])
-    num_experts, per_token, inner = size(number_key), size(keys.experts_per_token), size(keys.intermediate_size)
-    if per_token > num_experts:
-        raise ConfigError(f"{keys.experts_per_token}={per_token} is more than {number_key}={num_experts}")
-    shared = 0
-    if keys.shared_intermediate_size is not None:
-        shared = size(keys.shared_intermediate_size)
-    elif keys.num_shared_experts is not None and settings.get(keys.num_shared_experts):
-        shared = inner * size(keys.num_shared_experts)
-    sparse = tuple(_is_sparse(keys.layers, settings, size, layer) for layer in range(num_layers))
-    return (Experts(num_experts, per_token, inner, shared), sparse) if any(sparse) else (None, ())
-
-
-def _is_sparse(rule: str, settings: Mapping, size: Callable[[str], int], layer: int) -> bool:
-    if rule == "after":
-        first = size("first_k_dense_replace") if settings["first_k_dense_replace"] else 0
-        return layer >= first and layer % size("moe_layer_freq") == 0
-    if rule == "step":
-        dense = settings["mlp_only_layers"] or []
-        if not isinstance(dense, list):
-            raise ConfigError(f"the model's config.json gives mlp_only_layers={dense!r}; a list of layers is needed")
-        return layer not in dense and (layer + 1) % size("decoder_sparse_step") == 0
-    return True
 
 
 def _latent_attention(settings: Mapping, size: Callable[[str], int]) -> LatentAttention:

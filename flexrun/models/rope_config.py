@@ -36,11 +36,13 @@ def rope_spec(
     partial: bool = False,
     theta_key: str = "rope_theta",
     partial_key: str = "partial_rotary_factor",
+    scale_keys: tuple[str, str] | None = None,
 ) -> RopeSpec:
     """The one rope of a model whose layers all rotate alike.
 
     config: the whole config, defaults filled in. kinds: rope types this family runs, mapped to ours (None: all).
     partial: whether the family rotates only part of a head when ``partial_key`` says so.
+    scale_keys: factors of cos and sin with longrope, of short texts and of long ones; they must be one.
     Raises UnsupportedError naming the type or key, ConfigError for a missing one.
     """
     parameters = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
@@ -49,6 +51,11 @@ def rope_spec(
         raise UnsupportedError(f"rope_parameters with a set for each layer type ({', '.join(nested)})")
     parameters.setdefault("rope_theta", config.get(theta_key))
     parameters.setdefault("partial_rotary_factor", config.get(partial_key))
+    scales = {parameters.get(key) for key in scale_keys or ()} - {None}
+    if len(scales) > 1:
+        raise UnsupportedError(f"rope parameters {' and '.join(scale_keys)} that differ")
+    if scales:
+        parameters["attention_factor"] = scales.pop()
     return _parse(parameters, config, head_dim, kinds, partial)
 
 

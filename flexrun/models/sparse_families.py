@@ -1,4 +1,4 @@
-"""The model families with mixture-of-experts layers, one declarative row each: planned by this version, not yet run.
+"""The model families with mixture-of-experts layers, one declarative row each.
 
 Defaults are those of the transformers configuration class; sizes have none and must be in config.json.
 """
@@ -12,6 +12,11 @@ _ROUTED = {
     "router": "mlp.gate",
     "expert_gate_up": ("mlp.experts.{expert}.gate_proj", "mlp.experts.{expert}.up_proj"),
     "expert_down": "mlp.experts.{expert}.down_proj",
+}
+_MIXTRAL_EXPERTS = {
+    "router": "block_sparse_moe.gate",
+    "expert_gate_up": ("block_sparse_moe.experts.{expert}.w1", "block_sparse_moe.experts.{expert}.w3"),
+    "expert_down": "block_sparse_moe.experts.{expert}.w2",
 }
 _SHARED = {
     "shared_gate_up": ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
@@ -33,7 +38,27 @@ _LATENT_QUERY = {
     "q_a_norm": "self_attn.q_a_layernorm",
     "q_b": "self_attn.q_b_proj",
 }
-_STEP_DEFAULTS = {"decoder_sparse_step": 1, "mlp_only_layers": None, "use_sliding_window": False}
+_STEP_DEFAULTS = {
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": None,
+    "use_sliding_window": False,
+    "norm_topk_prob": False,
+}
+_RENORMALISES = {"renormalise": From("norm_topk_prob")}
+_GROUP_LIMITED = {
+    "float32_logits": True,
+    "groups": From("n_group"),
+    "groups_kept": From("topk_group"),
+    "scaling_factor": From("routed_scaling_factor"),
+}
+_DEEPSEEK_V3_ROUTING = {
+    **_GROUP_LIMITED,
+    **_RENORMALISES,
+    "score": "sigmoid",
+    "group_score": "top2_sum",
+    "epsilon": 1e-20,
+}
+_DEEPSEEK_V3_OPTIONS = {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)}
 # Layers behind the last one predict further tokens at once; text generation does not need them.
 _IGNORED = ("*.rotary_emb.inv_freq", "model.layers.{num_layers}.*")
 
@@ -43,7 +68,12 @@ def _qwen(architecture: str, model_type: str, defaults: dict, shared: str | None
         architecture,
         model_type,
         {**_STEP_DEFAULTS, **defaults},
-        experts=ExpertKeys(("num_experts", "num_local_experts"), shared_intermediate_size=shared, layers="step"),
+        experts=ExpertKeys(
+            ("num_experts", "num_local_experts"),
+            shared_intermediate_size=shared,
+            layers="step",
+            routing=_RENORMALISES,
+        ),
         **differences,
     )
 
@@ -59,17 +89,56 @@ def _glm(use_qk_norm: bool) -> Family:
             "n_shared_experts": 1,
             "first_k_dense_replace": 1,
             "moe_layer_freq": 1,
+            "routed_scaling_factor": 1.0,
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": True,
         },
         layer={**LLAMA_LAYER, **_ROUTED, **_SHARED, **_CORRECTION, **(HEAD_NORMS if use_qk_norm else {})},
         when={"use_qk_norm": True} if use_qk_norm else {},
         ignored_sources=_IGNORED,
-        experts=ExpertKeys(("n_routed_experts",), num_shared_experts="n_shared_experts", layers="after"),
+        experts=ExpertKeys(
+            ("n_routed_experts",),
+            num_shared_experts="n_shared_experts",
+            layers="after",
+            routing=_DEEPSEEK_V3_ROUTING,
+            routing_options=_DEEPSEEK_V3_OPTIONS,
+        ),
         qkv_bias=From("attention_bias"),
         rope={"partial": True},
     )
 
 
-def _deepseek(architecture: str, model_type: str, defaults: dict, correction: dict) -> tuple[Family, Family]:
+def _phimoe(architecture: str) -> Family:
+    return like_llama(
+        architecture,
+        "phimoe",
+        {
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1_000_000.0,
+            "sliding_window": None,
+            "router_jitter_noise": 0.01,
+            "lm_head_bias": False,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        layer={**_ATTENTION, **_MIXTRAL_EXPERTS},
+        experts=ExpertKeys(
+            ("num_local_experts",),
+            intermediate_size="intermediate_size",
+            routing={"score": "sparsemixer", "near": From("router_jitter_noise")},
+        ),
+        norm_kind="layer",
+        windows="all",
+        head_bias=From("lm_head_bias"),
+        rope={"kinds": {"default": "default", "longrope": "longrope"}, "scale_keys": ("short_mscale", "long_mscale")},
+        **ATTENTION_BIASES,
+    )
+
+
+def _deepseek(
+    architecture: str, model_type: str, defaults: dict, correction: dict, routing: dict, options: dict
+) -> tuple[Family, Family]:
     """The rows without and with a latent of the query."""
     return tuple(
         like_llama(
@@ -79,7 +148,13 @@ def _deepseek(architecture: str, model_type: str, defaults: dict, correction: di
             layer={**_LATENT, **query, **_ROUTED, **_SHARED, **correction},
             when=when,
             ignored_sources=_IGNORED,
-            experts=ExpertKeys(("n_routed_experts",), num_shared_experts="n_shared_experts", layers="after"),
+            experts=ExpertKeys(
+                ("n_routed_experts",),
+                num_shared_experts="n_shared_experts",
+                layers="after",
+                routing=routing,
+                routing_options=options,
+            ),
             latent_attention=True,
             **ATTENTION_BIASES,
         )
@@ -98,13 +173,10 @@ SPARSE_FAMILIES: tuple[Family, ...] = (
             "bos_token_id": 1,
             "eos_token_id": 2,
         },
-        layer={
-            **_ATTENTION,
-            "router": "block_sparse_moe.gate",
-            "expert_gate_up": ("block_sparse_moe.experts.{expert}.w1", "block_sparse_moe.experts.{expert}.w3"),
-            "expert_down": "block_sparse_moe.experts.{expert}.w2",
-        },
-        experts=ExpertKeys(("num_local_experts",), intermediate_size="intermediate_size"),
+        layer={**_ATTENTION, **_MIXTRAL_EXPERTS},
+        experts=ExpertKeys(
+            ("num_local_experts",), intermediate_size="intermediate_size", routing={"renormalise": True}
+        ),
         windows="all",
     ),
     like_llama(
@@ -114,10 +186,12 @@ SPARSE_FAMILIES: tuple[Family, ...] = (
             "rms_norm_eps": 1e-5,
             "pad_token_id": 1,
             "eos_token_id": 50279,
+            "norm_topk_prob": False,
         },
         layer={**_ATTENTION, **HEAD_NORMS, **_ROUTED},
         query_key_norm_width="full",
-        experts=ExpertKeys(("num_experts",), intermediate_size="intermediate_size"),
+        qkv_limit=From("clip_qkv"),
+        experts=ExpertKeys(("num_experts",), intermediate_size="intermediate_size", routing=_RENORMALISES),
         **ATTENTION_BIASES,
     ),
     _qwen(
@@ -153,6 +227,8 @@ SPARSE_FAMILIES: tuple[Family, ...] = (
                 "truncate": False,
                 "original_max_position_embeddings": 4096,
             },
+            "swiglu_limit": 7.0,
+            "swiglu_alpha": 1.702,
             "dtype": "bfloat16",  # of the model; its config.json names none beside the 4-bit experts
         },
         layer={
@@ -162,7 +238,12 @@ SPARSE_FAMILIES: tuple[Family, ...] = (
             "expert_gate_up": "mlp.experts.gate_up_proj",  # all experts in one (4-bit: _blocks, _scales)
             "expert_down": "mlp.experts.down_proj",
         },
-        experts=ExpertKeys(("num_local_experts",), intermediate_size="intermediate_size"),
+        experts=ExpertKeys(
+            ("num_local_experts",),
+            intermediate_size="intermediate_size",
+            routing={"score": "chosen_softmax"},
+            gate_limits={"gate_limit": "swiglu_limit", "gate_slope": "swiglu_alpha"},
+        ),
         mlp_bias=True,
         windows="pattern",
         **ATTENTION_BIASES,
@@ -172,13 +253,65 @@ SPARSE_FAMILIES: tuple[Family, ...] = (
     *_deepseek(
         "DeepseekV2ForCausalLM",
         "deepseek_v2",
-        {"n_shared_experts": 2, "first_k_dense_replace": 0, "bos_token_id": 1, "eos_token_id": 2},
+        {
+            "n_shared_experts": 2,
+            "first_k_dense_replace": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "routed_scaling_factor": 1.0,
+            "topk_method": "greedy",
+        },
         correction={},
+        routing=_GROUP_LIMITED,
+        options={
+            "scoring_func": ("softmax",),
+            "topk_method": ("greedy", "group_limited_greedy"),
+            "norm_topk_prob": (False,),
+        },
     ),
     *_deepseek(
         "DeepseekV3ForCausalLM",
         "deepseek_v3",
-        {"n_shared_experts": 1, "first_k_dense_replace": 3, "bos_token_id": 0, "eos_token_id": 1},
+        {
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 3,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "routed_scaling_factor": 2.5,
+            "n_group": 8,
+            "topk_group": 4,
+            "norm_topk_prob": True,
+        },
         correction=_CORRECTION,
+        routing=_DEEPSEEK_V3_ROUTING,
+        options=_DEEPSEEK_V3_OPTIONS,
     ),
+    like_llama(
+        "GraniteMoeForCausalLM",
+        "granitemoe",
+        {
+            "embedding_multiplier": 1.0,
+            "logits_scaling": 1.0,
+            "residual_multiplier": 1.0,
+            "attention_multiplier": 1.0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        layer={
+            **_ATTENTION,
+            "router": "block_sparse_moe.router.layer",
+            "expert_gate_up": "block_sparse_moe.input_linear.weight",  # all experts in one, outputs before inputs
+            "expert_down": "block_sparse_moe.output_linear.weight",
+        },
+        experts=ExpertKeys(
+            ("num_local_experts",), intermediate_size="intermediate_size", routing={"score": "chosen_softmax"}
+        ),
+        fused_experts="fused_expert_rows",
+        attention_scale=From("attention_multiplier"),
+        embedding_scale=From("embedding_multiplier"),
+        logits_divisor=From("logits_scaling"),
+        residual_scale=From("residual_multiplier"),
+        **ATTENTION_BIASES,
+    ),
+    *(_phimoe(architecture) for architecture in ("PhimoeForCausalLM", "PhiMoEForCausalLM")),  # new and old spelling
 )

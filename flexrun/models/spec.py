@@ -14,6 +14,7 @@ import torch
 
 from flexrun.core import DTYPES
 from flexrun.models.layout import Layout
+from flexrun.models.routing import Experts
 from flexrun.models.tensors import PackedTensor
 
 NO_ROPE = -1  # in ModelSpec.layer_ropes: this layer sees no positions
@@ -52,16 +53,6 @@ class RopeSpec:
     high_freq_factor: float = 4.0
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True)
-class Experts:
-    """The routed experts of a sparse layer. ``shared_intermediate_size``: all shared experts together, 0: none."""
-
-    num_experts: int
-    experts_per_token: int
-    intermediate_size: int
-    shared_intermediate_size: int = 0
 
 
 @dataclass(frozen=True)
@@ -117,10 +108,12 @@ class ModelSpec:
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
+    head_bias: bool = False
     learned_positions: bool = False
     position_offset: int = 0  # rows before position 0 in a learned position table
     attention_scale: float = 1.0
     attention_softcap: float = 0.0
+    qkv_limit: float = 0.0  # query, key and value are cut off beyond it, above and below (0 = not)
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logits_divisor: float = 1.0
@@ -132,6 +125,7 @@ class ModelSpec:
     bos_token_id: int | None = None
     pad_token_id: int | None = None
     experts: Experts | None = None
+    fused_experts: str = "fused_expert"
     sparse_layers: tuple[bool, ...] = ()  # one a layer; () = all dense
     latent: LatentAttention | None = None  # then head_dim is that of query and key
     unrunnable: tuple[str, ...] = ()  # why this version plans the model but does not run it; () = it runs

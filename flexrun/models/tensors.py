@@ -9,6 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flexrun.core import DTYPES
+
+FUSED = ("fused_expert", "fused_expert_rows", "fused_expert_pairs")
+
 
 @dataclass(frozen=True)
 class PackedTensor:
@@ -20,8 +24,9 @@ class PackedTensor:
     sources: checkpoint tensor names in the Hugging Face naming, with the layer filled in.
     source_shapes: what the checkpoint must hold, one shape a source.
     assemble: key into ASSEMBLERS.
-    groups: what the assembler needs beside the tensors (``"neox_qkv"``: the number of heads; ``"fused_expert"``:
+    groups: what the assembler needs beside the tensors (``"neox_qkv"``: the number of heads; ``"fused_expert..."``:
         which expert).
+    dtype: where not None, the one it keeps whatever the model's.
     """
 
     name: str
@@ -31,6 +36,7 @@ class PackedTensor:
     source_shapes: tuple[tuple[int, ...], ...]
     assemble: str = "concat"
     groups: int = 1
+    dtype: str | None = None
 
     @property
     def elements(self) -> int:
@@ -39,7 +45,11 @@ class PackedTensor:
     @property
     def part(self) -> int | None:
         """The entry along the first dimension of its source that the tensor is made of; None: of all."""
-        return self.groups if self.assemble in ("fused_expert", "fused_expert_pairs") else None
+        return self.groups if self.assemble in FUSED else None
+
+    def dtype_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of an element in a model of ``dtype``."""
+        return (DTYPES[self.dtype] if self.dtype else dtype).itemsize
 
     def build(self, tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
         """The packed tensor, contiguous, from the source tensors in order, cast to ``dtype`` if given.
@@ -50,7 +60,8 @@ class PackedTensor:
         if self.part is not None:
             whole = len(self.source_shapes[0])
             tensors = [tensor[self.part] if tensor.dim() == whole else tensor for tensor in tensors]
-        packed = ASSEMBLERS[self.assemble](tensors, self.groups, dtype or tensors[0].dtype)
+        dtype = DTYPES[self.dtype] if self.dtype else dtype or tensors[0].dtype
+        packed = ASSEMBLERS[self.assemble](tensors, self.groups, dtype)
         return packed.reshape(self.shape).contiguous()
 
 
@@ -78,6 +89,12 @@ def _fused_expert(tensors: Sequence[Tensor], groups: int, dtype: torch.dtype) ->
     return fused.t().to(dtype)
 
 
+def _fused_expert_rows(tensors: Sequence[Tensor], groups: int, dtype: torch.dtype) -> Tensor:
+    """Granite stores all experts in one tensor as well, [experts, outputs, inputs], all gates before all ups."""
+    (fused,) = tensors
+    return fused.to(dtype)
+
+
 def _fused_expert_pairs(tensors: Sequence[Tensor], groups: int, dtype: torch.dtype) -> Tensor:
     """The same where the outputs are gate 0, up 0, gate 1, up 1, ...; the decoder wants all gates, then all ups."""
     packed = _fused_expert(tensors, groups, dtype)
@@ -88,5 +105,6 @@ ASSEMBLERS: dict[str, Callable[[Sequence[Tensor], int, torch.dtype], Tensor]] = 
     "concat": _concat,
     "neox_qkv": _neox_qkv,
     "fused_expert": _fused_expert,
+    "fused_expert_rows": _fused_expert_rows,
     "fused_expert_pairs": _fused_expert_pairs,
 }

@@ -109,7 +109,7 @@ class WeightStore:
                         self._load_through_host(placed, arena.data[offset:], pool)
                     else:
                         reads += [pool.submit(block.read) for block in self._blocks(placed, arena.data[offset:])]
-                    value = arena.view(offset, placed.tensor.shape, self._dtype)
+                    value = arena.view(offset, placed.tensor.shape, self._dtype_of(placed))
                 self._register(placed, value)
             for read in reads:
                 read.result()
@@ -117,9 +117,13 @@ class WeightStore:
             self._staging.close()
             self._staging = None
 
+    def _dtype_of(self, placed: PlacedTensor) -> torch.dtype:
+        return DTYPES[placed.tensor.dtype] if placed.tensor.dtype else self._dtype
+
     def _is_packed(self, placed: PlacedTensor) -> bool:
-        """Matrices that only a matmul ever reads; an embedding is read by rows as well."""
-        is_matrix = len(placed.tensor.shape) == 2 and placed.tensor.module != "embedding"
+        """Matrices that only a matmul ever reads; an embedding is read by rows as well, a router cast to float32."""
+        tensor = placed.tensor
+        is_matrix = len(tensor.shape) == 2 and tensor.module != "embedding" and "router" not in tensor.name
         return self._pack is not None and is_matrix and placed.tier is Tier.CPU
 
     def _load_packed(self, placed: PlacedTensor, pool: ThreadPoolExecutor) -> Tensor:
@@ -205,7 +209,7 @@ class WeightStore:
         ring = self.host_ring if self._compute_tier is Tier.CPU else self.device_ring
         offset = step.offset
         for placed in [*unit.from_disk, *(item for item, _ in unit.from_host)]:
-            weights[_weight_name(placed)] = ring.view(offset, placed.tensor.shape, self._dtype)
+            weights[_weight_name(placed)] = ring.view(offset, placed.tensor.shape, self._dtype_of(placed))
             offset += align_up(placed.nbytes)
         return weights
 

@@ -225,7 +225,7 @@ def _diffused(sizes: list[int], head: int, fractions: Placement, rest: int) -> n
 def stored_bytes(spec: ModelSpec, tensor: PackedTensor, bits: int) -> int:
     """Bytes of a tensor as it is stored: matrices in ``bits`` bits with their group scales, the rest in the dtype."""
     if bits == 16 or len(tensor.shape) < 2 or tensor.module == "embedding":
-        return tensor.elements * spec.dtype_bytes
+        return tensor.elements * tensor.dtype_bytes(spec.torch_dtype)
     return compressed_bytes(tensor.elements, bits)
 
 

@@ -171,7 +171,7 @@ def _write_or_nothing(reader: CheckpointReader, spec: ModelSpec, folder: Path, k
 def _write(reader: CheckpointReader, spec: ModelSpec, folder: Path, partial: Path, key: str, progress: bool) -> None:
     dtype = DTYPES[spec.dtype]
     stored, names = spec.tensors_by_layer(), reader.names()
-    total_bytes = sum(align_up(torch.Size(tensor.shape).numel() * dtype.itemsize) for _, tensor in stored)
+    total_bytes = sum(align_up(tensor.elements * tensor.dtype_bytes(dtype)) for _, tensor in stored)
     free_bytes = shutil.disk_usage(folder.parent).free
     if total_bytes > free_bytes:
         raise BudgetError(
@@ -189,12 +189,13 @@ def _write(reader: CheckpointReader, spec: ModelSpec, folder: Path, partial: Pat
                 stack.close()  # syncs and closes the previous layer's file
                 out, current = stack.enter_context(_synced(partial / file_name)), file_name
             sources = [spec.find_source(source, names) for source in tensor.sources]
+            kept = DTYPES[tensor.dtype] if tensor.dtype else dtype
             part = tensor.part
             values = [
-                reader.read(source, dtype) if part is None else reader.read_part(source, part, dtype)
+                reader.read(source, kept) if part is None else reader.read_part(source, part, kept)
                 for source in sources
             ]
-            value = tensor.build(values, dtype)
+            value = tensor.build(values, kept)
             del values
             data = value.view(torch.uint8).numpy().reshape(-1).data
             offset = out.tell()

@@ -180,7 +180,7 @@ def test_gemma_embedding_scale_is_rounded_to_the_dtype():
     ("change", "named"),
     [
         ({"architectures": ["LlamaForCausalLn"]}, "LlamaForCausalLn"),
-        ({"architectures": ["PhimoeForCausalLM"]}, "PhimoeForCausalLM"),
+        ({"architectures": ["DbrxForCausalLM"]}, "DbrxForCausalLM"),
         ({"architectures": None, "model_type": "mamba"}, "mamba"),
         ({"hidden_act": "quick_gelu"}, "quick_gelu"),
         ({"torch_dtype": "float8_e4m3fn"}, "float8_e4m3fn"),

@@ -1,0 +1,16 @@
+"""Mixture of experts: who gets which token, tokens in the order of their experts, and experts at work on them."""
+
+from flexrun.moe.batching import Assignment, add_weighted, assign, chunks
+from flexrun.moe.experts import ExpertBuffers, expert_buffer_bytes, run_experts
+from flexrun.moe.router import route
+
+__all__ = [
+    "Assignment",
+    "ExpertBuffers",
+    "add_weighted",
+    "assign",
+    "chunks",
+    "expert_buffer_bytes",
+    "route",
+    "run_experts",
+]
