@@ -96,10 +96,11 @@ class WeightStream:
         self._copy_cursor = 0
         self._shape: PassShape | None = None
         self._parts = 1
+        self._room_changed = True  # since loads were last emitted
 
     def begin(self, shape: PassShape, parts: int) -> None:
         """Take up a pass whose compute steps each come ``parts`` times, over as many parts of its rows."""
-        self._shape, self._parts = shape, parts
+        self._shape, self._parts, self._room_changed = shape, parts, True
         self.load_ahead()
 
     def ready(self, layer: int, module: str) -> bool:
@@ -137,13 +138,13 @@ class WeightStream:
             region = loaded.device_region if self._on_device else loaded.host_region
             if region is not None:
                 Ring.release(region, consumer)
+                self._room_changed = True
             self.load_ahead()
 
     def load_ahead(self) -> None:
         """Emit every load for which there is room."""
-        progress = True
-        while progress:
-            progress = self._emit_read() | self._emit_copy()
+        while self._room_changed:
+            self._room_changed = self._emit_read() | self._emit_copy()
 
     def _streams(self, unit: WeightUnit) -> bool:
         return unit.disk_bytes + unit.host_bytes > 0 if self._on_device else unit.disk_bytes > 0

@@ -8,10 +8,12 @@ prompts are attended one by one.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from types import ModuleType
 
 import numpy
 import torch
@@ -24,15 +26,6 @@ from flexrun.attention.segments import Segments
 LIKE_LENGTHS = 1.25  # longest sequence of a padded group, in lengths of its shortest
 GATHER_ELEMENTS = 1 << 24  # most elements of the keys (and of the values) of one group: 64 MiB of float32
 FLASH_HEAD_DIM = 256
-
-try:
-    from torch.nn.attention.varlen import AuxRequest, varlen_attn_out
-
-    _HAS_VARLEN = {"seqused_k", "enable_gqa", "window_size", "scale", "return_aux"} <= set(
-        inspect.signature(varlen_attn_out).parameters
-    )
-except ImportError:
-    _HAS_VARLEN = False
 
 Upload = Callable[[str, Tensor], Tensor]
 
@@ -139,17 +132,30 @@ def attend_on_device(
 def _flash_applies(query: Tensor) -> bool:
     head_dim = query.shape[2]
     fits = query.dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= FLASH_HEAD_DIM
-    return fits and _HAS_VARLEN and query.is_cuda and _has_flash(query.device)
+    return fits and query.is_cuda and _has_flash(query.device)
 
 
 @lru_cache
 def _has_flash(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    try:
+        parameters = inspect.signature(_varlen().varlen_attn_out).parameters
+    except (ImportError, AttributeError):
+        return False
+    return {"seqused_k", "enable_gqa", "window_size", "scale", "return_aux"} <= set(parameters)
+
+
+@lru_cache
+def _varlen() -> ModuleType:
+    """Imported where a GPU uses it: it brings torch's compiler along, a second that nobody else should wait."""
+    return importlib.import_module("torch.nn.attention.varlen")
 
 
 def _attend_packed(query, keys, values, part: _Packed, scale, window, sinks, out) -> None:
     """window counts the row itself, the kernel's left border does not."""
-    result = varlen_attn_out(
+    varlen = _varlen()
+    result = varlen.varlen_attn_out(
         out[part.rows],
         query[part.rows],
         keys,
@@ -162,7 +168,7 @@ def _attend_packed(query, keys, values, part: _Packed, scale, window, sinks, out
         window_size=(window - 1 if window else -1, 0),
         enable_gqa=query.shape[1] != keys.shape[1],
         seqused_k=part.kv_lengths,
-        return_aux=None if sinks is None else AuxRequest(lse=True),
+        return_aux=None if sinks is None else varlen.AuxRequest(lse=True),
     )
     if sinks is not None:  # the kernel knows none; its log-sum-exp is [heads, rows]
         out[part.rows].mul_(sink_share(result[1].t(), sinks))

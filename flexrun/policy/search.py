@@ -31,8 +31,8 @@ from flexrun.workload import Workload
 MICRO_BATCHES = (1, 4, 16)  # of attention, beside a device
 FINALISTS, MOST_FINALISTS, NEAR = 2, 8, 1.1  # policies looked at in full, within this factor of the best
 WORTH = 0.005  # a move must save this share of the time
-QUICK_STEPS, FINALIST_STEPS, CLOSE_STEPS = 80_000, 40_000, 80_000  # simulated while climbing, and between
-LOOK_STEPS, UNIT_STEPS = 400, 3  # that the rest of a look at a policy, and of each of its units, takes as long as
+QUICK_STEPS, FINALIST_STEPS, CLOSE_STEPS = 80_000, 30_000, 70_000  # simulated while climbing, and between
+LOOK_STEPS, UNIT_STEPS = 400, 4  # that the rest of a look at a policy, and of each of its units, takes as long as
 MANY_MORE = 0.1  # share of the weights, those on the device counted twice
 
 
@@ -214,7 +214,7 @@ class _Search:
         """Climb by quick looks from the best policy of each form, then by closer ones from what those find near."""
         self._steps_left = QUICK_STEPS
         for policy in _best_of_forms(self._layouts()):
-            self._climb(policy)
+            self._climb(policy, leave=self._steps_left // 2)  # for the other forms
         finalists = self._finalists()
         self._effort, self._best_score, self._scores = CLOSE, float("inf"), {}
         self._steps_left = FINALIST_STEPS
@@ -231,8 +231,8 @@ class _Search:
         policies = [policy for policy in _best_of_forms(layouts) if policy in close]
         return [close[policy] for policy in list(dict.fromkeys([*policies, *close]))[:MOST_FINALISTS]]
 
-    def _climb(self, policy: Policy) -> None:
-        """From one policy to its neighbours: the first move that pays is made, until none does or it takes too long."""
+    def _climb(self, policy: Policy, leave: int = 0) -> None:
+        """From one policy to its neighbours: the first move that pays is made, until none does or few steps are left."""
         improved = True
         while improved:
             improved = False
@@ -240,7 +240,7 @@ class _Search:
                 moved = dataclasses.replace(policy, **{"weights": Placement(), **self.fixed, **changes})
                 if moved.half_batches and "half_batches" not in self.fixed and not can_halve(moved):
                     moved = dataclasses.replace(moved, half_batches=False)
-                if self._steps_left <= 0:
+                if self._steps_left <= leave:
                     return
                 score = self._score(moved)
                 if score is not None and score.seconds < self._scores[policy].seconds * (1 - WORTH):

@@ -1,5 +1,7 @@
 """The device form against float64, on the CPU's tensors: its own arrangement of ragged segments, sinks included."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from attention_oracle import make, oracle
@@ -47,7 +49,8 @@ def test_packed_segments_through_a_kernel_that_knows_no_sinks(monkeypatch, optio
         out.copy_(result)
         return (out, lse.float().t()) if return_aux is not None and return_aux.lse else out
 
-    monkeypatch.setattr(device, "varlen_attn_out", kernel, raising=False)
+    varlen = SimpleNamespace(varlen_attn_out=kernel, AuxRequest=lambda lse: SimpleNamespace(lse=lse))
+    monkeypatch.setattr(device, "_varlen", lambda: varlen)
     monkeypatch.setattr(device, "_flash_applies", lambda query: True)
     lengths = LENGTHS if order == "mixed" else ([1, 1, 5, 30], [7, 60, 5, 50])
     check(*make(*lengths, num_heads=6, num_kv_heads=2, head_dim=32, dtype=torch.float32, gap=0), **options)
