@@ -76,11 +76,15 @@ class Policy:
             if getattr(self, name) not in (16, 8, 4):
                 raise ConfigError(f"policy {name}={getattr(self, name)!r} must be 16, 8 or 4")
 
-    def check_runnable(self) -> None:
-        """Raise UnsupportedError for what can be planned but is not run in this version."""
+    def check_runnable(self, *, latents_on_cpu: bool = False) -> None:
+        """Raise UnsupportedError for what can be planned but is not run in this version.
+
+        latents_on_cpu: whether the CPU would attend latent KV beside a GPU (it is compute-bound: it would never pay).
+        """
         for asked, what, remedy in (
             (self.hidden.gpu < 1, "keeps hidden states off the compute device", "set hidden.gpu to 1"),
             (self.weight_bits < 16, f"stores weights in {self.weight_bits} bits", "set weight_bits to 16"),
+            (latents_on_cpu, "attends latent KV on the CPU beside a GPU", "set cpu_attention_share to 0"),
             (self.kv_bits < 16, f"stores KV cache in {self.kv_bits} bits", "set kv_bits to 16"),
         ):
             if asked:

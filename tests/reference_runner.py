@@ -15,6 +15,14 @@ from flexrun.models.rope import rope_tables
 from flexrun.models.spec import AttentionForm, ModelSpec
 
 
+def expand(spec: ModelSpec, kv_b: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Latent rows [N, 1, rank + rope] -> the keys [N, H, nope + rope] and values [N, H, value] of every head."""
+    rank, nope = spec.latent.kv_lora_rank, spec.latent.nope_head_dim
+    both = torch.einsum("nr,hor->nho", rows[:, 0, :rank], kv_b)
+    shared_key = rows[..., rank:].expand(-1, spec.num_heads, -1)
+    return torch.cat([both[..., :nope], shared_key], dim=-1), both[..., nope:]
+
+
 def attend(form: AttentionForm, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """query [T, H, D] are the last T of N positions; key, value [N, KV, D] -> [T, H, D]."""
     queries, keys = query.shape[0], key.shape[0]
@@ -67,8 +75,9 @@ class ReferenceRunner:
         positions = torch.cat([torch.arange(start, start + count) for start, count in zip(starts, counts, strict=True)])
         for cache in caches:
             if not cache:
-                empty = torch.empty(0, spec.num_kv_heads, spec.head_dim, dtype=spec.torch_dtype)
-                cache += [[empty, empty] for _ in range(spec.num_layers)]
+                planes, heads, width = spec.kv_planes
+                empty = torch.empty(0, heads, width, dtype=spec.torch_dtype)
+                cache += [[empty] * planes for _ in range(spec.num_layers)]
         slices = self._slices(len(ids))
         rotary = self.tables.gather(positions)
         hidden = torch.cat([decoder.embed(spec, self.embedding, ids[rows], positions[rows]) for rows in slices])
@@ -78,13 +87,14 @@ class ReferenceRunner:
                 decoder.attention_inputs(spec, layer, attention, hidden[rows], rotary.rows(rows.start, rows.stop))
                 for rows in slices
             ]
-            query, key, value = (torch.cat(part) for part in zip(*inputs, strict=True))
-            attended = torch.empty_like(query)
+            query, *new = (torch.cat(part) for part in zip(*inputs, strict=True))
+            attended = query.new_empty(len(query), spec.num_heads, spec.attended_head_dim)
             row = 0
             for cache, count in zip(caches, counts, strict=True):
                 mine = slice(row, row + count)
-                cache[layer] = [torch.cat(pair) for pair in zip(cache[layer], (key[mine], value[mine]), strict=True)]
-                attended[mine] = attend(form, query[mine], *cache[layer])
+                cache[layer] = [torch.cat((old, rows[mine])) for old, rows in zip(cache[layer], new, strict=True)]
+                seen = expand(spec, attention["kv_b.weight"], *cache[layer]) if spec.latent else cache[layer]
+                attended[mine] = attend(form, query[mine], *seen)
                 row += count
             for rows in slices:
                 branch = decoder.attention_output(spec, layer, attention, attended[rows])

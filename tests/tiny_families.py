@@ -178,9 +178,43 @@ TINY: dict[str, tuple[str, dict]] = {
 }
 
 
+_LATENT = {
+    **{key: value for key, value in _WHOLE_HEADS.items() if key != "hidden_size"},
+    "hidden_size": 48,
+    "num_key_value_heads": 6,
+    "kv_lora_rank": 22,
+    "qk_nope_head_dim": 14,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "rms_norm_eps": 1e-4,  # not that of the latents' norms
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 21,
+    "n_shared_experts": 2,
+}
+_YARN = _rope("yarn", factor=40.0, original_max_position_embeddings=64, mscale=0.7, mscale_all_dim=0.6)
+_ALL_DENSE = {"first_k_dense_replace": _LATENT["num_hidden_layers"]}
+_ONE_GROUP = {"n_group": 1, "topk_group": 1}
+
+# latent attention, with no sparse layer
+TINY_LATENT: dict[str, tuple[str, dict]] = {
+    "deepseek_v2_dense": ("DeepseekV2Config", {**_LATENT, **_ALL_DENSE, **_YARN, "q_lora_rank": 30}),
+    "deepseek_v2_lite_dense": (
+        "DeepseekV2Config",
+        {**_LATENT, **_ALL_DENSE, "q_lora_rank": None, "attention_bias": True},
+    ),
+    "deepseek_v3_dense": ("DeepseekV3Config", {**_LATENT, **_ALL_DENSE, **_ONE_GROUP, **_YARN, "q_lora_rank": 30}),
+    "deepseek_v3_halves_dense": (
+        "DeepseekV3Config",
+        {**_LATENT, **_ALL_DENSE, **_ONE_GROUP, "q_lora_rank": None, "rope_interleave": False},
+    ),
+}
+ALL_TINY = {**TINY, **TINY_LATENT}
+
+
 def make_model(name: str, seed: int = 0):
-    """(config dict as config.json would hold it, transformers model in float32) of one row of TINY."""
-    class_name, arguments = TINY[name]
+    """(config dict as config.json would hold it, transformers model in float32) of one row of ALL_TINY."""
+    class_name, arguments = ALL_TINY[name]
     config = getattr(transformers, class_name)(**copy.deepcopy(arguments))  # it edits nested dicts in place
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()

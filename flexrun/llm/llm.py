@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from flexrun.config import Policy
-from flexrun.core import parse_bytes
+from flexrun.core import Lane, parse_bytes
 from flexrun.errors import ConfigError, FlexrunError, RequestError
 from flexrun.hardware import Hardware
 from flexrun.llm.accelerator import Accelerator
@@ -235,7 +235,8 @@ class LLM:
         self._planned_rows = len(workload)
         self._plan = self._settle(workload, Budgets(cpu_budget, self._accelerator.planned_bytes))
         layout = self._plan.layout
-        layout.policy.check_runnable()
+        on_cpu = layout.on_device and any(place.attend_lane is Lane.CPU for place in layout.micro_batches)
+        layout.policy.check_runnable(latents_on_cpu=on_cpu and self.spec.latent is not None)
         if self._packed is None:
             self._packed = open_packed(
                 self.files.reader, self.spec, self._packed_dir, name=cache_stem(self.files), progress=self._progress

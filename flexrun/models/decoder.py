@@ -22,6 +22,8 @@ from flexrun.models import ops
 from flexrun.models.rope import Rotary
 from flexrun.models.spec import NO_ROPE, ModelSpec
 
+LATENT_NORM_EPS = 1e-6  # of the norms of latents, whatever rms_norm_eps says (as DeepSeek's own code has it)
+
 Weights = Mapping[str, Tensor]  # packed name -> tensor
 
 
@@ -39,12 +41,15 @@ def embed(spec: ModelSpec, weights: Weights, token_ids: Tensor, positions: Tenso
 
 def attention_inputs(
     spec: ModelSpec, layer: int, weights: Weights, hidden: Tensor, rotary: Rotary
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Attention weights, hidden [T, hidden_size] -> query [T, H, D], key and value [T, KV, D], normed and rotated.
 
-    The three are views of one buffer: rows are ``spec.qkv_size`` elements apart.
+    The three are views of one buffer: rows are ``spec.qkv_size`` elements apart. Of latent attention there are two:
+    the query, and rows [T, 1, rank + rope] of normed latents with their rotated keys.
     """
     normed = _norm(spec, weights, "attention_norm", hidden)
+    if spec.latent is not None:
+        return _latent_inputs(spec, layer, weights, normed, rotary)
     qkv = ops.linear(normed, weights["qkv.weight"], weights.get("qkv.bias"))
     tokens = hidden.shape[0]
     heads = qkv.view(tokens, spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim)
@@ -65,9 +70,29 @@ def attention_inputs(
     return query, key, value
 
 
+def _latent_inputs(
+    spec: ModelSpec, layer: int, weights: Weights, normed: Tensor, rotary: Rotary
+) -> tuple[Tensor, Tensor]:
+    latent, tokens = spec.latent, normed.shape[0]
+    if latent.q_lora_rank:
+        inner = ops.linear(normed, weights["q_a.weight"], weights.get("q_a.bias"))
+        inner = ops.rms_norm(inner, weights["q_a_norm.weight"], LATENT_NORM_EPS, out=inner)
+        query = ops.linear(inner, weights["q_b.weight"])
+    else:
+        query = ops.linear(normed, weights["q.weight"])
+    query = query.view(tokens, spec.num_heads, spec.head_dim)
+    rows = ops.linear(normed, weights["kv_a.weight"], weights.get("kv_a.bias")).unsqueeze(1)
+    content, shared_key = rows[..., : latent.kv_lora_rank], rows[..., latent.kv_lora_rank :]
+    ops.rms_norm(content, weights["kv_a_norm.weight"], LATENT_NORM_EPS, out=content)
+    kind = spec.layer_ropes[layer]
+    for rotated in (query[..., latent.nope_head_dim :], shared_key):
+        ops.apply_rope(rotated, rotary.cos[kind], rotary.sin[kind])
+    return query, rows
+
+
 def attention_output(spec: ModelSpec, layer: int, weights: Weights, attended: Tensor) -> Tensor:
-    """Attention weights, attended [T, H, D] -> the attention branch [T, hidden_size], not yet added to anything."""
-    flat = attended.reshape(attended.shape[0], spec.query_size)
+    """Attention weights, attended [T, H, attended_head_dim] -> the attention branch [T, hidden_size], not yet added."""
+    flat = attended.reshape(attended.shape[0], spec.attended_size)
     branch = ops.linear(flat, weights["output.weight"], weights.get("output.bias"))
     return _norm(spec, weights, "attention_branch_norm", branch, out=branch)
 

@@ -71,8 +71,8 @@ class Layout:
     def _attention(self, layer: int) -> Iterator[PackedTensor]:
         spec, hidden = self._spec, self._spec.hidden_size
         per_head = spec.query_key_norm_width == "head"
-        qkv_rows = (spec.query_size, spec.kv_size, spec.kv_size)
-        yield from self._linear("attention", "qkv", qkv_rows, hidden, spec.qkv_bias, layer, spec.qkv_assembler)
+        qkv_rows, heads = (spec.query_size, spec.kv_size, spec.kv_size), spec.num_heads
+        yield from self._linear("attention", "qkv", qkv_rows, hidden, spec.qkv_bias, layer, spec.qkv_assembler, heads)
         yield from self._norm("attention", "query_norm", spec.head_dim if per_head else spec.query_size, layer)
         yield from self._norm("attention", "key_norm", spec.head_dim if per_head else spec.kv_size, layer)
         if "sinks" in self._layer_sources:  # a logit a head, which takes its share of the softmax and gives no value
@@ -83,16 +83,22 @@ class Layout:
     def _latent_attention(self, layer: int) -> Iterator[PackedTensor]:
         """``kv_b`` has for each head nope_head_dim rows that make its keys of the latent, then those of its values."""
         spec, hidden, latent = self._spec, self._spec.hidden_size, self._spec.latent
+        query, rotated = (spec.query_size,), latent.rope_head_dim
+        assemble = "rope_pairs" if latent.interleaved else "concat"
         if latent.q_lora_rank:
             yield from self._linear("attention", "q_a", (latent.q_lora_rank,), hidden, spec.qkv_bias, layer)
             yield from self._norm("attention", "q_a_norm", latent.q_lora_rank, layer)
-            yield from self._linear("attention", "q_b", (spec.query_size,), latent.q_lora_rank, False, layer)
+            columns, stem = latent.q_lora_rank, "q_b"
         else:
-            yield from self._linear("attention", "q", (spec.query_size,), hidden, False, layer)
-        kv_rows, expanded = (spec.kv_elements_per_token,), latent.nope_head_dim + latent.value_head_dim
-        yield from self._linear("attention", "kv_a", kv_rows, hidden, spec.qkv_bias, layer)
+            columns, stem = hidden, "q"
+        groups = (spec.num_heads, rotated)
+        yield from self._linear("attention", stem, query, columns, False, layer, assemble, groups)
+        rows = (spec.kv_elements_per_token,)
+        yield from self._linear("attention", "kv_a", rows, hidden, spec.qkv_bias, layer, assemble, (1, rotated))
         yield from self._norm("attention", "kv_a_norm", latent.kv_lora_rank, layer)
-        yield from self._linear("attention", "kv_b", (spec.num_heads * expanded,), latent.kv_lora_rank, False, layer)
+        expanded = (spec.num_heads, latent.nope_head_dim + latent.value_head_dim, latent.kv_lora_rank)
+        (source,), shape = self._stems("kv_b", layer), (expanded[0] * expanded[1], expanded[2])
+        yield PackedTensor("kv_b.weight", "attention", expanded, (f"{source}.weight",), (shape,))
         yield from self._linear("attention", "output", (hidden,), spec.attended_size, spec.output_bias, layer)
 
     def _router_and_shared_experts(self, layer: int) -> Iterator[PackedTensor]:
@@ -171,11 +177,11 @@ class Layout:
         bias: bool,
         layer: int,
         assemble: str = "concat",
+        groups: int | tuple[int, int] = 1,
     ) -> Iterator[PackedTensor]:
         stems = self._stems(stem, layer)
         total = sum(rows)
         source_rows = rows if len(stems) == len(rows) else (total,)  # fused in the checkpoint already
-        groups = self._spec.num_heads if assemble == "neox_qkv" else 1
         for part, tail in (("weight", (columns,)), ("bias", ()))[: 2 if bias else 1]:
             yield PackedTensor(
                 f"{stem}.{part}",

@@ -156,7 +156,7 @@ def build_spec(family: Family, config: Mapping, dtype: str | None) -> ModelSpec:
         fused_experts=family.fused_experts,
         sparse_layers=sparse_layers,
         latent=latent,
-        unrunnable=_unrunnable(family, config, settings),
+        unrunnable=_unrunnable(family, config, settings, experts),
     )
 
 
@@ -167,6 +167,7 @@ def _latent_attention(settings: Mapping, size: Callable[[str], int]) -> LatentAt
         nope_head_dim=size("qk_nope_head_dim"),
         rope_head_dim=size("qk_rope_head_dim"),
         value_head_dim=size("v_head_dim"),
+        interleaved=settings.get("rope_interleave") is not False,
     )
 
 
@@ -177,12 +178,10 @@ def _latent_attention_factor(rope: RopeSpec) -> float:
     return (0.1 * rope.mscale_all_dim * math.log(rope.factor) + 1.0) ** 2
 
 
-def _unrunnable(family: Family, config: Mapping, settings: Mapping) -> tuple[str, ...]:
+def _unrunnable(family: Family, config: Mapping, settings: Mapping, experts: object) -> tuple[str, ...]:
     """What of this model the decoder does not compute yet."""
     reasons = {
-        "mixture of experts": family.experts is not None,
-        "multi-head latent attention": family.latent_attention,
-        "attention sinks": "sinks" in family.layer,
+        "mixture of experts": experts is not None,
     }
     for given in (config.get("quantization_config"), settings.get("quantization_config")):
         fused_experts = isinstance(family.layer.get("expert_gate_up"), str)

@@ -61,6 +61,7 @@ class LatentAttention:
 
     q_lora_rank: width of the query's own latent, 0 where the query is projected directly. A head's query and key are
     ``nope_head_dim`` channels without positions and ``rope_head_dim`` rotated ones, whose key all heads share.
+    interleaved: the checkpoint's rotated channels are neighbours in pairs; packed, they are halves.
     """
 
     q_lora_rank: int
@@ -68,6 +69,7 @@ class LatentAttention:
     nope_head_dim: int
     rope_head_dim: int
     value_head_dim: int
+    interleaved: bool = True
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ class ModelSpec:
     @property
     def attended_size(self) -> int:
         """Width of a token's attention result, all heads: what enters the output projection."""
-        return self.num_heads * (self.latent.value_head_dim if self.latent else self.head_dim)
+        return self.num_heads * self.attended_head_dim
 
     @property
     def kv_size(self) -> int:
@@ -166,6 +168,11 @@ class ModelSpec:
         return self.latent.kv_lora_rank + self.latent.rope_head_dim if self.latent else 2 * self.kv_size
 
     @property
+    def kv_planes(self) -> tuple[int, int, int]:
+        """A cached token as (planes, heads, width): keys and values of its KV heads, or one latent for all heads."""
+        return (1, 1, self.kv_elements_per_token) if self.latent else (2, self.num_kv_heads, self.head_dim)
+
+    @property
     def kv_bytes_per_token(self) -> int:
         """Bytes one token adds to the cache of one layer, in the model's dtype."""
         return self.kv_elements_per_token * self.dtype_bytes
@@ -178,6 +185,11 @@ class ModelSpec:
     def is_sparse(self, layer: int) -> bool:
         """Whether the layer routes its tokens to experts."""
         return bool(self.sparse_layers) and self.sparse_layers[layer]
+
+    @property
+    def attended_head_dim(self) -> int:
+        """Width of one head's attention result."""
+        return self.latent.value_head_dim if self.latent else self.head_dim
 
     def attention_form(self, layer: int) -> AttentionForm:
         return AttentionForm(self.attention_scale, self.layer_windows[layer], self.attention_softcap)

@@ -25,7 +25,7 @@ class PackedTensor:
     source_shapes: what the checkpoint must hold, one shape a source.
     assemble: key into ASSEMBLERS.
     groups: what the assembler needs beside the tensors (``"neox_qkv"``: the number of heads; ``"fused_expert..."``:
-        which expert).
+        which expert; ``"rope_pairs"``: how many heads, and the last rows of each that are rotated).
     dtype: where not None, the one it keeps whatever the model's.
     """
 
@@ -35,7 +35,7 @@ class PackedTensor:
     sources: tuple[str, ...]
     source_shapes: tuple[tuple[int, ...], ...]
     assemble: str = "concat"
-    groups: int = 1
+    groups: int | tuple[int, int] = 1
     dtype: str | None = None
 
     @property
@@ -101,9 +101,21 @@ def _fused_expert_pairs(tensors: Sequence[Tensor], groups: int, dtype: torch.dty
     return torch.cat((packed[0::2], packed[1::2]))
 
 
-ASSEMBLERS: dict[str, Callable[[Sequence[Tensor], int, torch.dtype], Tensor]] = {
+def _rope_pairs(tensors: Sequence[Tensor], groups: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """DeepSeek rotates neighbouring channels, the decoder halves: even rows of a head's rotated ones come first."""
+    (tensor,), (heads, rotated) = tensors, groups
+    packed = tensor.to(dtype, copy=True)
+    by_head, source = packed.view(heads, -1, *tensor.shape[1:]), tensor.view(heads, -1, *tensor.shape[1:])
+    middle, half = by_head.shape[1] - rotated, rotated // 2
+    by_head[:, middle : middle + half] = source[:, middle::2]
+    by_head[:, middle + half :] = source[:, middle + 1 :: 2]
+    return packed
+
+
+ASSEMBLERS: dict[str, Callable[[Sequence[Tensor], int | tuple[int, int], torch.dtype], Tensor]] = {
     "concat": _concat,
     "neox_qkv": _neox_qkv,
+    "rope_pairs": _rope_pairs,
     "fused_expert": _fused_expert,
     "fused_expert_rows": _fused_expert_rows,
     "fused_expert_pairs": _fused_expert_pairs,

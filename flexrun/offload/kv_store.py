@@ -1,7 +1,8 @@
 """The KV cache: one slab a (layer, attention micro-batch), in which every sequence owns a contiguous run of tokens.
 
-Slabs are token-major, [2, tokens, kv_heads, head_dim]: ragged sequences lie side by side without padding, and
-what is in use of a slab moves as few large copies.
+Slabs are token-major, [planes, tokens, heads, width]: keys and values [2, tokens, kv_heads, head_dim], or one latent
+for all heads [1, tokens, 1, width]. Ragged sequences lie side by side without padding, and what is in use of a slab
+moves as few large copies.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class KVStore:
 
     A slab on disk passes through a staging slot of the host; what is attended elsewhere than at home, through one of
     the compute device. Slabs on disk and their slots keep the keys and values of a token together, so that a
-    sequence is one range of bytes; whatever lies behind it, a slab's tensor is [2, tokens, kv_heads, head_dim].
+    sequence is one range of bytes; whatever lies behind it, a slab's tensor is [planes, tokens, heads, width].
     """
 
     def __init__(
@@ -131,10 +132,10 @@ class KVStore:
         return self._buffers[-1]
 
     def _view(self, buffer: Buffer, offset: int, micro_batch: KVMicroBatch) -> Tensor:
-        tokens, heads = micro_batch.capacity_tokens, (self._spec.num_kv_heads, self._spec.head_dim)
+        tokens, (planes, *row) = micro_batch.capacity_tokens, self._spec.kv_planes
         if micro_batch.home is Tier.DISK:
-            return buffer.view(offset, (tokens, 2, *heads), self._dtype).transpose(0, 1)
-        return buffer.view(offset, (2, tokens, *heads), self._dtype)
+            return buffer.view(offset, (tokens, planes, *row), self._dtype).transpose(0, 1)
+        return buffer.view(offset, (planes, tokens, *row), self._dtype)
 
     def allocate(self, tokens: int, max_sequences: int) -> Region | None:
         """Room for a sequence of ``tokens`` in the emptiest micro-batch that has it, or None for now.
@@ -167,7 +168,7 @@ class KVStore:
         return max(micro_batch.capacity_tokens for micro_batch in self.micro_batches)
 
     def slab(self, layer: int, micro_batch: int) -> Tensor:
-        """[2, tokens, kv_heads, head_dim] in the memory of the micro-batch's home tier, which is not the disk."""
+        """[planes, tokens, heads, width] in the memory of the micro-batch's home tier, which is not the disk."""
         return self._slabs[micro_batch][layer]
 
     def on_host(self, layer: int, micro_batch: int, slot: int) -> Tensor:
@@ -231,6 +232,6 @@ class KVStore:
 
 
 def pieces(slab: Tensor, start: int, stop: int) -> list[Tensor]:
-    """Tokens ``[start, stop)`` of a slab as contiguous tensors: keys and values, or both in one."""
+    """Tokens ``[start, stop)`` of a slab as contiguous tensors: its planes, or all in one."""
     rows = slab[:, start:stop]
-    return [rows.transpose(0, 1)] if slab.stride(0) < slab.stride(1) else [rows[0], rows[1]]
+    return [rows.transpose(0, 1)] if slab.stride(0) < slab.stride(1) else [*rows]

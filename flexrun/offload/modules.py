@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from flexrun.attention import Segments, attend, prepare
+from flexrun.attention import Segments, attend, attend_latent, prepare
 from flexrun.config import Policy
 from flexrun.core import DTYPES, Lane, Tier
 from flexrun.models import decoder
@@ -26,9 +26,11 @@ class Activations:
     """The rows of one pass, allocated once for the largest pass, and what is known of the pass at hand.
 
     Tables of the pass (positions, rotary rows, KV rows, token ids) are on the compute device.
-    hidden: [tokens, hidden_size]. query, attended: [tokens, heads, head_dim]; key, value: [tokens, kv_heads, head_dim],
-    kept only for KV that lives elsewhere, until a copy lane has carried them there. host_query, host_attended: their
-    host copies for attention on the CPU. embedding_rows: rows of a table on disk, one for each different token.
+    hidden: [tokens, hidden_size]. query: [tokens, heads, head_dim]; attended: [tokens, heads, attended_head_dim].
+    new_rows: what the pass adds to the cache, [tokens, heads, width] of each plane, kept only for KV that lives
+    elsewhere, until a copy lane has carried it there. host_query, host_attended: host copies for attention on the CPU.
+    embedding_rows: rows of a table on disk, one for each different token. beside_kv, host_beside_kv: of each layer what
+    attention reads beside query and KV: sinks, or the matrix that latents go through.
     """
 
     def __init__(
@@ -50,7 +52,7 @@ class Activations:
         self._reserved = [(memory, "workspace", workspace_bytes(spec, policy))]
         dtype, tokens, place = DTYPES[spec.dtype], policy.tokens_per_pass, accelerator.place
         heads = (tokens, spec.num_heads, spec.head_dim)
-        kv_heads = (tokens, spec.num_kv_heads, spec.head_dim)
+        attended_heads = (tokens, spec.num_heads, spec.attended_head_dim)
         away = [each for each in kv.micro_batches if each.home is not self.compute_tier]
         attends_on_host = device is not None and any(each.attend_lane is Lane.CPU for each in away)
         row_bytes = weights.embedding_rows.row_bytes if weights.embedding_rows else 0
@@ -58,7 +60,8 @@ class Activations:
         for tier, kind, nbytes in self._reserved:
             tier.reserve(kind, nbytes)
         self.hidden = torch.empty(tokens, spec.hidden_size, dtype=dtype, device=place)
-        self.query_rows, self.attended = (torch.empty(heads, dtype=dtype, device=place) for _ in range(2))
+        self.query_rows = torch.empty(heads, dtype=dtype, device=place)
+        self.attended = torch.empty(attended_heads, dtype=dtype, device=place)
         self.query = self.query_rows
         on_device = weights.embedding.get(TOKEN_EMBEDDING, self.hidden).device == place
         self.gathers_embedding = bool(row_bytes) or not on_device
@@ -66,12 +69,16 @@ class Activations:
         self.copies_query = attends_on_host and accelerator.is_separate
         self.branches: dict[int, list[Tensor]] = {}  # first row -> attention branch of each chunk, until the MLP
         if away:  # rows that a copy lane carries to where the KV lives while the compute lane goes on
-            self.key, self.value = (torch.empty(kv_heads, dtype=dtype, device=place) for _ in range(2))
+            planes, *row = spec.kv_planes
+            self.new_rows = [torch.empty((tokens, *row), dtype=dtype, device=place) for _ in range(planes)]
+        self.beside_kv: dict[int, Tensor] = {}
+        self.host_beside_kv: dict[int, Tensor] = {}
+        self._attends_on_host = attends_on_host
         self._host_rows: Buffer | None = None
         if attends_on_host:
             self._host_rows = host.allocate("offloaded_query", offloaded_query_bytes(spec, policy))
             self.host_query = self._host_rows.view(0, heads, dtype)
-            self.host_attended = self._host_rows.view(self.host_query.nbytes, heads, dtype)
+            self.host_attended = self._host_rows.view(self.host_query.nbytes, attended_heads, dtype)
         self.plan: PassPlan | None = None
         self.rows: dict[int, MicroBatchRows] = {}
 
@@ -101,6 +108,15 @@ class Activations:
                     if (segments := getattr(rows, part)) is not None:
                         label = f"{part} {rows.index}"
                         prepare(segments, lambda name, table, label=label: upload(f"{name} {label}", table))
+
+    def keep_beside_kv(self, layer: int, weights: dict[str, Tensor]) -> None:
+        """Take what the attention of a layer reads out of its weights, which stay where they are until its output."""
+        if "kv_b.weight" in weights:
+            self.beside_kv[layer] = weights["kv_b.weight"]
+        elif "sinks" in weights and layer not in self.beside_kv:  # a few numbers, kept for good
+            self.beside_kv[layer] = weights["sinks"].to(torch.float32, copy=True)
+            if self._attends_on_host:
+                self.host_beside_kv[layer] = self.beside_kv[layer].cpu()
 
     def in_place(self, index: int) -> bool:
         """Whether a micro-batch's slab is in the memory of the compute lane."""
@@ -160,10 +176,11 @@ class Modules:
 
     def _attention_inputs(self, step: Step) -> None:
         activations, weights = self._activations, self._weights.unit_weights(step)
+        activations.keep_beside_kv(step.layer, weights)
         chunks = activations.chunks(step)
         whole = len(chunks) == 1 and step.rows == activations.plan.shape.tokens
         for start, stop in chunks:
-            query, key, value = decoder.attention_inputs(
+            query, *new = decoder.attention_inputs(
                 self._spec, step.layer, weights, activations.hidden[start:stop], activations.rotary.rows(start, stop)
             )
             if whole and not activations.copies_query:
@@ -179,9 +196,10 @@ class Modules:
                 if activations.in_place(rows.index):
                     slab = self._kv.slab(step.layer, rows.index)
                     kv_rows = activations.kv_rows[rows.index][low - rows.start : high - rows.start]
-                    store(slab, kv_rows, key[part], value[part])
+                    store(slab, kv_rows, [rows[part] for rows in new])
                 else:
-                    activations.key[low:high], activations.value[low:high] = key[part], value[part]
+                    for kept, rows in zip(activations.new_rows, new):
+                        kept[low:high] = rows[part]
 
     def _attend(self, step: Step) -> None:
         activations = self._activations
@@ -193,16 +211,17 @@ class Modules:
             slab = self._kv.staging(step.offset, rows.index)
             if activations.compute_tier is Tier.GPU:
                 segments = rows.cached
-            part = slice(step.start, step.stop)
-            store(slab, activations.kv_rows[rows.index][: step.rows], activations.key[part], activations.value[part])
-        attend_rows(self._spec, step, segments, slab, activations.query, activations.attended)
+            own = [rows[step.start : step.stop] for rows in activations.new_rows]
+            store(slab, activations.kv_rows[rows.index][: step.rows], own)
+        beside = activations.beside_kv.get(step.layer)
+        attend_rows(self._spec, step, segments, slab, beside, activations.query, activations.attended)
 
     def _attend_fresh(self, step: Step) -> None:
         """Prompts that start in this pass attend the rows that ATTENTION_INPUTS has just made."""
-        activations, part = self._activations, slice(step.start, step.stop)
-        own = activations.key[part], activations.value[part]
-        fresh = activations.rows[step.micro_batch].fresh
-        attend_rows(self._spec, step, fresh, own, activations.query, activations.attended)
+        activations = self._activations
+        own = [rows[step.start : step.stop] for rows in activations.new_rows]
+        fresh, beside = activations.rows[step.micro_batch].fresh, activations.beside_kv.get(step.layer)
+        attend_rows(self._spec, step, fresh, own, beside, activations.query, activations.attended)
 
     def _attention_output(self, step: Step) -> None:
         activations, weights = self._activations, self._weights.unit_weights(step)
@@ -229,25 +248,31 @@ def attend_rows(
     spec: ModelSpec,
     step: Step,
     segments: Segments,
-    slab: Tensor | tuple[Tensor, Tensor],
+    slab: Tensor | list[Tensor],
+    beside_kv: Tensor | None,
     query: Tensor,
     attended: Tensor,
 ) -> None:
-    """Attention of a step's rows over slab [2, tokens, kv_heads, head_dim], on the device of the tensors."""
-    form = spec.attention_form(step.layer)
+    """Attention of a step's rows over the planes of a slab, on their device. beside_kv: see Activations."""
+    form, query = spec.attention_form(step.layer), query[step.start : step.stop]
+    out = attended[step.start : step.stop]
+    if spec.latent is not None:
+        attend_latent(query, slab[0], segments, beside_kv, scale=form.scale, out=out)
+        return
     attend(
-        query[step.start : step.stop],
+        query,
         slab[0],
         slab[1],
         segments,
         scale=form.scale,
         window=form.window,
         softcap=form.softcap,
-        out=attended[step.start : step.stop],
+        sinks=beside_kv,
+        out=out,
     )
 
 
-def store(slab: Tensor, kv_rows: Tensor, key: Tensor, value: Tensor) -> None:
-    """Write key and value [T, KV, D] to rows ``kv_rows`` of slab [2, tokens, KV, D]."""
-    slab[0].index_copy_(0, kv_rows, key)
-    slab[1].index_copy_(0, kv_rows, value)
+def store(slab: Tensor, kv_rows: Tensor, new: list[Tensor]) -> None:
+    """Write new rows [T, heads, width], one tensor a plane, to rows ``kv_rows`` of a slab."""
+    for plane, rows in zip(slab, new):
+        plane.index_copy_(0, kv_rows, rows)

@@ -72,9 +72,9 @@ class Transfers:
         """New keys and values to the slab; behind everything else that the step copies, for it waits for its copies."""
         part = slice(rows.start, rows.stop)
         slab, kv_rows = self._kv.on_host(step.layer, rows.index, step.offset), torch.from_numpy(rows.kv_rows)
-        new = self._activations.key[part], self._activations.value[part]
-        for arrived, (key, value) in self._accelerator.rows_on_host(*new):
-            store(slab, kv_rows[arrived], key, value)
+        new = [rows[part] for rows in self._activations.new_rows]
+        for arrived, landed in self._accelerator.rows_on_host(*new):
+            store(slab, kv_rows[arrived], landed)
 
     def _load_kv(self, step: Step) -> None:
         """Tokens cached before this pass, runs of neighbouring sequences together."""
@@ -89,7 +89,8 @@ class Transfers:
         activations = self._activations
         rows = activations.rows[step.micro_batch]
         slab = self._kv.on_host(step.layer, rows.index, step.offset)
-        attend_rows(self._spec, step, rows.cached, slab, activations.host_query, activations.host_attended)
+        beside = activations.host_beside_kv.get(step.layer)
+        attend_rows(self._spec, step, rows.cached, slab, beside, activations.host_query, activations.host_attended)
 
     def _return_attended(self, step: Step) -> None:
         activations, part = self._activations, slice(step.start, step.stop)

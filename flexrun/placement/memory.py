@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from flexrun.attention import LATENT_BUFFERS, LATENT_BYTES
 from flexrun.config import Policy
 from flexrun.core import PAGE_BYTES, Lane, Tier, align_up
 from flexrun.models.rope import rope_table_bytes
@@ -87,7 +88,8 @@ def workspace_bytes(spec: ModelSpec, policy: Policy) -> int:
     logits_rows = min(LOGITS_ROWS, policy.sequences_in_flight)
     logits = logits_rows * (spec.vocab_size * 3 * 4 + spec.hidden_size * spec.dtype_bytes)
     through_pass = (policy.tokens_per_pass - hidden_rows_elsewhere(policy)) * pass_row_bytes(spec)
-    return align_up(through_pass + max(inside, logits))
+    latent = LATENT_BUFFERS * LATENT_BYTES if spec.latent else 0
+    return align_up(through_pass + latent + max(inside, logits))
 
 
 def hidden_rows_elsewhere(policy: Policy) -> int:

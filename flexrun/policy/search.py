@@ -72,6 +72,8 @@ def search(
     Raises NoFit where no policy fits the budgets, naming the one that is short, and ConfigError for a fixed field
     that is none.
     """
+    if spec.latent is not None and budgets.on_device:  # compute-bound, and not run: see Policy.check_runnable
+        fixed = {"cpu_attention_share": 0.0, **(fixed or {})}
     unknown = set(fixed or {}) - {each.name for each in dataclasses.fields(Policy)}
     if unknown:
         raise ConfigError(f"unknown policy field {sorted(unknown)[0]!r}", "see flexrun.Policy")

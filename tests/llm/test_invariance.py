@@ -9,6 +9,7 @@ from tiny_families import prompts
 
 from flexrun import SamplingParams
 from flexrun.config import Placement, Policy
+from flexrun.errors import UnsupportedError
 
 pytestmark = pytest.mark.usefixtures("matrices_move")
 IN_RAM = Policy(sequences_in_flight=16, tokens_per_pass=1024, attention_micro_batch=16, token_micro_batch=1024)
@@ -26,8 +27,8 @@ def placements(draw, gpu: bool) -> Placement:
 
 
 @st.composite
-def engines(draw) -> dict:
-    """Options of an LLM: a policy, and whether an accelerator is emulated."""
+def engines(draw, cpu_attention: bool = True) -> dict:
+    """Options of an LLM: a policy, and whether an accelerator is emulated, with attention on the CPU beside it."""
     on_device = draw(st.booleans())
     policy = Policy(
         sequences_in_flight=draw(st.integers(1, 7)),
@@ -36,21 +37,23 @@ def engines(draw) -> dict:
         token_micro_batch=draw(st.integers(1, 40)),
         weights=draw(placements(on_device)),
         kv=draw(placements(on_device)),
-        cpu_attention_share=draw(st.sampled_from([0.0, 0.5, 1.0])),
+        cpu_attention_share=draw(st.sampled_from([0.0, 0.5, 1.0])) * cpu_attention,
         half_batches=draw(st.booleans()),
     )
-    return {"policy": policy, "gpu_memory": "64MiB" if on_device else 0, "direct_io": draw(st.booleans())}
+    return {"policy": policy, "gpu_memory": "192MiB" if on_device else 0, "direct_io": draw(st.booleans())}
 
 
 lengths = st.lists(st.integers(1, 60), min_size=1, max_size=6)
 
 
-@pytest.mark.parametrize(("name", "examples"), [("llama", 36), ("gemma2_untied", 28)])
+@pytest.mark.parametrize(
+    ("name", "examples"), [("llama", 36), ("gemma2_untied", 28), ("deepseek_v2_dense", 24), ("deepseek_v3_dense", 12)]
+)
 def test_greedy_tokens_are_the_same_under_any_policy(run, assert_same_but_for_ties, name, examples):
     greedy = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
 
     @settings(PROPERTY, max_examples=examples)
-    @given(engines(), lengths, st.integers(0, 3))
+    @given(engines(cpu_attention="deepseek" not in name), lengths, st.integers(0, 3))
     def check(engine, lengths, seed):
         asked = prompts(tuple(lengths), seed)
         expected = [output.outputs[0].token_ids for output in run(name, asked, greedy, policy=IN_RAM)]
@@ -60,6 +63,13 @@ def test_greedy_tokens_are_the_same_under_any_policy(run, assert_same_but_for_ti
             assert_same_but_for_ties(name, prompt, tokens, other)
 
     check()
+
+
+def test_latents_attended_on_the_cpu_beside_a_device_are_refused(run):
+    (prompt,) = prompts((9,))
+    with pytest.raises(UnsupportedError, match="attends latent KV on the CPU beside a GPU") as caught:
+        run("deepseek_v2_dense", [prompt], SamplingParams(max_tokens=2), policy=Policy(), gpu_memory="192MiB")
+    assert "cpu_attention_share to 0" in caught.value.hint
 
 
 def test_sampled_tokens_depend_on_the_seed_and_nothing_else(run):
