@@ -39,6 +39,7 @@ COMPUTE_SHARES = {StepKind.ATTENTION_INPUTS: 0.25, StepKind.ATTENTION_OUTPUT: 0.
 ROWS_DOWN_SHARE = 0.03  # of a layer's time, for queries, keys and values on their way to the CPU
 DISK_SHARE = 0.95  # of the link's time: a lane that feeds another must make up for what it starts late
 PROMPT, ANSWER = 4, 7
+BUSY_SECONDS = 0.0015  # sleeps of an idle machine end 0.1 ms late; of one that others keep busy, a time slice
 STEADY = slice(2, ANSWER - 1)  # passes after those that prefill and fill the rings
 QUIET = dataclasses.replace(T4, contention={}, duplex_share=1.0)
 FROM_RAM, FROM_DISK = Placement(0.0, 1.0, 0.0), Placement(0.0, 0.0, 1.0)
@@ -128,7 +129,7 @@ def measured(deep, layout: Layout, durations: Durations, make_group) -> tuple[li
         bytes_per_second=durations.rates,
         trace=True,
     )
-    executor, shapes = engine._executor, []
+    executor, shapes, late = engine._executor, [], []
     pass_steps, compute = executor._scheduler.pass_steps, executor._modules.run
     paces = {lane: Throttle(1.0) for lane in (Lane.GPU, Lane.CPU)}
 
@@ -141,6 +142,7 @@ def measured(deep, layout: Layout, durations: Durations, make_group) -> tuple[li
         end = pace.take_turn(durations.seconds(step, shapes[-1]))
         time.sleep(max(end - time.perf_counter(), 0.0))
         pace.arrived()
+        late.append(time.perf_counter() - end)
 
     executor._scheduler.pass_steps = note
     executor._modules.run = lambda step: (rest if durations.seconds(step, shapes[-1]) else compute)(step)
@@ -153,6 +155,10 @@ def measured(deep, layout: Layout, durations: Durations, make_group) -> tuple[li
         assert len(list(engine.run(iter(groups)))) == SEQUENCES
     finally:
         engine.close()
+    late_seconds = statistics.quantiles(late, n=20)[-1]
+    print(f"one sleep of twenty ends {late_seconds * 1000:.2f} ms late or more")
+    if late_seconds > BUSY_SECONDS:
+        pytest.skip(f"this machine is too busy to measure: sleeps end {late_seconds * 1000:.1f} ms late")
     return engine.events, shapes
 
 
@@ -218,4 +224,4 @@ def test_lanes_of_equal_time_overlap_in_two_half_batches(deep, make_group, monke
 
 
 def test_a_pass_as_a_whole_has_the_cpu_and_the_device_take_turns(deep, make_group, monkeypatch):
-    assert ratio(deep, make_group, monkeypatch, FROM_RAM, False, 0.02) >= 1.4
+    assert ratio(deep, make_group, monkeypatch, FROM_RAM, False, 0.03) >= 1.4
