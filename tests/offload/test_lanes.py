@@ -6,13 +6,15 @@ import threading
 import time
 from functools import partial
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexrun.core import Lane
 from flexrun.errors import BudgetError, ExecutionError
+from flexrun.offload import lanes
 from flexrun.offload.lanes import BusyTime, LaneMeter, LaneWorker, Progress, Throttle
 from flexrun.steps import Step, StepKind
 
@@ -184,6 +186,7 @@ def test_closing_lets_queued_work_end(progress, worker):
     assert seen == list(range(20))
 
 
+@settings(deadline=None, derandomize=True)
 @given(st.lists(st.tuples(st.integers(0, 300), st.integers(0, 20)), max_size=60))
 def test_busy_time_is_how_long_any_span_lasted(spans):
     """Spans of whole seconds, in any order: as many seconds as lie in at least one."""
@@ -204,14 +207,18 @@ def test_busy_time_forgets_old_spans_but_not_their_seconds():
     assert busy.seconds == pytest.approx(1505)
 
 
-def test_copies_that_follow_each_other_keep_to_the_bandwidth_and_a_rest_is_not_made_up_for():
-    throttle, start = Throttle(1000.0), time.perf_counter()
-    for _ in range(10):  # every sleep ends late, all of them together hardly
+def test_copies_that_follow_each_other_keep_to_the_bandwidth_and_a_rest_is_not_made_up_for(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(lanes, "time", SimpleNamespace(perf_counter=lambda: now))
+    throttle = Throttle(1000.0)
+    for copy in range(1, 11):
         arrival = throttle.take_turn(5.0)
-        time.sleep(max(arrival - time.perf_counter(), 0) + 0.0002)
+        assert arrival == pytest.approx(100 + 0.005 * copy), "sleeps that end late add up to nothing"
+        now = arrival + 0.0002
         throttle.arrived()
-    assert arrival - start == pytest.approx(0.05, abs=0.005)
-    time.sleep(0.003)
-    asked = time.perf_counter()
-    assert throttle.take_turn(5.0) - asked >= 0.005
-    assert throttle.take_turn(5.0) - asked >= 0.01, "two at once take turns"
+    now += 0.003
+    assert throttle.take_turn(5.0) == pytest.approx(now + 0.005), "but the link rested"
+    assert throttle.take_turn(5.0) == pytest.approx(now + 0.01), "two at once take turns"
+    now += 1.0
+    throttle.arrived()
+    assert throttle.take_turn(5.0) == pytest.approx(now + 0.005), "nothing makes up for a whole second"
