@@ -96,13 +96,25 @@ def _attend_absorbed(query, rows, segments: Segments, kv_b, scale, out) -> None:
         local = _local(part, query.device)
         chosen = query[local.query]
         inner = query.new_empty(len(chosen), num_heads, rows.shape[2])
-        inner[..., :rank] = torch.bmm(chosen[..., :nope_dim].transpose(0, 1), kv_b[:, :nope_dim]).transpose(0, 1)
+        _by_head(chosen[..., :nope_dim], kv_b[:, :nope_dim], inner[..., :rank])
         inner[..., rank:] = chosen[..., nope_dim:]
         sums = torch.empty_like(inner)
         attend(inner, rows, rows, local.over_slab, scale=scale, out=sums)
-        out[local.query] = torch.bmm(sums[..., :rank].transpose(0, 1), kv_b[:, nope_dim:].transpose(1, 2)).transpose(
-            0, 1
-        )
+        result = chosen.new_empty(*chosen.shape[:2], out.shape[2])
+        _by_head(sums[..., :rank], kv_b[:, nope_dim:].transpose(1, 2), result)
+        out[local.query] = result
+
+
+def _by_head(rows: Tensor, matrices: Tensor, out: Tensor) -> None:
+    """out [tokens, heads, M] = rows [tokens, heads, K] times matrices [heads, K, M], which may be views.
+
+    A batched product on the CPU would first copy such views; a GPU must not be sent a product a head.
+    """
+    if rows.is_cuda:
+        out.copy_(torch.bmm(rows.transpose(0, 1), matrices).transpose(0, 1))
+        return
+    for head, matrix in enumerate(matrices.unbind()):
+        out[:, head] = torch.mm(rows[:, head], matrix)
 
 
 def _attend_expanded(query, rows, segments: Segments, kv_b, scale, out) -> None:
