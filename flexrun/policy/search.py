@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -20,19 +20,20 @@ from flexrun.hardware import Hardware
 from flexrun.models.spec import ModelSpec
 from flexrun.policy.features import RUNNABLE, Features
 from flexrun.policy.fill import fill_weights, refuse
-from flexrun.policy.forecast import CLOSE, FULL, QUICK, Forecast, forecast
+from flexrun.policy.forecast import CLOSE, FULL, QUICK, Effort, Forecast, forecast
 from flexrun.policy.layout import Budgets, Layout
 from flexrun.policy.lp import Solution
-from flexrun.policy.moves import can_halve, moves, whole
+from flexrun.policy.moves import can_halve, micro_batches, moves, whole
 from flexrun.policy.passes import Passes
 from flexrun.policy.programs import USUAL_PASS_TOKENS, Choice, Programs, size_cost
 from flexrun.workload import Workload
 
 MICRO_BATCHES = (1, 4, 16)  # of attention, beside a device
 FINALISTS, MOST_FINALISTS, NEAR = 2, 8, 1.1  # policies looked at in full, within this factor of the best
+NO_HOPE = 1.4  # a program that takes so much longer than a rounded policy will not be rounded to a better one
 WORTH = 0.005  # a move must save this share of the time
 QUICK_STEPS, FINALIST_STEPS, CLOSE_STEPS = 80_000, 30_000, 70_000  # simulated while climbing, and between
-LOOK_STEPS, UNIT_STEPS = 400, 4  # that the rest of a look at a policy, and of each of its units, takes as long as
+LOOK_STEPS, UNIT_STEPS = 400, 7  # that the rest of a look at a policy, and of each of its units, takes as long as
 MANY_MORE = 0.1  # share of the weights, those on the device counted twice
 
 
@@ -97,7 +98,9 @@ class _Search:
 
     def run(self) -> Plan:
         choices = self.programs.solve_all()
-        for choice in choices:
+        for choice in sorted(choices, key=lambda choice: choice.seconds):
+            if choice.seconds > NO_HOPE * self._best_score:
+                break
             for policy in self._rounded(choice):
                 self._score(policy)
         if not self._layouts():  # fractions fitted, or nothing did: whole tensors and slabs of fewer sequences may
@@ -107,14 +110,15 @@ class _Search:
         if not self._layouts():
             refuse(self.spec, self._smallest(), self.workload, self.budgets)
         self._improve()
-        best = self._layouts()[0]
+        best = self._chosen()
         solution, gains = None, {}
         if choices:
             solution = choices[0].solution
             tiers = [tier for tier in (Tier.GPU, Tier.CPU) if self.budgets.of(tier)]
             gains = {tier: self.programs.gain(tier, choices[0]) for tier in tiers}
-        job = forecast(best.layout, self.workload, self.hardware, FULL)
-        return Plan(best.layout.policy, best.layout, job, solution, gains, len(self.programs), self._simulations)
+        return Plan(
+            best.layout.policy, best.layout, best.forecast, solution, gains, len(self.programs), self._simulations
+        )
 
     # Whole tensors and micro-batches ------------------------------------------------------------------
 
@@ -217,24 +221,28 @@ class _Search:
         self._steps_left = QUICK_STEPS
         for policy in _best_of_forms(self._layouts()):
             self._climb(policy, leave=self._steps_left // 2)  # for the other forms
-        finalists = self._finalists()
-        self._effort, self._best_score, self._scores = CLOSE, float("inf"), {}
-        self._steps_left = FINALIST_STEPS
-        for place, layout in enumerate(finalists):
-            if place < FINALISTS or self._steps_left > 0:
-                self._scores[layout.policy] = self._scored(layout)
+        self._look_again(CLOSE, _best_of_forms)
         self._steps_left = CLOSE_STEPS
         self._climb(self._layouts()[0].layout.policy)
 
-    def _finalists(self) -> list[Layout]:
-        """Layouts near the best: of each form the best, then others."""
+    def _chosen(self) -> _Score:
+        """The best by a full look at those that a closer one cannot tell apart: it sees least of many micro-batches."""
+        self._look_again(FULL, _best_of_counts)
+        return self._layouts()[0]
+
+    def _look_again(self, effort: Effort, first: Callable[[list[_Score]], list[Policy]]) -> None:
+        """Score anew, with more effort, what is near the best: what ``first`` picks out of it, then others."""
         layouts = self._layouts()
         close = {score.layout.policy: score.layout for score in layouts if score.seconds <= layouts[0].seconds * NEAR}
-        policies = [policy for policy in _best_of_forms(layouts) if policy in close]
-        return [close[policy] for policy in list(dict.fromkeys([*policies, *close]))[:MOST_FINALISTS]]
+        picked = [policy for policy in first(layouts) if policy in close]
+        self._effort, self._best_score, self._scores = effort, float("inf"), {}
+        self._steps_left = FINALIST_STEPS
+        for place, policy in enumerate(list(dict.fromkeys([*picked, *close]))[:MOST_FINALISTS]):
+            if place < FINALISTS or self._steps_left > 0:
+                self._scores[policy] = self._scored(close[policy])
 
     def _climb(self, policy: Policy, leave: int = 0) -> None:
-        """From one policy to its neighbours: the first move that pays is made, until none does or few steps are left."""
+        """From one policy to its neighbours: the first move that pays is made, until none does or steps run out."""
         improved = True
         while improved:
             improved = False
@@ -260,6 +268,14 @@ def _best_of_forms(scores: list[_Score]) -> list[Policy]:
         best.setdefault((*form, policy.tokens_per_pass), policy)
     order = {score.layout.policy: place for place, score in enumerate(scores)}
     return sorted(dict.fromkeys(best.values()), key=order.__getitem__)
+
+
+def _best_of_counts(scores: list[_Score]) -> list[Policy]:
+    """Of scores, best first, the best of each number of micro-batches."""
+    best: dict[int, Policy] = {}
+    for score in scores:
+        best.setdefault(micro_batches(score.layout.policy), score.layout.policy)
+    return list(best.values())
 
 
 def _resident(layout: Layout) -> float:
