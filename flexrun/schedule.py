@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from flexrun.attention_steps import AttentionSteps, Part
 from flexrun.core import Lane, Tier
-from flexrun.steps import Dependency, ModelWork, PassShape, Step, StepKind, WeightUnit
+from flexrun.steps import STREAMING, Dependency, ModelWork, PassShape, Step, StepKind, WeightUnit
 from flexrun.streaming import WeightStream
 
 DISK_LANES = (Lane.DISK_READ, Lane.DISK_WRITE)
@@ -70,6 +70,8 @@ class Scheduler:
             device_ring_bytes=device_ring_bytes,
         )
         self._orders = dict.fromkeys(Lane, 0)
+        self._copies: set[int] = set()  # orders of COPY_WEIGHTS of the pass at hand and of the one before
+        self._copies_before: set[int] = set()
         self._attention = AttentionSteps(work, self._emit, compute_lane, kv_slots)
         self._steps: list[Step] = []
         self._shape: PassShape | None = None
@@ -78,6 +80,7 @@ class Scheduler:
         """All steps of one pass, in an order in which every dependency comes before its dependents."""
         self._steps = []
         self._shape = shape
+        self._copies_before, self._copies = self._copies, set()
         self._attention.begin()
         work, tokens = self.work, shape.tokens
         parts = self._parts(shape)
@@ -201,17 +204,26 @@ class Scheduler:
             self._attention.attend_staged(part, layer, micro_batch, start)
 
     def _emit(self, kind: StepKind, lane: Lane, depends_on: Sequence[Dependency] = (), **fields) -> Dependency:
-        latest: dict[Lane, int] = {}
+        """Of what the step waits for on one queue, the latest stands for all: weights on their way to the device are a
+        queue of their own beside the rows."""
+        latest: dict[tuple[Lane, bool], int] = {}
         others: list[Dependency] = []
+        streams = kind in STREAMING
         for dependency in depends_on:
-            dependency_lane, order = dependency
+            dependency_lane, earlier = dependency
             if dependency_lane in DISK_LANES:  # where several threads may end a later step first
                 others.append(dependency)
-            elif dependency_lane is not lane:  # a lane keeps its own order
-                latest[dependency_lane] = max(order, latest.get(dependency_lane, -1))
+                continue
+            is_copy = dependency_lane is Lane.H2D and (earlier in self._copies or earlier in self._copies_before)
+            if dependency_lane is not lane or is_copy != streams:  # a queue keeps its own order
+                queue = (dependency_lane, is_copy)
+                latest[queue] = max(earlier, latest.get(queue, -1))
         order = self._orders[lane]
         self._orders[lane] = order + 1
-        self._steps.append(Step(kind, lane, order, self._shape.index, (*latest.items(), *others), **fields))
+        if kind is StepKind.COPY_WEIGHTS:
+            self._copies.add(order)
+        waits = (*((queue[0], earlier) for queue, earlier in latest.items()), *others)
+        self._steps.append(Step(kind, lane, order, self._shape.index, waits, **fields))
         return (lane, order)
 
 

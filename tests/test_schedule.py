@@ -249,6 +249,21 @@ def test_nothing_is_read_where_nothing_is_cached(on_device, lane):
     assert (write.lane, write.order) in stores[1].depends_on
 
 
+@pytest.mark.parametrize("turn", [1, -1])
+def test_weights_and_rows_of_one_lane_are_waited_for_both(turn):
+    """They are queues of their own: the later step may be over while the earlier one is under way."""
+    units = make_units(1, [(0, 4)] * 3, True)
+    scheduler = Scheduler(units, WORK, 1, compute_lane=Lane.GPU, host_ring_bytes=0, device_ring_bytes=12)
+    scheduler.pass_steps(PassShape(0, 1, 1, (MicroBatchShape(0, 1, 1, 1, Tier.GPU, Lane.GPU),), False))
+    emitted = [scheduler._emit(kind, Lane.H2D) for kind in (StepKind.COPY_WEIGHTS, StepKind.LOAD_KV) * 2]
+    step = scheduler._emit(StepKind.MLP, Lane.GPU, emitted[::turn])
+    assert set(scheduler._steps[-1].depends_on) == set(emitted[2:]), "the latest of either queue"
+    scheduler._emit(StepKind.LOAD_KV, Lane.H2D, emitted)
+    assert scheduler._steps[-1].depends_on == (emitted[2],), "rows keep their own order, and wait for weights"
+    scheduler._emit(StepKind.COPY_WEIGHTS, Lane.H2D, [*emitted, step])
+    assert set(scheduler._steps[-1].depends_on) == {emitted[3], step}
+
+
 def test_flops_and_bytes_of_the_steps():
     scheduler = Scheduler(make_units(1, [(0, 0)] * 3, False), WORK, 1, compute_lane=Lane.CPU, host_ring_bytes=0)
     steps = scheduler.pass_steps(PassShape(0, 6, 2, (MicroBatchShape(0, 6, 9, 30, Tier.CPU, Lane.CPU),), False))
