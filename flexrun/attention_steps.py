@@ -60,13 +60,15 @@ class _Staged:
 class AttentionSteps:
     """Emits the steps around attention, micro-batch by micro-batch.
 
-    emit(kind, lane, depends_on, **fields) adds a step to the pass at hand. kv_slots: see Scheduler.
+    emit(kind, lane, depends_on, **fields) adds a step to the pass at hand. kv_slots, host_kv_slots: see Scheduler.
     """
 
-    def __init__(self, work: ModelWork, emit: Callable[..., Dependency], compute_lane: Lane, kv_slots: int):
+    def __init__(
+        self, work: ModelWork, emit: Callable[..., Dependency], compute_lane: Lane, kv_slots: int, host_kv_slots: int
+    ):
         self._work, self._emit, self._compute_lane = work, emit, compute_lane
         self._on_device = compute_lane is Lane.GPU
-        self._device_slots, self._host_slots = _Slots(kv_slots), _Slots(kv_slots)
+        self._device_slots, self._host_slots = _Slots(kv_slots), _Slots(host_kv_slots)
         self._kv_saved: dict[tuple[int, int], Dependency] = {}  # (layer, micro-batch) -> its newest rows are home
         self._kv_saving: dict[tuple[int, int], Dependency] = {}  # the same for the pass at hand
         self._staged: dict[tuple[int, int], _Staged] = {}  # (layer, micro-batch) -> loaded ahead

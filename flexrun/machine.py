@@ -1,8 +1,9 @@
-"""What this machine offers a process: cores and RAM, as limited by the control group it runs in."""
+"""What this machine offers a process: cores and RAM, as limited by the control group it runs in, and disk."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import psutil
@@ -19,6 +20,12 @@ def available_memory_bytes() -> int:
     """RAM a new allocation can count on: free memory of the host, or what the control group still allows."""
     available = psutil.virtual_memory().available
     return min([available, *_control_group_rooms_bytes(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
+
+
+def free_disk_bytes(folder: str | Path) -> int:
+    """Bytes free for a folder that may not be there yet."""
+    folder = Path(folder).absolute()
+    return shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
 
 
 def peak_resident_bytes() -> int:

@@ -39,7 +39,8 @@ class Scheduler:
     (any other name); last "head".
     compute_lane: Lane.GPU when weights are copied to a device, Lane.CPU when host tensors are used in place.
     read_embedding_rows: the token embedding lives on disk and is gathered row by row.
-    kv_slots: staging slots on the device for host-resident KV attended there, and on the host for KV from disk.
+    kv_slots: staging slots on the device for KV that comes there to be attended.
+    host_kv_slots: those on the host for KV from disk (default: as many); more of them hide how long a write takes.
     half_batches: passes of several micro-batches, some attended on the CPU beside a device, run as two halves.
     """
 
@@ -54,6 +55,7 @@ class Scheduler:
         device_ring_bytes: int = 0,
         read_embedding_rows: bool = False,
         kv_slots: int = 2,
+        host_kv_slots: int | None = None,
         half_batches: bool = False,
     ):
         self.work, self.num_layers = work, num_layers
@@ -72,7 +74,7 @@ class Scheduler:
         self._orders = dict.fromkeys(Lane, 0)
         self._copies: set[int] = set()  # orders of COPY_WEIGHTS of the pass at hand and of the one before
         self._copies_before: set[int] = set()
-        self._attention = AttentionSteps(work, self._emit, compute_lane, kv_slots)
+        self._attention = AttentionSteps(work, self._emit, compute_lane, kv_slots, host_kv_slots or kv_slots)
         self._steps: list[Step] = []
         self._shape: PassShape | None = None
 

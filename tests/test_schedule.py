@@ -66,6 +66,7 @@ def machines(draw, roomy: bool = False, halves: bool = True):
         device_ring_bytes=rings[DEVICE] if on_device else 0,
         read_embedding_rows=draw(st.booleans()),
         kv_slots=draw(st.integers(1, 3)),
+        host_kv_slots=draw(st.integers(1, 4)),
         half_batches=halves and draw(st.booleans()),
     )
     homes = [(Tier.CPU, Lane.CPU), (Tier.CPU, Lane.CPU), (Tier.DISK, Lane.CPU)]

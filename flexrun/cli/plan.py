@@ -29,7 +29,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--hardware", metavar="FILE", help="as in configs/hardware; default: this machine")
     machine.add_argument("--gpu-memory", metavar="SIZE", help="default: most of what there is; 0: no GPU")
     machine.add_argument("--cpu-memory", metavar="SIZE")
-    machine.add_argument("--disk-memory", metavar="SIZE")
+    machine.add_argument("--disk-memory", metavar="SIZE", help="for weights and KV cache; default: what is free")
 
     policy = parser.add_argument_group("policy")
     policy.add_argument("--max-num-seqs", type=int, metavar="COUNT", help="sequences in flight")
@@ -42,7 +42,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     policy.add_argument("--policy", metavar="FILE", help="do not search: forecast this policy")
     policy.add_argument(
-        "--all-features", action="store_true", help="also plan what this version does not run yet (KV cache on disk)"
+        "--all-features",
+        action="store_true",
+        help="also plan what this version does not run yet (hidden states off the GPU)",
     )
 
     output = parser.add_argument_group("output")

@@ -30,6 +30,7 @@ ENGINE_FLAGS = (
     "policy",
     "gpu_memory",
     "cpu_memory",
+    "disk_memory",
     "disk_dir",
     "cache_dir",
     "max_num_seqs",
@@ -81,7 +82,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     engine.add_argument("--gpu-memory", metavar="SIZE", help="budget; on cpu, an emulated accelerator")
     engine.add_argument("--cpu-memory", metavar="SIZE", help="budget of host memory, for example 8GiB")
-    engine.add_argument("--disk-dir", metavar="DIR", help="where weights are streamed from")
+    engine.add_argument("--disk-memory", metavar="SIZE", help="budget of disk for both; default: what is free there")
+    engine.add_argument("--disk-dir", metavar="DIR", help="where weights and KV cache are streamed from")
     engine.add_argument("--max-num-seqs", type=int, metavar="COUNT", help="sequences in flight")
     engine.add_argument("--threads", type=int, metavar="COUNT", help="threads that compute")
 

@@ -19,7 +19,7 @@ from flexrun.llm.intake import Intake, Prompt, as_chat_requests, as_request_erro
 from flexrun.llm.lengths import Lengths
 from flexrun.llm.machine_profile import settle_hardware
 from flexrun.llm.model_files import ModelFiles, cache_stem, open_model
-from flexrun.machine import available_cores, available_memory_bytes, peak_resident_bytes
+from flexrun.machine import available_cores, available_memory_bytes, free_disk_bytes, peak_resident_bytes
 from flexrun.offload.engine import Engine
 from flexrun.offload.sequence import Group
 from flexrun.outputs import Request, RequestOutput
@@ -30,7 +30,7 @@ from flexrun.policy.search import Plan, search
 from flexrun.report.trace import write_chrome_trace
 from flexrun.sampling import SamplingParams
 from flexrun.weights.catalog import default_cache_dir
-from flexrun.weights.packed import PackedWeights, open_packed
+from flexrun.weights.packed import PackedWeights, open_packed, packed_bytes
 from flexrun.workload import Workload
 
 MEMORY_SHARE = 0.8  # of the RAM that is free, when no --cpu-memory is given
@@ -46,7 +46,8 @@ class LLM:
     cpu_memory, gpu_memory: hard budgets for weights, KV cache and buffers, as bytes or text ("8GiB"). A
         ``gpu_memory`` above 0 with ``device="cpu"`` emulates an accelerator of that size; with ``device="cuda"`` the
         default is 90 % of the GPU memory that is free.
-    disk_dir: folder of the packed weight cache (default: inside cache_dir).
+    disk_dir: folder of the packed weight cache and of KV cache on disk (default: inside cache_dir). disk_memory: budget
+        of bytes there for both; default: what is free.
     hardware: what to plan for, a Hardware or the path of its document (default: this machine, measured once).
     lane_bandwidths: bytes a second (as for the budgets) that lanes are held to: disk_read, disk_write, and of an
         emulated accelerator h2d and d2h; {"h2d": "2GiB"} emulates a slow link. Default: FLEXRUN_LANE_BANDWIDTHS in the
@@ -65,6 +66,7 @@ class LLM:
         policy: Policy | str | Path | None = None,
         gpu_memory: int | str | None = None,
         cpu_memory: int | str | None = None,
+        disk_memory: int | str | None = None,
         disk_dir: str | Path | None = None,
         cache_dir: str | Path | None = None,
         max_model_len: int | None = None,
@@ -93,6 +95,7 @@ class LLM:
         if isinstance(self._policy, (str, Path)):
             self._policy = Policy.from_json(self._policy)
         self._cpu_budget = parse_bytes(cpu_memory) if cpu_memory is not None else None
+        self._disk_budget = parse_bytes(disk_memory) if disk_memory is not None else None
         self._hardware, self._log = hardware, log
         self._cache_dir = cache_dir
         self._packed_dir = Path(disk_dir) if disk_dir else Path(cache_dir or default_cache_dir()) / "packed"
@@ -233,7 +236,8 @@ class LLM:
             return engine.policy
         self._retire_engine()
         self._planned_rows = len(workload)
-        self._plan = self._settle(workload, Budgets(cpu_budget, self._accelerator.planned_bytes))
+        budgets = Budgets(cpu_budget, self._accelerator.planned_bytes, self._disk_budget_bytes())
+        self._plan = self._settle(workload, budgets)
         layout = self._plan.layout
         on_cpu = layout.on_device and any(place.attend_lane is Lane.CPU for place in layout.micro_batches)
         layout.policy.check_runnable(latents_on_cpu=on_cpu and self.spec.latent is not None)
@@ -250,6 +254,7 @@ class LLM:
             layout.kv_tokens,
             cpu_budget_bytes=cpu_budget,
             gpu_budget_bytes=self._accelerator.planned_bytes,
+            disk_budget_bytes=budgets.disk_bytes,
             accelerator=self._accelerator.open(),
             bytes_per_second=self._accelerator.bytes_per_second,
             trace=self._trace_path is not None,
@@ -268,6 +273,13 @@ class LLM:
         if self._cpu_budget is None:
             self._cpu_budget = int(available_memory_bytes() * MEMORY_SHARE)
         return self._cpu_budget
+
+    def _disk_budget_bytes(self) -> int:
+        """What is free changes, so it is looked at before each plan; the packed weights are part of the budget."""
+        if self._disk_budget is not None:
+            return self._disk_budget
+        held = packed_bytes(self.spec, self._packed_dir, name=cache_stem(self.files))
+        return free_disk_bytes(self._packed_dir) + held
 
     def _settle(self, workload: Workload, budgets: Budgets) -> Plan:
         """The plan of the policy that was given, or the best one."""

@@ -27,7 +27,9 @@ from flexrun.offload.weight_store import WeightStore
 from flexrun.schedule import Scheduler
 from flexrun.steps import Step, StepKind
 
-THREADS = {Lane.DISK_READ: 3, Lane.DISK_WRITE: 3}  # enough requests in flight to fill one SSD; each costs little CPU
+# Requests in flight. Reads are large: three fill an SSD. New rows of KV are a page each, which waits behind all reads
+# that the disk has accepted, so that many must wait together.
+THREADS = {Lane.DISK_READ: 3, Lane.DISK_WRITE: 8}
 WEIGHTS = (StepKind.READ_WEIGHTS, StepKind.COPY_WEIGHTS)
 
 

@@ -18,11 +18,12 @@ from pathlib import Path
 import numpy
 
 from flexrun.core import PAGE_BYTES, Tier, align_up, format_bytes
-from flexrun.disk_io import BLOCK_BYTES, DirectFile
+from flexrun.disk_io import DirectFile
 from flexrun.errors import BudgetError, ConfigError
 from flexrun.offload.tiers import Buffer, MemoryTier
 
 GAP_BYTES = 64 << 10  # reading on over a gap this small takes no longer than another request
+REQUEST_BYTES = 2 << 20  # at most: two of them in flight fill an SSD, and small writes wait less long behind them
 PARTS = 8  # small requests of a step are dealt out in about so many parts, enough for the threads of a lane
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -81,11 +82,11 @@ def _without(ranges: numpy.ndarray, page: int) -> numpy.ndarray:
 
 
 def _grouped(ranges: numpy.ndarray) -> list[list[Request]]:
-    """Requests of at most a block each, neighbours together in parts of about equal bytes."""
+    """Requests of at most REQUEST_BYTES each, neighbours together in parts of about equal bytes."""
     requests = [
-        (offset, min(BLOCK_BYTES, stop - offset))
+        (offset, min(REQUEST_BYTES, stop - offset))
         for start, stop in ranges.tolist()
-        for offset in range(start, stop, BLOCK_BYTES)
+        for offset in range(start, stop, REQUEST_BYTES)
     ]
     part_bytes = sum(nbytes for _, nbytes in requests) / PARTS
     groups, filled = [], part_bytes

@@ -20,7 +20,7 @@ from flexrun.core import DTYPES, Lane, Tier, align_up
 from flexrun.models.spec import ModelSpec
 from flexrun.offload.kv_file import GAP_BYTES, KVFile, Pages, cover, pages_of
 from flexrun.offload.tiers import Buffer, MemoryTier
-from flexrun.placement import KV_SLOTS, KVMicroBatch
+from flexrun.placement import HOST_KV_SLOTS, KV_SLOTS, KVMicroBatch
 from flexrun.steps import Step
 
 
@@ -123,7 +123,7 @@ class KVStore:
                 buffer = self._buffer(device if micro_batch.home is Tier.GPU else host, "kv", slab_bytes * layers)
                 self._slabs[-1] = [self._view(buffer, layer * slab_bytes, micro_batch) for layer in range(layers)]
         if self.file is not None:
-            self._host_slots = self._buffer(host, "kv_staging", KV_SLOTS * self._slot_bytes)
+            self._host_slots = self._buffer(host, "kv_staging", HOST_KV_SLOTS * self._slot_bytes)
         if any(place.home is not Tier.GPU and place.attend_lane is Lane.GPU for place in self.micro_batches):
             self._device_slots = self._buffer(device, "kv_staging", KV_SLOTS * self._slot_bytes)
 

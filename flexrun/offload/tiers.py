@@ -18,7 +18,7 @@ from flexrun.errors import BudgetError
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; not yet named in the mmap module
 _TOUCH_BYTES = 256 << 20  # pages are mapped in pieces of this size, by several threads
 _TOUCH_THREADS = 4
-_FLAG = {Tier.GPU: "--gpu-memory", Tier.CPU: "--cpu-memory", Tier.DISK: "--disk-dir"}
+_FLAG = {Tier.GPU: "--gpu-memory", Tier.CPU: "--cpu-memory", Tier.DISK: "--disk-memory"}
 
 
 class Held(Protocol):

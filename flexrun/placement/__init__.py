@@ -1,6 +1,7 @@
 """A policy in whole tensors, micro-batches and bytes: read by the planner and the executor alike."""
 
 from flexrun.placement.memory import (
+    HOST_KV_SLOTS,
     KV_SLOTS,
     LOGITS_ROWS,
     KVMicroBatch,
@@ -18,6 +19,7 @@ from flexrun.placement.weights import PlacedTensor, WeightPlacement, compressed_
 from flexrun.placement.work import build_scheduler, model_work
 
 __all__ = [
+    "HOST_KV_SLOTS",
     "KV_SLOTS",
     "LOGITS_ROWS",
     "KVMicroBatch",

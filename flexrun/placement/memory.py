@@ -17,7 +17,8 @@ from flexrun.placement.weights import WeightPlacement, compressed_bytes
 
 RING_BYTES = 4 << 30  # rings of models with huge layers need not hold three of them
 LOGITS_ROWS = 128  # rows of logits computed and sampled at once, so that a large vocabulary stays bounded
-KV_SLOTS = 2  # staging slots for KV that is attended elsewhere than at home
+KV_SLOTS = 2  # staging slots on the device for KV that comes there to be attended
+HOST_KV_SLOTS = 4  # on the host for KV from disk: a write of few rows waits behind the reads that a disk has accepted
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def memory_account(
         row_bytes = spec.embedding_size * spec.dtype_bytes
         kinds[Tier.CPU]["embedding_rows"] = align_up(policy.tokens_per_pass * row_bytes)
     if kv[Tier.DISK]:
-        kinds[Tier.CPU]["kv_staging"] = KV_SLOTS * slot_bytes
+        kinds[Tier.CPU]["kv_staging"] = HOST_KV_SLOTS * slot_bytes
     if on_device:
         lanes = {micro_batch.attend_lane for micro_batch in micro_batches if micro_batch.home is not Tier.GPU}
         if Lane.GPU in lanes:

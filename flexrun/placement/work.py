@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flexrun.core import Lane
 from flexrun.models.spec import ModelSpec
-from flexrun.placement.memory import KV_SLOTS, MemoryAccount
+from flexrun.placement.memory import HOST_KV_SLOTS, KV_SLOTS, MemoryAccount
 from flexrun.placement.weights import WeightPlacement
 from flexrun.schedule import Scheduler
 from flexrun.steps import ModelWork
@@ -51,5 +51,6 @@ def build_scheduler(
         device_ring_bytes=account.device_ring_bytes,
         read_embedding_rows=placement.embedding_on_disk,
         kv_slots=KV_SLOTS,
+        host_kv_slots=HOST_KV_SLOTS,
         half_batches=half_batches,
     )

@@ -22,6 +22,7 @@ from flexrun.policy.passes import COLUMNS, Passes
 from flexrun.steps import ATTENDS, MicroBatchShape, PassShape, Step, StepKind
 
 ROW_READ_SECONDS = 4e-6  # one embedding row out of the page cache
+PAGE_WRITE_SECONDS = 25e-6  # one page of new KV rows of a decoding sequence, several being written at once
 SEQUENCE_SECONDS = 22e-6  # planning one sequence's part of a pass
 PASS_SECONDS = 1.2e-3  # planning a pass, apart from its sequences
 TOKEN_SECONDS = 30e-6  # appending one sampled token and making its text
@@ -61,6 +62,7 @@ class StepCosts:
                 "attention_output", 0, step.rows, self._plain(step)
             ),
             StepKind.MLP: lambda step, shape: self._linear("mlp", step.layer, step.rows, self._plain(step)),
+            StepKind.WRITE_KV: self._write_kv_step,
             StepKind.EXPERTS: lambda step, shape: self.experts_seconds(placement.units[step.unit].experts, step.rows),
             StepKind.LOGITS: lambda step, shape: self.logits_seconds(shape.logits_rows, self._plain(step)),
         }
@@ -80,7 +82,7 @@ class StepCosts:
     def seconds_in_run(self, step: Step, shape: PassShape) -> float:
         """The same with what a run adds to it: how long the step will really take while nothing else slows it down."""
         seconds = self.seconds(step, shape)
-        if step.kind is StepKind.READ_WEIGHTS:
+        if step.kind in (StepKind.READ_WEIGHTS, StepKind.READ_KV):
             return seconds * DISK_IN_RUN
         on_cpu = step.lane is Lane.CPU or (step.lane is Lane.GPU and self.device is self.hardware.cpu)
         if step.kind in ATTENDS and on_cpu:
@@ -240,6 +242,14 @@ class StepCosts:
             micro_batch = micro_batch.cached
         return self.attend_seconds(self.hardware.cpu if on_host else self.device, step.layer, micro_batch)
 
+    def _write_kv_step(self, step: Step, shape: PassShape) -> float:
+        micro_batch = next(each for each in shape.micro_batches if each.index == step.micro_batch)
+        return self.write_kv_seconds(step.bytes, micro_batch.decode_tokens)
+
+    def write_kv_seconds(self, nbytes: float, decode_tokens: float) -> float:
+        """New rows of one layer to disk. A decoding sequence adds a row to a place of its own: a request each."""
+        return self.hardware.disk_write.seconds(nbytes) + decode_tokens * PAGE_WRITE_SECONDS
+
     # Sums of a pass -----------------------------------------------------------------------------------
 
     def compute_seconds(self, shape: PassShape, half_batches: bool = False) -> float:
@@ -371,7 +381,9 @@ class StepCosts:
                 moved += on_cpu if lane is Lane.CPU else [(Lane.H2D, there_bytes), (Lane.D2H, new_bytes)]
             seconds[lane] += self._attend_layers(self.device if lane is compute else self.hardware.cpu, cached)
             if place.home is Tier.DISK:
-                moved += [(Lane.DISK_READ, there_bytes), (Lane.DISK_WRITE, new_bytes)]
+                moved.append((Lane.DISK_READ, there_bytes))
+                writes = self.write_kv_seconds(new_bytes, counts[3])
+                seconds[Lane.DISK_WRITE] += (new_bytes > 0) * layers * writes
             for carrier, nbytes in moved:
                 seconds[carrier] += (nbytes > 0) * layers * self.transfer(carrier).seconds(nbytes)
         return numpy.stack([seconds[lane] for lane in Lane], axis=1)

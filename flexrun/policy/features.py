@@ -10,7 +10,7 @@ class Features:
     """half_batches: passes in two halves, where the CPU attends beside a GPU.
     weight_bits, kv_bits: choices, best accuracy first; the search takes fewer bits only where they are offered."""
 
-    kv_on_disk: bool = False
+    kv_on_disk: bool = True
     hidden_off_device: bool = False
     half_batches: bool = True
     weight_bits: tuple[int, ...] = (16,)
@@ -18,4 +18,4 @@ class Features:
 
 
 RUNNABLE = Features()
-PLANNABLE = Features(kv_on_disk=True, hidden_off_device=True)
+PLANNABLE = Features(hidden_off_device=True)

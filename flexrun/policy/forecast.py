@@ -15,7 +15,7 @@ import numpy
 import scipy.optimize
 
 from flexrun.config import Policy
-from flexrun.core import Lane
+from flexrun.core import Lane, Tier
 from flexrun.hardware import Hardware
 from flexrun.policy.cost import StepCosts
 from flexrun.policy.layout import Layout
@@ -39,7 +39,9 @@ class Effort:
 
     def layers_of(self, layout: Layout) -> int:
         units_a_layer = len(layout.placement.units) / layout.spec.num_layers
-        return min(max(min(self.layers, int(self.units / units_a_layer)), MIN_LAYERS), layout.spec.num_layers)
+        many_steps = any(place.home is Tier.DISK for place in layout.micro_batches)  # each is read and written as well
+        most = self.layers // 2 if many_steps else self.layers
+        return min(max(min(most, int(self.units / units_a_layer)), MIN_LAYERS), layout.spec.num_layers)
 
 
 MIN_LAYERS = 4
@@ -206,7 +208,8 @@ def _simulated(
     Each runs behind the pass before it, which fills the pipeline, and twice, as neighbours in a job are alike.
     """
     units = sum(1 for unit in layout.placement.units if unit.disk_bytes + unit.host_bytes)
-    steps_a_pass = layout.spec.num_layers * (3 + 3 * len(layout.micro_batches)) + 2 * units
+    on_disk = sum(place.home is Tier.DISK for place in layout.micro_batches)
+    steps_a_pass = layout.spec.num_layers * (3 + 3 * len(layout.micro_batches) + 2 * on_disk) + 2 * units
     if steps_a_pass * len(passes) <= effort.steps:
         timeline = simulate_layout(layout, hardware, passes)
         seconds = numpy.array(timeline.pass_seconds)

@@ -19,6 +19,7 @@ from flexrun.core import Lane, Tier
 from flexrun.hardware import Hardware
 from flexrun.models.spec import ModelSpec
 from flexrun.placement import (
+    HOST_KV_SLOTS,
     KV_SLOTS,
     WeightPlacement,
     kv_bytes_per_token,
@@ -26,7 +27,7 @@ from flexrun.placement import (
     pass_row_bytes,
     workspace_bytes,
 )
-from flexrun.policy.cost import StepCosts
+from flexrun.policy.cost import PAGE_WRITE_SECONDS, StepCosts
 from flexrun.policy.features import Features
 from flexrun.policy.kinds import PassKind
 from flexrun.policy.layout import Budgets
@@ -139,16 +140,17 @@ class _Program:
         weight_bytes = streamed.stored_bytes
         kv_bytes = kv_room_tokens * kv_bytes_per_token(spec, policy.kv_bits)
         host_ring, device_ring = streamed.max_unit_stream_bytes  # what a ring must have; it is given more if there is
-        staging = KV_SLOTS * kv_bytes / (max(self.micro_batches, 1) * spec.num_layers)
+        slot = kv_bytes / (max(self.micro_batches, 1) * spec.num_layers)
         rows = policy.tokens_per_pass * pass_row_bytes(spec)
         fixed_work = max(workspace_bytes(spec, policy) - rows, 0)
         host_kv = kv["cpu_to_gpu"] + kv["cpu_on_cpu"]
         disk_kv = kv["disk_to_gpu"] + kv["disk_on_cpu"]
-        host = weight_bytes * weights["cpu"] + kv_bytes * host_kv + host_ring * weights["disk"] + staging * disk_kv
+        host = weight_bytes * weights["cpu"] + kv_bytes * host_kv + host_ring * weights["disk"]
+        host += HOST_KV_SLOTS * slot * disk_kv
         if budgets.on_device:
             streams = weights["cpu"] + weights["disk"]
             device = weight_bytes * weights["gpu"] + kv_bytes * kv["gpu"] + device_ring * streams + fixed_work
-            device += staging * (kv["cpu_to_gpu"] + kv["disk_to_gpu"]) + rows * self.hidden["gpu"]
+            device += KV_SLOTS * slot * (kv["cpu_to_gpu"] + kv["disk_to_gpu"]) + rows * self.hidden["gpu"]
             self._limit(Tier.GPU, device)
             host += rows * self.hidden["cpu"] + offloaded_query_bytes(spec, policy) * kv["cpu_on_cpu"]
         else:
@@ -186,9 +188,10 @@ class _Program:
         on_cpu = kv["cpu_on_cpu"] + kv["disk_on_cpu"]
         on_disk = kv["disk_to_gpu"] + kv["disk_on_cpu"]
         read = moved_bytes * weights["disk"] + there_bytes * on_disk
+        written_seconds = new_bytes / disk_write + layers * whole.decode_tokens * PAGE_WRITE_SECONDS
         lanes = {
             Lane.DISK_READ.value: read * (1 / disk_read),
-            Lane.DISK_WRITE.value: (new_bytes * on_disk) * (1 / disk_write),
+            Lane.DISK_WRITE.value: written_seconds * on_disk,
         }
         compute = costs.compute_seconds(shape, self.policy.half_batches)
         if not self.budgets.on_device:

@@ -27,6 +27,10 @@ def moves(policy: Policy, programs: Programs, *, closely: bool = False) -> Itera
     yield from _other_passes(policy, programs, free)
     if programs.budgets.on_device:
         yield from _other_attention(policy, programs, free)
+    if "kv" in free and policy.kv.disk > 0:
+        most, step = 1.0 - policy.kv.gpu, 1 / micro_batches(policy)
+        for share in {round(min(max(policy.kv.disk + change, 0.0), most), 6) for change in (-step, step)}:
+            yield {"kv": Placement(policy.kv.gpu, most - share, share)}
     if "token_micro_batch" in free:
         most = GPU_ROWS if programs.budgets.on_device and programs.hardware.gpu else 2 * CPU_ROWS
         for rows in (256, 512, 1024, 2048):

@@ -144,7 +144,7 @@ class _Search:
         """on_gpu: micro-batches whose KV lives on the device."""
         solution, policy = choice.solution, choice.policy
         count = -(-policy.sequences_in_flight // attention_micro_batch)
-        on_disk = min(round(solution.kv_placement.disk * count), count - on_gpu)
+        on_disk = min(math.ceil(solution.kv_placement.disk * count - 1e-6), count - on_gpu)  # what is over fits no RAM
         rounded = Placement(on_gpu / count, (count - on_gpu - on_disk) / count, on_disk / count)
         return dataclasses.replace(
             policy,
@@ -165,7 +165,8 @@ class _Search:
             if self.budgets.on_device and "kv" not in self.fixed:
                 yield dataclasses.replace(policy, kv=Placement(1.0, 0.0))
             if self.programs.features.kv_on_disk and "kv" not in self.fixed:
-                yield dataclasses.replace(policy, kv=Placement(0.0, 0.0, 1.0))
+                alone = {} if "attention_micro_batch" in self.fixed else {"attention_micro_batch": 1}  # least staging
+                yield dataclasses.replace(policy, kv=Placement(0.0, 0.0, 1.0), **alone)
             if sequences > 1 and "sequences_in_flight" not in self.fixed:
                 sequences //= 2
             elif tokens > 1 and "tokens_per_pass" not in self.fixed:

@@ -116,6 +116,12 @@ def open_packed(
     return packed
 
 
+def packed_bytes(spec: ModelSpec, cache_dir: Path, *, name: str) -> int:
+    """What the cache of a model takes on disk already, also an outdated one, which would be replaced."""
+    folders = Path(cache_dir).glob(f"{glob.escape(f'{name}-{spec.dtype}')}-????????????????")
+    return sum(file.stat().st_size for folder in folders for file in folder.glob("*.bin"))
+
+
 def _layout(spec: ModelSpec) -> str:
     return repr(spec.tensors_by_layer())
 

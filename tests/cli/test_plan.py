@@ -185,14 +185,21 @@ def test_a_policy_that_does_not_fit_is_refused_by_its_bytes(plan, tmp_path):
     assert "the policy needs" in error and "kv" in error
 
 
-def test_features_of_a_later_version_are_planned_on_request(plan):
-    tight = ("--json", "--gpu-memory", "0", "--cpu-memory", "2GiB", "--disk-memory", "200GiB")
+def test_kv_goes_to_a_disk_that_has_room_for_it(plan):
+    tight = ("--json", "--gpu-memory", "0", "--cpu-memory", "2GiB", "--fix", "tokens_per_pass=512")
     job = ("--num-prompts", "8", "--prompt-len", "1900", "--gen-len", "100", "--max-num-seqs", "8")
-    code, _, error = plan(*tight, "--fix", "tokens_per_pass=512", job=job)
+    code, _, error = plan(*tight, "--disk-memory", "14GiB", job=job)
     assert code == 2 and "short by" in error
-    code, out, _ = plan(*tight, "--fix", "tokens_per_pass=512", "--all-features", job=job)
+    code, out, _ = plan(*tight, "--disk-memory", "200GiB", job=job)
     assert code == 0
     assert json.loads(out)["policy"]["kv"]["disk"] > 0
+
+
+def test_features_of_a_later_version_are_planned_on_request(plan):
+    hidden = ("--json", *SOON, "--fix", 'hidden={"gpu":0.5,"cpu":0.5,"disk":0}')
+    code, out, _ = plan(*hidden, "--all-features")
+    assert code == 0
+    assert json.loads(out)["policy"]["hidden"]["cpu"] == 0.5
 
 
 def test_a_plan_is_run_by_its_policy_file(plan, checkpoint, packed_cache, tmp_path):

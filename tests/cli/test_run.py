@@ -48,7 +48,9 @@ def test_flags_reach_the_engine(flexrun, engine):
         *shlex.split(
             "--dtype float32 --gpu-memory 1GiB --cpu-memory 2GiB --max-model-len 40 --max-num-seqs 7 --seed 3"
         ),
-        *shlex.split("--threads 2 --disk-dir d --cache-dir c --trace t.json --tokenizer tok --policy p.json"),
+        *shlex.split(
+            "--threads 2 --disk-memory 3GiB --disk-dir d --cache-dir c --trace t.json --tokenizer tok --policy p.json"
+        ),
         *shlex.split("--hardware hw.json"),
     )
     assert callable(engine.built.pop("log"))
@@ -60,6 +62,7 @@ def test_flags_reach_the_engine(flexrun, engine):
         "dtype": "float32",
         "gpu_memory": "1GiB",
         "cpu_memory": "2GiB",
+        "disk_memory": "3GiB",
         "disk_dir": "d",
         "cache_dir": "c",
         "max_model_len": 40,

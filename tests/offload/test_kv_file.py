@@ -67,10 +67,10 @@ def test_neighbours_are_read_together_and_only_pages_of_new_rows_are_written():
 
 
 def test_large_ranges_are_read_in_blocks_and_dealt_out_evenly():
-    size = 9 * disk_io.BLOCK_BYTES + PAGE_BYTES
+    size = 9 * kv_file.REQUEST_BYTES + PAGE_BYTES
     pages = pages_of(ranges((0, size)), ranges((size, size + 1)), ranges())
     requests = [request for part in pages.reads for request in part]
-    assert max(nbytes for _, nbytes in requests) == disk_io.BLOCK_BYTES
+    assert max(nbytes for _, nbytes in requests) == kv_file.REQUEST_BYTES
     assert sum(nbytes for _, nbytes in requests) == size
     many = pages_of(
         ranges(), ranges(*((place * 9 * PAGE_BYTES, place * 9 * PAGE_BYTES + 5) for place in range(100))), ranges()

@@ -12,6 +12,7 @@ from planned_models import planned
 from flexrun.config import Placement, Policy
 from flexrun.core import PAGE_BYTES, Lane, Tier, align_up
 from flexrun.placement import (
+    HOST_KV_SLOTS,
     KV_SLOTS,
     compressed_bytes,
     kv_bytes_per_token,
@@ -115,8 +116,8 @@ def test_every_micro_batch_has_one_home_and_its_bytes_there(sequences, micro_bat
         Tier.CPU: any(place.home is Tier.DISK for place in places),
         Tier.GPU: on_device and any(place.attend_lane is Lane.GPU for place in elsewhere),
     }
-    for tier, needed in staged.items():
-        assert told.bytes_by_kind[tier].get("kv_staging", 0) == (KV_SLOTS * slot if needed else 0)
+    for tier, slots in ((Tier.CPU, HOST_KV_SLOTS), (Tier.GPU, KV_SLOTS)):
+        assert told.bytes_by_kind[tier].get("kv_staging", 0) == (slots * slot if staged[tier] else 0)
     attends_beside = on_device and any(place.attend_lane is Lane.CPU for place in elsewhere)
     offloaded = told.bytes_by_kind[Tier.CPU].get("offloaded_query", 0)
     assert offloaded == (offloaded_query_bytes(SPEC, policy) if attends_beside else 0)

@@ -71,6 +71,7 @@ def fast_but(**slow: Transfer) -> Hardware:
     return dataclasses.replace(T4, cpu=processor, gpu=processor, duplex_share=1.0, contention={}, **links)
 
 
+IN_MEMORY = Features(kv_on_disk=False)
 passes = sum(kind.count for kind in kinds_of(POLICY))
 
 
@@ -108,7 +109,7 @@ def test_where_only_the_link_takes_time_the_gpu_is_filled_with_weights():
 def test_where_only_the_disk_takes_time_ram_is_filled_with_weights():
     disk = Transfer(1e9)
     budget = WEIGHT_BYTES // 2 + KV_BYTES
-    solution = solve(fast_but(disk_read=disk), Budgets(budget))
+    solution = solve(fast_but(disk_read=disk), Budgets(budget), features=IN_MEMORY)
     assert 0.2 < solution.weights.cpu < 0.5
     assert solution.weights.gpu == 0.0
     moved = sum(unit.disk_bytes for unit in streamed(POLICY, False).units)
@@ -143,8 +144,8 @@ def test_in_two_half_batches_the_cpu_attends_beside_the_matmuls():
 
 def test_kv_goes_to_disk_only_where_that_is_offered():
     small = Budgets(KV_BYTES // 2 + 60 * MIB)
-    assert solve(LAPTOP, small, features=RUNNABLE) is None
-    solution = solve(LAPTOP, small, features=PLANNABLE)
+    assert solve(LAPTOP, small, features=IN_MEMORY) is None
+    solution = solve(LAPTOP, small, features=RUNNABLE)
     assert solution.kv["disk_on_cpu"] > 0.1
     assert solution.kv_placement.disk == pytest.approx(solution.kv["disk_on_cpu"], abs=1e-6)
 
@@ -160,7 +161,7 @@ budgets_of_any_size = st.builds(
 
 
 @settings(deadline=None, derandomize=True, max_examples=50)
-@given(budgets_of_any_size, st.sampled_from([LAPTOP, T4]), st.sampled_from([RUNNABLE, PLANNABLE]))
+@given(budgets_of_any_size, st.sampled_from([LAPTOP, T4]), st.sampled_from([IN_MEMORY, RUNNABLE, PLANNABLE]))
 def test_solutions_satisfy_what_was_asked(budgets, machine, features):
     solution = solve(machine, budgets, features=features)
     if solution is None:
@@ -179,8 +180,10 @@ def test_solutions_satisfy_what_was_asked(budgets, machine, features):
         assert solution.cpu_attention_share == 1.0
     if budgets.disk_bytes is not None:
         assert WEIGHT_BYTES + KV_BYTES * kv.disk <= budgets.disk_bytes + near
-    if features is RUNNABLE:
-        assert (kv.disk, solution.hidden) == (0.0, Placement(1.0, 0.0))
+    if not features.kv_on_disk:
+        assert kv.disk == 0.0
+    if not features.hidden_off_device:
+        assert solution.hidden == Placement(1.0, 0.0)
     assert all(price >= 0 for price in solution.prices.values())
     assert set(solution.prices) == {tier for tier in Tier if budgets.of(tier) is not None and budgets.of(tier) > 0}
     assert solution.seconds > 0

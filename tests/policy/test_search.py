@@ -16,7 +16,7 @@ from flexrun.core import Tier, parse_bytes
 from flexrun.errors import BudgetError, ConfigError
 from flexrun.hardware import Hardware
 from flexrun.placement import memory_account, place_weights
-from flexrun.policy.features import PLANNABLE, Features
+from flexrun.policy.features import Features
 from flexrun.policy.fill import NoFit
 from flexrun.policy.forecast import FULL, forecast
 from flexrun.policy.layout import Budgets, Layout, room_for
@@ -79,7 +79,6 @@ def test_a_plan_fits_its_budgets_or_says_what_is_short(sequences, prompt_tokens,
         return
     assert_fits(plan, workload, budgets)
     assert plan.policy.hidden == Placement(1.0, 0.0), "what this version does not run is not planned unasked"
-    assert plan.policy.kv.disk == 0
     assert (plan.policy.weight_bits, plan.policy.kv_bits) == (16, 16)
 
 
@@ -95,7 +94,7 @@ def test_what_is_short_is_short_by_so_much():
     with pytest.raises(NoFit):
         plan_for(workload, budget + missing - rounding)
     assert "even with every weight on disk" in refusal.value.message
-    for kind in ("kv", "workspace", "ring", "rotary"):
+    for kind in ("kv_staging", "workspace", "ring", "rotary"):
         assert re.search(rf"{kind} [\d.]+ \w+", refusal.value.message), "it says what takes the bytes"
 
 
@@ -224,7 +223,7 @@ def test_fixed_fields_that_fit_nowhere_are_refused():
     with pytest.raises(NoFit):
         plan_for(UNIFORM(60, 100, 20), 20 * MIB, fixed={"weights": Placement()})
     with pytest.raises(NoFit):
-        plan_for(UNIFORM(400, 2000, 20), 60 * MIB, fixed={"sequences_in_flight": 400})
+        plan_for(UNIFORM(400, 2000, 20), 60 * MIB, fixed={"sequences_in_flight": 400, "kv": Placement()})
 
 
 def test_fields_that_are_none_are_refused():
@@ -248,8 +247,8 @@ def test_kv_goes_to_disk_where_it_may_and_must():
     """Two long sequences: the cache of one is larger than the RAM, which holds the rest."""
     workload, budget = UNIFORM(2, 30_000, 100), 80 * MIB
     with pytest.raises(NoFit):
-        plan_for(workload, budget)
-    plan = plan_for(workload, budget, features=PLANNABLE)
+        plan_for(workload, budget, features=Features(kv_on_disk=False))
+    plan = plan_for(workload, budget)
     assert plan.policy.kv.disk > 0
     assert_fits(plan, workload, Budgets(budget))
 
