@@ -38,6 +38,8 @@ class Policy:
     tokens_per_pass: most tokens (decode + prefill chunks) one sweep through the layers carries.
     attention_micro_batch: sequences attended together; each micro-batch has one home tier for its KV.
     token_micro_batch: rows of one linear-layer call inside a module.
+    expert_batch: rows of one call of a routed expert (0: all that were sent to it). Each runs on all rows of the pass
+        that chose it, whatever the micro-batches of the other modules are.
     kv_tokens: tokens the KV cache has room for (0: sequences_in_flight times the longest request).
     weights, kv: Placement fractions. hidden: where the rows of a pass wait between modules; ``gpu`` is the compute
         device, whichever it is.
@@ -52,6 +54,7 @@ class Policy:
     tokens_per_pass: int = 2048
     attention_micro_batch: int = 32
     token_micro_batch: int = 512
+    expert_batch: int = 1024
     kv_tokens: int = 0
     weights: Placement = field(default_factory=Placement)
     kv: Placement = field(default_factory=Placement)
@@ -66,6 +69,8 @@ class Policy:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"policy {name}={value!r} must be a whole number of at least 1")
+        if not isinstance(self.expert_batch, int) or isinstance(self.expert_batch, bool) or self.expert_batch < 0:
+            raise ConfigError(f"policy expert_batch={self.expert_batch!r} must be a whole number; 0 sets no limit")
         if not isinstance(self.kv_tokens, int) or isinstance(self.kv_tokens, bool) or self.kv_tokens < 0:
             raise ConfigError(f"policy kv_tokens={self.kv_tokens!r} must be a whole number; 0 sizes it by the requests")
         if not 0.0 <= self.cpu_attention_share <= 1.0:

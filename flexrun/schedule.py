@@ -87,7 +87,7 @@ class Scheduler:
         work, tokens = self.work, shape.tokens
         parts = self._parts(shape)
         self._halved = len(parts) > 1
-        self._stream.begin(shape, len(parts))
+        self._stream.begin(shape, len(parts), 1.0 if self._halved else work.moved_share(tokens))
         rows = ()
         if self.read_embedding_rows:
             rows = (
@@ -189,6 +189,8 @@ class Scheduler:
             offset=loaded.offset,
             flops=int((part.stop - part.start) * stage.flops_per_token),
         )
+        if stage.kind is StepKind.MLP:
+            self._stream.routed(stage.layer, step)
         self._stream.used(stage.layer, stage.module, step)
         if stage.kind is StepKind.ATTENTION_INPUTS:
             part.inputs = step

@@ -37,6 +37,20 @@ ATTENDS = (StepKind.ATTEND, StepKind.ATTEND_FRESH)
 STREAMING = (StepKind.READ_WEIGHTS, StepKind.COPY_WEIGHTS)  # steps with an order of their own in their lanes
 
 Dependency = tuple[Lane, int]  # the order-th step of a lane
+CHOSEN_AT_MOST = 0.9  # share of a layer's experts: where more are expected to be chosen, all are loaded ahead
+
+
+def chosen_share(share_per_token: float, tokens):
+    """Share of a layer's experts that at least one of ``tokens`` tokens (a number or an array) chooses, when each token
+    chooses a share of them and all are chosen alike."""
+    return 1.0 - (1.0 - share_per_token) ** tokens
+
+
+def experts_moved_share(share_per_token: float, tokens):
+    """Share of the streamed experts that a pass moves: those chosen where few are, and all of them, ahead of the
+    router, where waiting for it would spare little."""
+    share = chosen_share(share_per_token, tokens)
+    return share + (share > CHOSEN_AT_MOST) * (1.0 - share)
 
 
 class Step(NamedTuple):  # millions are made while plans are compared: much cheaper than a frozen dataclass
@@ -49,6 +63,8 @@ class Step(NamedTuple):  # millions are made while plans are compared: much chea
     Of steps that handle staged KV the offset is a slot: of READ_KV and WRITE_KV one on the host; of OFFLOAD_QUERY,
     SAVE_KV and ATTEND on the CPU the same where the KV lives on disk; of LOAD_KV and ATTEND on the GPU one on the
     device, and source_offset the one on the host that KV from disk is copied out of.
+    chosen: of a unit of experts only those that a token of the pass chose are moved, which is known when the step can
+    start; its bytes are those to be expected.
     bytes moved and flops done are totals of the step. depends_on: (lane, order) pairs that must be finished.
     """
 
@@ -66,6 +82,7 @@ class Step(NamedTuple):  # millions are made while plans are compared: much chea
     source_offset: int = 0
     bytes: int = 0
     flops: int = 0
+    chosen: bool = False
 
     @property
     def rows(self) -> int:
@@ -102,6 +119,11 @@ class ModelWork:
     hidden_bytes_per_token: int
     embedding_row_bytes: int
     flops_per_expert_and_token: float = 0.0  # of one routed expert, averaged over all tokens of a pass
+    experts_share_per_token: float = 1.0  # of a layer's routed experts, those that a token is sent to
+
+    def moved_share(self, tokens: int) -> float:
+        """Share of the streamed experts that a pass of so many tokens moves; see experts_moved_share."""
+        return float(experts_moved_share(self.experts_share_per_token, tokens))
 
 
 @dataclass(frozen=True)

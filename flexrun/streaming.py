@@ -1,6 +1,7 @@
 """Weights on their way through the rings: which unit is read and copied when, and where its bytes will be.
 
-Everything that fits is loaded ahead, also across the border between two passes.
+Everything that fits is loaded ahead, also across the border between two passes. Only where a pass has so few tokens
+that many experts of a layer are chosen by none, experts wait for the router, and those nobody chose are not moved.
 """
 
 from __future__ import annotations
@@ -97,11 +98,23 @@ class WeightStream:
         self._shape: PassShape | None = None
         self._parts = 1
         self._room_changed = True  # since loads were last emitted
+        self._chosen_share = 1.0
+        self._routed: dict[int, Dependency] = {}  # layer -> the step of this pass that sends its tokens to experts
 
-    def begin(self, shape: PassShape, parts: int) -> None:
-        """Take up a pass whose compute steps each come ``parts`` times, over as many parts of its rows."""
+    def begin(self, shape: PassShape, parts: int, chosen_share: float = 1.0) -> None:
+        """Take up a pass whose compute steps each come ``parts`` times, over as many parts of its rows.
+
+        chosen_share: below 1, experts are moved only when their layer is routed, and then those that were chosen:
+        this share, by expectation.
+        """
         self._shape, self._parts, self._room_changed = shape, parts, True
+        self._chosen_share = chosen_share
+        self._routed.clear()
         self.load_ahead()
+
+    def routed(self, layer: int, step: Dependency) -> None:
+        """After ``step``, the experts of the layer that tokens of this pass chose are known."""
+        self._routed[layer], self._room_changed = step, True
 
     def ready(self, layer: int, module: str) -> bool:
         """Whether the unit can be used now. False: its room in the ring is taken by units still in use."""
@@ -157,20 +170,30 @@ class WeightStream:
         last_pass = self._shape.index + (1 if self._shape.more else 0)
         return (pass_index, units[position]) if pass_index <= last_pass else None
 
+    def _choice(self, pass_index: int, unit: WeightUnit) -> tuple[float, tuple[Dependency, ...]] | None:
+        """(share of the unit that is moved, steps that decide which), or None while those are not emitted yet."""
+        if not unit.experts or self._chosen_share >= 1:
+            return 1.0, ()
+        if pass_index != self._shape.index or unit.layer not in self._routed:
+            return None
+        return self._chosen_share, (self._routed[unit.layer],)
+
     def _emit_read(self) -> bool:
         target = self._next(self._read_cursor, self._read_units)
-        taken = self._host_ring.take(target[1].disk_bytes) if target else None
+        choice = self._choice(*target) if target else None
+        taken = self._host_ring.take(target[1].disk_bytes) if choice else None
         if taken is None:
             return False
-        (pass_index, unit), (offset, region, waits) = target, taken
+        (pass_index, unit), (offset, region, waits), (share, routed) = target, taken, choice
         step = self._emit(
             StepKind.READ_WEIGHTS,
             Lane.DISK_READ,
-            waits,
+            (*waits, *routed),
             layer=unit.layer,
             unit=unit.index,
             offset=offset,
-            bytes=unit.disk_bytes,
+            bytes=int(unit.disk_bytes * share),
+            chosen=bool(routed),
         )
         self._loaded[pass_index, unit.index] = Loaded(
             ready=(step,), offset=offset, host_offset=offset, host_region=region
@@ -183,24 +206,25 @@ class WeightStream:
         if target is None:
             return False
         pass_index, unit = target
-        loaded = self._loaded.get((pass_index, unit.index))
-        if unit.disk_bytes and loaded is None:
+        loaded, choice = self._loaded.get((pass_index, unit.index)), self._choice(pass_index, unit)
+        if choice is None or (unit.disk_bytes and loaded is None):
             return False  # its read is not emitted yet
         size_bytes = unit.disk_bytes + unit.host_bytes
         taken = self._device_ring.take(size_bytes)
         if taken is None:
             return False
-        offset, region, waits = taken
+        (offset, region, waits), (share, routed) = taken, choice
         loaded = loaded or Loaded()
         step = self._emit(
             StepKind.COPY_WEIGHTS,
             Lane.H2D,
-            (*loaded.ready, *waits),
+            (*loaded.ready, *waits, *routed),
             layer=unit.layer,
             unit=unit.index,
             offset=offset,
             source_offset=loaded.host_offset,
-            bytes=size_bytes,
+            bytes=int(size_bytes * share),
+            chosen=bool(routed),
         )
         if loaded.host_region is not None:
             Ring.release(loaded.host_region, step)

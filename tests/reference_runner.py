@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from flexrun import moe
 from flexrun.models import decoder
 from flexrun.models.rope import rope_tables
 from flexrun.models.spec import AttentionForm, ModelSpec
@@ -23,8 +24,8 @@ def expand(spec: ModelSpec, kv_b: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]
     return torch.cat([both[..., :nope], shared_key], dim=-1), both[..., nope:]
 
 
-def attend(form: AttentionForm, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """query [T, H, D] are the last T of N positions; key, value [N, KV, D] -> [T, H, D]."""
+def attend(form: AttentionForm, sinks: Tensor | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """query [T, H, D] are the last T of N positions; key, value [N, KV, D], sinks [H] -> [T, H, D]."""
     queries, keys = query.shape[0], key.shape[0]
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
@@ -33,7 +34,10 @@ def attend(form: AttentionForm, query: Tensor, key: Tensor, value: Tensor) -> Te
         scores = form.softcap * torch.tanh(scores / form.softcap)
     distance = torch.arange(keys - queries, keys).unsqueeze(1) - torch.arange(keys)
     visible = (distance >= 0) & ((distance < form.window) if form.window else True)
-    weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
+    scores = scores.masked_fill(~visible, float("-inf"))
+    if sinks is not None:  # one more key, which has no value
+        scores = torch.cat((scores, sinks.float().view(-1, 1, 1).expand(-1, queries, 1)), dim=-1)
+    weights = scores.softmax(dim=-1)[..., :keys]
     return torch.einsum("htn,nhd->thd", weights, value.float()).to(query.dtype)
 
 
@@ -94,13 +98,26 @@ class ReferenceRunner:
                 mine = slice(row, row + count)
                 cache[layer] = [torch.cat((old, rows[mine])) for old, rows in zip(cache[layer], new, strict=True)]
                 seen = expand(spec, attention["kv_b.weight"], *cache[layer]) if spec.latent else cache[layer]
-                attended[mine] = attend(form, query[mine], *seen)
+                attended[mine] = attend(form, attention.get("sinks"), query[mine], *seen)
                 row += count
             for rows in slices:
                 branch = decoder.attention_output(spec, layer, attention, attended[rows])
-                decoder.mlp(spec, layer, modules["mlp"], hidden[rows], branch)
+                if spec.is_sparse(layer):
+                    self._sparse_mlp(layer, modules, hidden[rows], branch)
+                else:
+                    decoder.mlp(spec, layer, modules["mlp"], hidden[rows], branch)
         scores = torch.cat([decoder.logits(spec, self.head, hidden[rows]) for rows in slices])
         return list(scores.split(counts))
+
+    def _sparse_mlp(self, layer: int, modules, hidden: Tensor, branch: Tensor) -> None:
+        spec, normed, routed = self.spec, torch.empty_like(hidden), torch.empty_like(hidden, dtype=torch.float32)
+        logits = decoder.sparse_mlp(spec, layer, modules["mlp"], hidden, branch, normed, routed)
+        chosen = moe.route(spec.experts.routing, logits, modules["mlp"].get("router.correction"))
+        assignment = moe.assign(*chosen, spec.experts.num_experts)
+        buffers = moe.ExpertBuffers(spec, len(hidden))
+        numbers = range(spec.experts.num_experts)
+        moe.run_experts(spec, modules["experts"], numbers, assignment, normed, routed, buffers)
+        decoder.add_routed(spec, hidden, routed)
 
     def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> tuple[list[list[int]], list[Tensor]]:
         """Greedy: (new token ids, logits [prompt + tokens - 1, vocab] of every position) a sequence."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections import defaultdict
 
@@ -47,7 +48,7 @@ def micro_batch_shapes(draw, number: int, home: Tier, lane: Lane) -> MicroBatchS
 
 
 @st.composite
-def machines(draw, roomy: bool = False, halves: bool = True):
+def machines(draw, roomy: bool = False, halves: bool = True, choosy: bool = True):
     on_device = draw(st.booleans())
     layers, groups = draw(st.integers(1, 4)), draw(st.integers(0, 2))
     size, count = st.one_of(st.just(0), st.integers(1, 9)), len(unit_keys(layers, groups))
@@ -57,9 +58,10 @@ def machines(draw, roomy: bool = False, halves: bool = True):
     for name, (unit_bytes, layer_bytes) in zip((HOST, DEVICE), stream_sizes(units)):
         two_layers = 2 * layer_bytes + unit_bytes
         rings[name] = two_layers if roomy else draw(st.integers(unit_bytes, max(unit_bytes, two_layers + 5)))
+    share = draw(st.sampled_from([1.0, 1.0, 0.3, 0.02])) if choosy else 1.0
     scheduler = Scheduler(
         units,
-        WORK,
+        dataclasses.replace(WORK, experts_share_per_token=share),
         layers,
         compute_lane=Lane.GPU if on_device else Lane.CPU,
         host_ring_bytes=rings[HOST],
@@ -96,10 +98,17 @@ def test_any_schedule_runs_to_its_end_and_never_overwrites_what_is_needed(drawn)
     copies = [step for step in steps if step.kind is StepKind.COPY_WEIGHTS]
     moved = [unit.index for unit in units if unit.disk_bytes + unit.host_bytes] * len(shapes)
     assert [step.unit for step in copies] == (moved if scheduler.on_device else [])
-    assert all(step.bytes == units[step.unit].disk_bytes + units[step.unit].host_bytes for step in copies)
     for step in steps:
-        if step.kind is StepKind.READ_WEIGHTS:
-            assert step.bytes == units[step.unit].disk_bytes
+        if step.kind in STREAMING:
+            unit = units[step.unit]
+            whole = unit.disk_bytes + (unit.host_bytes if step.kind is StepKind.COPY_WEIGHTS else 0)
+            assert step.bytes == whole if not step.chosen else step.bytes <= 0.9 * whole
+            assert bool(unit.experts) >= step.chosen
+    routers = {(step.pass_index, step.layer): step for step in steps if step.kind is StepKind.MLP}
+    for step in (step for step in steps if step.chosen):
+        router = routers[step.pass_index, step.layer]
+        after = [order for lane, order in step.depends_on if lane is router.lane]
+        assert after and after[0] >= router.order, "what is moved depends on what the router chose"
     for step in (step for step in steps if step.kind in (StepKind.READ_KV, StepKind.WRITE_KV)):
         (part,) = [part for part in shapes[step.pass_index].micro_batches if part.index == step.micro_batch]
         assert part.home is Tier.DISK
@@ -157,7 +166,7 @@ def test_nothing_is_read_ahead_of_a_pass_that_does_not_follow(drawn):
 
 
 @settings(deadline=None, derandomize=True, max_examples=120)
-@given(machines(roomy=True, halves=False))
+@given(machines(roomy=True, halves=False, choosy=False))
 def test_two_layers_are_in_flight_where_the_ring_has_room(drawn):
     """Before a layer's first step, its weights and all of the next layer's are under way, also across passes."""
     scheduler, units, _, shapes, _ = drawn
@@ -185,6 +194,41 @@ def test_weights_cross_the_pass_border():
     reads = [step.unit for step in steps if step.kind is StepKind.READ_WEIGHTS]
     assert reads[:7] == list(range(7))
     assert reads[7:11] == [0, 1, 2, 3], "two layers of the next pass are read before this one ends"
+
+
+PART = MicroBatchShape(0, 4, 4, 10, Tier.CPU, Lane.CPU)
+
+
+@pytest.mark.parametrize(("share", "waits"), [(0.1, True), (0.43, True), (0.44, False), (1.0, False)])
+def test_experts_wait_for_the_router_where_it_spares_much(share, waits):
+    """4 tokens: 0.9 of the experts are expected to be chosen where each token chooses 0.438 of them."""
+    units = make_units(2, [(100, 0)] * len(unit_keys(2, 2)), False, groups=2)
+    work = dataclasses.replace(WORK, experts_share_per_token=share)
+    scheduler = Scheduler(units, work, 2, compute_lane=Lane.CPU, host_ring_bytes=4000)
+    steps = [step for index in range(2) for step in scheduler.pass_steps(PassShape(index, 4, 1, (PART,), index == 0))]
+    routers = {(step.pass_index, step.layer): step for step in steps if step.kind is StepKind.MLP}
+    seen = 0
+    for step in steps:
+        if step.kind is StepKind.READ_WEIGHTS and units[step.unit].experts:
+            router = routers[seen // 2, step.layer]
+            assert step.chosen is waits
+            assert ((router.lane, router.order) in step.depends_on) is waits
+            assert step.bytes == (int(100 * (1 - (1 - share) ** 4)) if waits else 100)
+            assert step.pass_index == seen // 2 or not waits
+            seen += 1
+    assert seen == 4
+
+
+def test_halves_read_experts_ahead_whatever_they_choose():
+    units = make_units(2, [(0, 9)] * len(unit_keys(2, 2)), True, groups=2)
+    work = dataclasses.replace(WORK, experts_share_per_token=0.01)
+    scheduler = Scheduler(
+        units, work, 2, compute_lane=Lane.GPU, host_ring_bytes=0, device_ring_bytes=200, half_batches=True
+    )
+    parts = tuple(MicroBatchShape(number, 4, 4, 10, Tier.CPU, Lane.CPU) for number in range(2))
+    steps = scheduler.pass_steps(PassShape(0, 8, 1, parts, False))
+    assert sum(step.kind is StepKind.EXPERTS for step in steps) == 2 * 2
+    assert not any(step.chosen for step in steps)
 
 
 def test_groups_of_experts_run_one_after_another_behind_the_router():

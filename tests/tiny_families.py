@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from tiny_sparse_families import SPARSE
 
 VOCABULARY = 131
 _SIZES = {
@@ -209,15 +210,17 @@ TINY_LATENT: dict[str, tuple[str, dict]] = {
         {**_LATENT, **_ALL_DENSE, **_ONE_GROUP, "q_lora_rank": None, "rope_interleave": False},
     ),
 }
-ALL_TINY = {**TINY, **TINY_LATENT}
+
+ALL = {**TINY, **TINY_LATENT, **SPARSE}
+EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}  # grouped products want even sizes
 
 
 def make_model(name: str, seed: int = 0):
-    """(config dict as config.json would hold it, transformers model in float32) of one row of ALL_TINY."""
-    class_name, arguments = ALL_TINY[name]
+    """(config dict as config.json would hold it, transformers model in float32) of one row of ALL."""
+    class_name, arguments = ALL[name]
     config = getattr(transformers, class_name)(**copy.deepcopy(arguments))  # it edits nested dicts in place
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model = transformers.AutoModelForCausalLM.from_config(config, **EAGER).eval()
     randomise(model, seed)
     return config_dict(model), model
 
@@ -228,6 +231,9 @@ def randomise(model, seed: int) -> None:
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):
+                buffer += 0.1 * torch.randn(buffer.shape, generator=generator)
 
 
 def config_dict(model) -> dict:

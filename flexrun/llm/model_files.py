@@ -8,8 +8,8 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from flexrun.errors import ConfigError, TokenizerError, UnsupportedError
-from flexrun.models.families import SUPPORTED_ARCHITECTURES, spec_from_config
+from flexrun.errors import ConfigError, TokenizerError
+from flexrun.models.families import spec_from_config
 from flexrun.models.spec import ModelSpec
 from flexrun.tokenizer import Tokenizer
 from flexrun.weights.catalog import resolve_model
@@ -49,7 +49,7 @@ def open_model(
 ) -> ModelFiles:
     """Open a model by path or catalog name; reads headers only.
 
-    Raises CheckpointError, UnsupportedError (also for a model that can only be planned), TokenizerError or ConfigError,
+    Raises CheckpointError, UnsupportedError, TokenizerError or ConfigError,
     each naming its remedy.
     """
     path = resolve_model(str(model), cache_dir)
@@ -57,11 +57,6 @@ def open_model(
     if dtype == "auto" and not {"dtype", "torch_dtype"} & set(reader.config):
         dtype = GGUF_DTYPE
     spec = spec_from_config(reader.config, dtype)
-    if spec.unrunnable:
-        raise UnsupportedError(
-            f"{path}: this version does not run {spec.architecture} ({', '.join(spec.unrunnable)})",
-            f"`flexrun plan` plans it; this version runs {', '.join(SUPPORTED_ARCHITECTURES)}",
-        )
     try:
         words = Tokenizer.from_path(tokenizer or path, chat_template=chat_template)
     except TokenizerError:

@@ -258,15 +258,13 @@ DENSE_FAMILIES: tuple[Family, ...] = (
 )
 
 FAMILIES = DENSE_FAMILIES + SPARSE_FAMILIES
-SUPPORTED_ARCHITECTURES: tuple[str, ...] = tuple(dict.fromkeys(family.architecture for family in DENSE_FAMILIES))
-PLANNED_ARCHITECTURES: tuple[str, ...] = tuple(dict.fromkeys(family.architecture for family in SPARSE_FAMILIES))
+SUPPORTED_ARCHITECTURES: tuple[str, ...] = tuple(dict.fromkeys(family.architecture for family in FAMILIES))
 
 
 def spec_from_config(config: Mapping, dtype: str | None = None) -> ModelSpec:
     """The ModelSpec of a Hugging Face config.json given as a dict.
 
-    dtype: ``float32``, ``bfloat16``, ``float16``; None or ``"auto"``: the config's own, else float32. The spec of a
-    model that can be planned but not run says why in ``unrunnable``.
+    dtype: ``float32``, ``bfloat16``, ``float16``; None or ``"auto"``: the config's own, else float32.
     Raises UnsupportedError naming the architecture, option or value that does not run, ConfigError for a config that
     lacks what its architecture needs or contradicts itself.
     """
@@ -283,7 +281,7 @@ def _rows_of(config: Mapping) -> list[Family]:
             return rows
         raise UnsupportedError(
             f"architecture {', '.join(map(str, names))}",
-            nearest_name(str(names[0]), SUPPORTED_ARCHITECTURES + PLANNED_ARCHITECTURES),
+            nearest_name(str(names[0]), SUPPORTED_ARCHITECTURES),
         )
     model_type = config.get("model_type")
     if model_type is None:

@@ -58,6 +58,7 @@ def build_spec(family: Family, config: Mapping, dtype: str | None) -> ModelSpec:
     inner = config.get("text_config") or {} if family.text_config else config
     settings = {**family.defaults, **inner}
     _refuse_options(family, config, settings)
+    _check_quantizations(family, config, settings)
 
     def value(setting, default=None):
         if not isinstance(setting, From):
@@ -156,7 +157,6 @@ def build_spec(family: Family, config: Mapping, dtype: str | None) -> ModelSpec:
         fused_experts=family.fused_experts,
         sparse_layers=sparse_layers,
         latent=latent,
-        unrunnable=_unrunnable(family, config, settings, experts),
     )
 
 
@@ -178,16 +178,11 @@ def _latent_attention_factor(rope: RopeSpec) -> float:
     return (0.1 * rope.mscale_all_dim * math.log(rope.factor) + 1.0) ** 2
 
 
-def _unrunnable(family: Family, config: Mapping, settings: Mapping, experts: object) -> tuple[str, ...]:
-    """What of this model the decoder does not compute yet."""
-    reasons = {
-        "mixture of experts": experts is not None,
-    }
+def _check_quantizations(family: Family, config: Mapping, settings: Mapping) -> None:
+    transposed = isinstance(family.layer.get("expert_gate_up"), str) and family.fused_experts == "fused_expert"
     for given in (config.get("quantization_config"), settings.get("quantization_config")):
-        fused_experts = isinstance(family.layer.get("expert_gate_up"), str)
-        if given and check_quantization(given) == "mxfp4" and not fused_experts:
+        if given and check_quantization(given) == "mxfp4" and not transposed:
             raise UnsupportedError(f"config option quantization_config (quant_method 'mxfp4') in {family.architecture}")
-    return tuple(reason for reason, applies in reasons.items() if applies)
 
 
 def _refuse_options(family: Family, config: Mapping, settings: Mapping) -> None:

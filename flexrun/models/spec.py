@@ -130,7 +130,6 @@ class ModelSpec:
     fused_experts: str = "fused_expert"
     sparse_layers: tuple[bool, ...] = ()  # one a layer; () = all dense
     latent: LatentAttention | None = None  # then head_dim is that of query and key
-    unrunnable: tuple[str, ...] = ()  # why this version plans the model but does not run it; () = it runs
 
     # ------------------------------------------------------------------ sizes
 

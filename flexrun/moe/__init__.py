@@ -1,7 +1,7 @@
 """Mixture of experts: who gets which token, tokens in the order of their experts, and experts at work on them."""
 
 from flexrun.moe.batching import Assignment, add_weighted, assign, chunks
-from flexrun.moe.experts import ExpertBuffers, expert_buffer_bytes, run_experts
+from flexrun.moe.experts import ExpertBuffers, run_experts
 from flexrun.moe.router import route
 
 __all__ = [
@@ -10,7 +10,6 @@ __all__ = [
     "add_weighted",
     "assign",
     "chunks",
-    "expert_buffer_bytes",
     "route",
     "run_experts",
 ]

@@ -14,13 +14,6 @@ from flexrun.moe.batching import Assignment, add_weighted, chunks
 CAN_GROUP = hasattr(torch.nn.functional, "grouped_mm")
 
 
-def expert_buffer_bytes(spec: ModelSpec, rows: int) -> int:
-    """What ExpertBuffers of so many rows hold, and what products that cannot be put there do, at most."""
-    wide = 2 * spec.experts.intermediate_size + spec.hidden_size
-    kept = spec.hidden_size + spec.experts.intermediate_size
-    return rows * ((kept + 2 * wide) * spec.dtype_bytes + 4 * spec.hidden_size)
-
-
 class ExpertBuffers:
     """Memory that every chunk of every expert uses again: fresh pages would cost as much as a matmul of few rows.
 

@@ -104,7 +104,8 @@ class Executor:
                 if step.lane is self._compute_lane:
                     compute.append(step)
                 else:
-                    self._worker(step).submit(step, self._transfers.parts)
+                    settle = self._transfers.settle if step.chosen else None
+                    self._worker(step).submit(step, self._transfers.parts, settle)
             for step in compute:
                 self._compute(step)
             if self._queued is not None:  # the tables of this pass are overwritten by the next one

@@ -207,6 +207,7 @@ class _Task:
 
     step: Step
     make_parts: Callable[[Step], list[Callable[[], None]]]
+    settle: Callable[[Step], Step] | None = None
     parts: list[Callable[[], None]] = field(default_factory=list)
     next_part: int = 0
     unfinished: int = 0
@@ -252,9 +253,17 @@ class LaneWorker:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, step: Step, make_parts: Callable[[Step], list[Callable[[], None]]]) -> None:
-        """``make_parts`` is called by the lane, while the caller goes on: one part at least."""
-        self._tasks.put(_Task(step, make_parts))
+    def submit(
+        self,
+        step: Step,
+        make_parts: Callable[[Step], list[Callable[[], None]]],
+        settle: Callable[[Step], Step] | None = None,
+    ) -> None:
+        """``make_parts`` is called by the lane, while the caller goes on: one part at least.
+
+        settle: of a step that is known in full only when what it depends on is finished; the step as it is then.
+        """
+        self._tasks.put(_Task(step, make_parts, settle))
 
     def _take(self) -> tuple[_Task, Callable] | None:
         """The next part in order; waits for the dependencies of a step before its first part is handed out."""
@@ -265,8 +274,13 @@ class LaneWorker:
                     self._tasks.put(None)  # for the other threads
                     return None
                 self._taken = task.step
-                task.split()
-                self._progress.wait(task.step, self._queue)
+                if task.settle is None:
+                    task.split()
+                    self._progress.wait(task.step, self._queue)
+                else:
+                    self._progress.wait(task.step, self._queue)
+                    task.step = task.settle(task.step)
+                    task.split()
                 task.start_seconds = time.perf_counter()
                 if self._queue is not None:
                     task.start = self._queue.mark()

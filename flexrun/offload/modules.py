@@ -16,6 +16,7 @@ from flexrun.models.spec import ModelSpec
 from flexrun.offload.batcher import MicroBatchRows, PassPlan
 from flexrun.offload.device import EmulatedDevice
 from flexrun.offload.kv_store import KVStore
+from flexrun.offload.sparse import SparseLayers
 from flexrun.offload.tiers import Buffer, MemoryTier
 from flexrun.offload.weight_store import TOKEN_EMBEDDING, WeightStore
 from flexrun.placement import LOGITS_ROWS, offloaded_query_bytes, workspace_bytes
@@ -30,7 +31,7 @@ class Activations:
     new_rows: what the pass adds to the cache, [tokens, heads, width] of each plane, kept only for KV that lives
     elsewhere, until a copy lane has carried it there. host_query, host_attended: host copies for attention on the CPU.
     embedding_rows: rows of a table on disk, one for each different token. beside_kv, host_beside_kv: of each layer what
-    attention reads beside query and KV: sinks, or the matrix that latents go through.
+    attention reads beside query and KV: sinks, or the matrix that latents go through. sparse: what experts need.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Activations:
             self._host_rows = host.allocate("offloaded_query", offloaded_query_bytes(spec, policy))
             self.host_query = self._host_rows.view(0, heads, dtype)
             self.host_attended = self._host_rows.view(self.host_query.nbytes, attended_heads, dtype)
+        self.sparse = SparseLayers(spec, policy, weights, place) if spec.experts else None
         self.plan: PassPlan | None = None
         self.rows: dict[int, MicroBatchRows] = {}
 
@@ -150,6 +152,7 @@ class Modules:
             StepKind.ATTEND_FRESH: self._attend_fresh,
             StepKind.ATTENTION_OUTPUT: self._attention_output,
             StepKind.MLP: self._mlp,
+            StepKind.EXPERTS: lambda step: activations.sparse.run(step, activations.hidden),
             StepKind.LOGITS: self._logits,
         }
 
@@ -233,6 +236,9 @@ class Modules:
     def _mlp(self, step: Step) -> None:
         activations, weights = self._activations, self._weights.unit_weights(step)
         branches = activations.branches.pop(step.start)
+        if self._spec.is_sparse(step.layer):
+            activations.sparse.route(step, activations.hidden, branches, activations.chunks(step))
+            return
         for start, stop in reversed(activations.chunks(step)):  # each branch is freed as it is used
             decoder.mlp(self._spec, step.layer, weights, activations.hidden[start:stop], branches.pop())
 

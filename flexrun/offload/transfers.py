@@ -30,8 +30,8 @@ class Transfers:
         self._spec, self._weights, self._kv = spec, weights, kv
         self._activations, self._accelerator = activations, accelerator
         self._parts = {
-            StepKind.READ_WEIGHTS: weights.read_parts,
-            StepKind.COPY_WEIGHTS: weights.copy_parts,
+            StepKind.READ_WEIGHTS: lambda step: weights.read_parts(step, self._chosen(step)),
+            StepKind.COPY_WEIGHTS: lambda step: weights.copy_parts(step, self._chosen(step)),
             StepKind.READ_KV: lambda step: kv.read_parts(step, activations.rows[step.micro_batch].segments),
             StepKind.WRITE_KV: lambda step: kv.write_parts(step, activations.rows[step.micro_batch].segments),
         }
@@ -48,6 +48,14 @@ class Transfers:
         if step.kind in self._parts:
             return self._parts[step.kind](step)
         return [partial(self._run, step)]
+
+    def settle(self, step: Step) -> Step:
+        """The step with the bytes it moves, once it is known which experts were chosen."""
+        return step._replace(bytes=self._weights.moved_bytes(step, self._chosen(step)))
+
+    def _chosen(self, step: Step) -> list[int] | None:
+        """How many tokens chose each expert, where only chosen ones are moved."""
+        return self._activations.sparse.counts[step.layer] if step.chosen else None
 
     @torch.inference_mode()
     def _run(self, step: Step) -> None:

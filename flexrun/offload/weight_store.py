@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -16,8 +16,8 @@ from flexrun.disk_io import Block, DirectFile, RowFile, blocks_of
 from flexrun.models.spec import ModelSpec
 from flexrun.offload.device import EmulatedDevice
 from flexrun.offload.tiers import Buffer, MemoryTier
-from flexrun.placement import MemoryAccount, PlacedTensor, WeightPlacement, unit_of
-from flexrun.steps import Step
+from flexrun.placement import MemoryAccount, PlacedTensor, WeightPlacement, expert_number, unit_of
+from flexrun.steps import Step, StepKind
 from flexrun.weights.packed import PackedWeights
 
 TOKEN_EMBEDDING = "token_embedding.weight"
@@ -32,6 +32,8 @@ class _Unit:
     from_disk: list[PlacedTensor] = field(default_factory=list)
     from_host: list[tuple[PlacedTensor, Tensor]] = field(default_factory=list)
     disk_bytes: int = 0
+    experts: set[int] = field(default_factory=set)
+    is_last_of_layer: bool = False
 
 
 class WeightStore:
@@ -62,6 +64,8 @@ class WeightStore:
         self._files: dict[str, DirectFile] = {}
         self._units = [_Unit() for _ in placement.units]
         self._unit_index = {(unit.layer, unit.module): unit.index for unit in placement.units}
+        for last in {unit.layer: unit.index for unit in placement.units}.values():
+            self._units[last].is_last_of_layer = True
         self.embedding: dict[str, Tensor] = {}
         self.embedding_rows: RowFile | None = None
         self._buffers: list[Buffer] = []
@@ -165,6 +169,8 @@ class WeightStore:
         if key is None:
             return
         unit = self._units[self._unit_index[key]]
+        if placed.tensor.module == "experts":
+            unit.experts.add(expert_number(placed.tensor))
         if placed.tier is Tier.DISK:
             unit.from_disk.append(placed)
             unit.disk_bytes += align_up(placed.nbytes)
@@ -175,25 +181,52 @@ class WeightStore:
 
     # Steps --------------------------------------------------------------------------------------------
 
-    def read_parts(self, step: Step) -> list[Callable[[], None]]:
-        """The block reads of a READ_WEIGHTS step, to the host ring at ``step.offset``."""
+    def read_parts(self, step: Step, chosen: Sequence[int] | None = None) -> list[Callable[[], None]]:
+        """The block reads of a READ_WEIGHTS step, to the host ring at ``step.offset``.
+
+        chosen: how many tokens chose each expert; those of none are not read, and leave a gap.
+        """
         offset, parts = step.offset, []
         for placed in self._units[step.unit].from_disk:
-            parts += [block.read for block in self._blocks(placed, self.host_ring.data[offset:])]
+            if _is_moved(placed, chosen):
+                parts += [block.read for block in self._blocks(placed, self.host_ring.data[offset:])]
             offset += align_up(placed.nbytes)
-        return parts
+        return parts or [_nothing]
 
-    def copy_parts(self, step: Step) -> list[Callable[[], None]]:
-        """The host-to-device copies of a COPY_WEIGHTS step, in chunks."""
+    def copy_parts(self, step: Step, chosen: Sequence[int] | None = None) -> list[Callable[[], None]]:
+        """The host-to-device copies of a COPY_WEIGHTS step, in chunks. chosen: see read_parts."""
         unit, parts = self._units[step.unit], []
-        if unit.disk_bytes:
+        if chosen is None and unit.disk_bytes:
             source = self.host_ring.data[step.source_offset : step.source_offset + unit.disk_bytes]
             parts += self._copies(step.offset, source)
+        elif chosen is not None:
+            start = step.source_offset
+            for placed in unit.from_disk:
+                stop = start + align_up(placed.nbytes)
+                if _is_moved(placed, chosen):
+                    parts += self._copies(step.offset + start - step.source_offset, self.host_ring.data[start:stop])
+                start = stop
         offset = step.offset + unit.disk_bytes
         for placed, value in unit.from_host:
-            parts += self._copies(offset, value.view(-1).view(torch.uint8))
+            if _is_moved(placed, chosen):
+                parts += self._copies(offset, value.view(-1).view(torch.uint8))
             offset += align_up(placed.nbytes)
-        return parts
+        return parts or [_nothing]
+
+    def moved_bytes(self, step: Step, chosen: Sequence[int] | None) -> int:
+        """What read_parts or copy_parts moves."""
+        unit = self._units[step.unit]
+        moved = list(unit.from_disk)
+        if step.kind is StepKind.COPY_WEIGHTS:
+            moved += [placed for placed, _ in unit.from_host]
+        return sum(align_up(placed.nbytes) for placed in moved if _is_moved(placed, chosen))
+
+    def experts_of(self, unit: int) -> list[int]:
+        """The routed experts among a unit's weights, ascending."""
+        return sorted(self._units[unit].experts)
+
+    def is_last_of_layer(self, unit: int) -> bool:
+        return self._units[unit].is_last_of_layer
 
     def _copies(self, offset: int, source: Tensor) -> list[Callable[[], None]]:
         target = self.device_ring.data[offset : offset + len(source)]
@@ -226,6 +259,14 @@ class WeightStore:
         if self._packed_bytes:
             self._host.release("weights", self._packed_bytes)
             self._packed_bytes = 0
+
+
+def _is_moved(placed: PlacedTensor, chosen: Sequence[int] | None) -> bool:
+    return chosen is None or chosen[expert_number(placed.tensor)] > 0
+
+
+def _nothing() -> None:
+    """The only part of a step that has nothing to move."""
 
 
 def _weight_name(placed: PlacedTensor) -> str:

@@ -6,6 +6,8 @@ from flexrun.placement.memory import (
     LOGITS_ROWS,
     KVMicroBatch,
     MemoryAccount,
+    expert_batch_rows,
+    expert_buffer_bytes,
     kv_bytes_per_token,
     kv_micro_batches,
     memory_account,
@@ -15,7 +17,14 @@ from flexrun.placement.memory import (
     rotary_positions,
     workspace_bytes,
 )
-from flexrun.placement.weights import PlacedTensor, WeightPlacement, compressed_bytes, place_weights, unit_of
+from flexrun.placement.weights import (
+    PlacedTensor,
+    WeightPlacement,
+    compressed_bytes,
+    expert_number,
+    place_weights,
+    unit_of,
+)
 from flexrun.placement.work import build_scheduler, model_work
 
 __all__ = [
@@ -28,6 +37,9 @@ __all__ = [
     "WeightPlacement",
     "build_scheduler",
     "compressed_bytes",
+    "expert_batch_rows",
+    "expert_buffer_bytes",
+    "expert_number",
     "kv_bytes_per_token",
     "kv_micro_batches",
     "memory_account",

@@ -75,22 +75,41 @@ def pass_row_bytes(spec: ModelSpec) -> int:
     return (2 * spec.hidden_size + spec.qkv_size + spec.attended_size) * spec.dtype_bytes + spec.head_dim * 4 * 2
 
 
-def _widest_inner_size(spec: ModelSpec) -> int:
-    experts = spec.experts
-    return max(
-        spec.intermediate_size, *((experts.intermediate_size, experts.shared_intermediate_size) if experts else (0,))
-    )
+def expert_batch_rows(policy: Policy) -> int:
+    """Rows of the largest call of a routed expert."""
+    return min(policy.expert_batch or policy.tokens_per_pass, policy.tokens_per_pass)
+
+
+def routed_row_bytes(spec: ModelSpec) -> int:
+    """Bytes of one token row between a router and the last expert: what they work on, their sum in float32, the logits,
+    and experts, weights and rows of each choice, as chosen and as sorted."""
+    if spec.experts is None:
+        return 0
+    choices = spec.experts.experts_per_token * 5 * 8
+    return spec.hidden_size * (spec.dtype_bytes + 4) + spec.experts.num_experts * 4 + choices
+
+
+def expert_buffer_bytes(spec: ModelSpec, rows: int) -> int:
+    """Inputs and inner activations of an expert with so many rows, its two products (packed matrices put them in
+    memory of their own, beside the buffers) and the results in float32."""
+    if spec.experts is None:
+        return 0
+    wide = 2 * spec.experts.intermediate_size + spec.hidden_size
+    kept = spec.hidden_size + spec.experts.intermediate_size
+    return rows * ((kept + 2 * wide) * spec.dtype_bytes + 4 * spec.hidden_size)
 
 
 def workspace_bytes(spec: ModelSpec, policy: Policy) -> int:
     """Activations of the largest pass: rows that live through it, plus the widest micro-batch inside a module."""
     rows = min(policy.token_micro_batch, policy.tokens_per_pass)
-    inside = rows * (2 * spec.hidden_size + max(spec.qkv_size, 3 * _widest_inner_size(spec))) * spec.dtype_bytes
+    widest = max(spec.intermediate_size, spec.experts.shared_intermediate_size if spec.experts else 0)
+    inside = rows * (2 * spec.hidden_size + max(spec.qkv_size, 3 * widest)) * spec.dtype_bytes
     logits_rows = min(LOGITS_ROWS, policy.sequences_in_flight)
     logits = logits_rows * (spec.vocab_size * 3 * 4 + spec.hidden_size * spec.dtype_bytes)
     through_pass = (policy.tokens_per_pass - hidden_rows_elsewhere(policy)) * pass_row_bytes(spec)
     latent = LATENT_BUFFERS * LATENT_BYTES if spec.latent else 0
-    return align_up(through_pass + latent + max(inside, logits))
+    routed = policy.tokens_per_pass * routed_row_bytes(spec) + expert_buffer_bytes(spec, expert_batch_rows(policy))
+    return align_up(through_pass + latent + max(inside, logits) + routed)
 
 
 def hidden_rows_elsewhere(policy: Policy) -> int:

@@ -30,6 +30,7 @@ def model_work(spec: ModelSpec) -> ModelWork:
         flops_per_expert_and_token=flops("expert") * experts.experts_per_token / experts.num_experts
         if experts
         else 0.0,
+        experts_share_per_token=experts.experts_per_token / experts.num_experts if experts else 1.0,
     )
 
 

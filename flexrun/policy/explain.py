@@ -52,7 +52,6 @@ def plan_document(plan: Plan) -> dict:
             "dtype": layout.spec.dtype,
             "weight_bytes": layout.spec.weight_bytes,
             "kv_bytes_per_token": kv_bytes_per_token(layout.spec),
-            "not_run_by_this_version": list(layout.spec.unrunnable),
         },
         "policy": dataclasses.asdict(plan.policy),
         "budgets": dataclasses.asdict(layout.budgets),
@@ -78,8 +77,6 @@ def format_plan(plan: Plan) -> str:
         *_named("lanes", _lane_words(layout, forecast)),
         *_named("more memory", [_gain_words(tier, gain) for tier, gain in plan.gains.items()]),
     ]
-    if layout.spec.unrunnable:
-        lines += _named("note", [f"this version plans but does not run: {', '.join(layout.spec.unrunnable)}"])
     return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ from contextlib import closing
 import pytest
 import torch
 import transformers
+from tiny_families import EAGER
 
 from flexrun import LLM, SamplingParams
 
@@ -57,7 +58,7 @@ def oracle(checkpoint):
     def load(name: str):
         if name not in loaded:
             loaded[name] = transformers.AutoModelForCausalLM.from_pretrained(
-                checkpoint(name), attn_implementation="eager", dtype=torch.float32
+                checkpoint(name), dtype=torch.float32, **EAGER
             ).eval()
         return loaded[name]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_families import TINY, TINY_LATENT, VOCABULARY, prompts
+from tiny_families import ALL, VOCABULARY, prompts
 
 from flexrun import SamplingParams
 from flexrun.config import Placement, Policy
@@ -35,7 +35,7 @@ def greedy(model, prompt: list[int]) -> list[int]:
 
 
 @pytest.mark.usefixtures("matrices_move")
-@pytest.mark.parametrize("name", [name for name in (*TINY, *TINY_LATENT) if name not in LENGTH_DEPENDENT])
+@pytest.mark.parametrize("name", [name for name in ALL if name not in LENGTH_DEPENDENT])
 def test_greedy_tokens_equal_transformers(run, oracle, assert_same_but_for_ties, name):
     # transformers starts a longrope text with the short factors; flexrun takes those of the model's length throughout
     asked = prompts(tuple(max(length, 5) for length in LENGTHS) if name == "rope_longrope_long" else LENGTHS)

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from reference_runner import ReferenceRunner
-from tiny_families import TINY, TINY_LATENT, VOCABULARY, prompts
+from tiny_families import ALL, VOCABULARY, prompts
 
 from flexrun.models.families import spec_from_config
 
@@ -34,7 +34,7 @@ def oracle_greedy(model, prompt: list[int], tokens: int) -> tuple[list[int], tor
     return result.sequences[0, len(prompt) :].tolist(), torch.cat(result.logits)
 
 
-@pytest.mark.parametrize("name", [*TINY, *TINY_LATENT])
+@pytest.mark.parametrize("name", ALL)
 def test_same_tokens_and_logits_as_transformers(tiny, name):
     config, tensors, model = tiny(name)
     spec = spec_from_config(config)
@@ -56,7 +56,10 @@ def test_same_tokens_and_logits_as_transformers(tiny, name):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_neox", "opt_350m", "granite", "olmo2", "deepseek_v3_dense"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "gemma3", "gpt_neox", "opt_350m", "granite", "olmo2", "mixtral", "granitemoe", "deepseek_v3_dense"],
+)
 def test_half_precision_is_as_close_to_float32_as_transformers_is(tiny, name, dtype):
     config, tensors, model = tiny(name)
     (prompt,) = prompts((40,))
@@ -69,7 +72,9 @@ def test_half_precision_is_as_close_to_float32_as_transformers_is(tiny, name, dt
     assert (logits - exact).square().mean().sqrt() < 1.25 * oracle_error
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_neox", "opt_350m", "olmo2", "deepseek_v2_dense"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma3", "gpt_neox", "opt_350m", "olmo2", "qwen2_moe", "glm4_moe", "deepseek_v2_dense"]
+)
 def test_row_slices_and_prompt_chunks_change_nothing(tiny, name):
     config, tensors, _ = tiny(name)
     spec = spec_from_config(config)

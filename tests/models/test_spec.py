@@ -101,7 +101,6 @@ def test_bytes_and_flops():
     assert spec.decode_attention_flops_per_pair == spec.prefill_attention_flops_per_pair == 4 * 8 * 16
     assert spec.decode_absorption_shapes == spec.prefill_expansion_shapes == ()
     assert not spec.is_sparse(0)
-    assert spec.unrunnable == ()
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -1,0 +1,144 @@
+"""Mixtures of experts behind LLM: any placement gives the same tokens, and lanes move no expert they need not move."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from contextlib import closing
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_invariance import IN_RAM, PROPERTY, engines, lengths
+from tiny_families import prompts
+
+from flexrun import SamplingParams
+from flexrun.config import Placement, Policy
+from flexrun.core import Lane, align_up
+from flexrun.offload.lanes import LaneMeter
+from flexrun.offload.sparse import SparseLayers
+from flexrun.placement import weights
+
+pytestmark = pytest.mark.usefixtures("matrices_move", "single_experts")
+GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
+
+
+@pytest.fixture
+def single_experts(monkeypatch):
+    """Units of one or two experts, as those of a real model, where a whole tiny layer would be one."""
+    monkeypatch.setattr(weights, "EXPERT_UNIT_BYTES", 1)
+
+
+@pytest.fixture
+def routed(monkeypatch):
+    """routed[layer]: of each time it was routed, how many tokens chose each expert."""
+    seen = defaultdict(list)
+    route = SparseLayers.route
+
+    def watched(self, step, *rest):
+        route(self, step, *rest)
+        seen[step.layer].append(list(self.counts[step.layer]))
+
+    monkeypatch.setattr(SparseLayers, "route", watched)
+    return seen
+
+
+@pytest.mark.parametrize(("name", "examples"), [("mixtral", 24), ("glm4_moe_groups", 16), ("qwen2_moe", 12)])
+def test_greedy_tokens_are_the_same_under_any_policy(run, assert_same_but_for_ties, name, examples):
+    @settings(PROPERTY, max_examples=examples)
+    @given(engines(), lengths, st.integers(0, 3))
+    def check(engine, lengths, seed):
+        asked = prompts(tuple(lengths), seed)
+        expected = [output.outputs[0].token_ids for output in run(name, asked, GREEDY, policy=IN_RAM)]
+        found = [output.outputs[0].token_ids for output in run(name, asked, GREEDY, **engine)]
+        for prompt, tokens, other in zip(asked, expected, found, strict=True):
+            assert_same_but_for_ties(name, prompt, tokens, other)
+
+    check()
+
+
+@pytest.mark.parametrize("expert_batch", [0, 1, 3])
+@pytest.mark.parametrize("half_batches", [False, True])
+def test_experts_on_three_tiers(run, assert_same_but_for_ties, half_batches, expert_batch):
+    asked = prompts((5, 1, 23, 40, 12, 3))
+    expected = [output.outputs[0].token_ids for output in run("mixtral", asked, GREEDY, policy=IN_RAM)]
+    policy = Policy(
+        sequences_in_flight=6,
+        tokens_per_pass=50,
+        attention_micro_batch=2,
+        token_micro_batch=7,
+        expert_batch=expert_batch,
+        weights=Placement(0.3, 0.4, 0.3),
+        kv=Placement(0.34, 0.66, 0.0),
+        cpu_attention_share=0.5,
+        half_batches=half_batches,
+    )
+    found = [output.outputs[0].token_ids for output in run("mixtral", asked, GREEDY, policy=policy, gpu_memory="8MiB")]
+    for prompt, tokens, other in zip(asked, expected, found, strict=True):
+        assert_same_but_for_ties("mixtral", prompt, tokens, other)
+
+
+def one_expert_bytes(spec) -> int:
+    """As stored: each matrix begins on a page."""
+    return sum(align_up(rows * columns * spec.dtype_bytes) for rows, columns in spec.linear_shapes("expert"))
+
+
+@pytest.fixture
+def expert_bytes(monkeypatch):
+    """expert_bytes(llm, lane): what the lane reports to have moved of units of experts."""
+    steps = []
+    add = LaneMeter.add
+
+    def watched(self, step, *times):
+        add(self, step, *times)
+        steps.append(step)
+
+    monkeypatch.setattr(LaneMeter, "add", watched)
+
+    def total(llm, lane: Lane) -> int:
+        units = llm._engine.weights.placement.units
+        return sum(step.bytes for step in steps if step.lane is lane and step.unit >= 0 and units[step.unit].experts)
+
+    return total
+
+
+@pytest.mark.parametrize("lane", [Lane.DISK_READ, Lane.H2D])
+def test_few_tokens_move_the_chosen_experts_alone(open_llm, routed, expert_bytes, lane):
+    """A prompt of one token, and one token a pass: of eight experts a layer, two are chosen."""
+    policy = Policy(
+        sequences_in_flight=1,
+        tokens_per_pass=8,
+        attention_micro_batch=1,
+        weights=Placement(0, 0, 1) if lane is Lane.DISK_READ else Placement(0, 1, 0),
+        kv=Placement(1, 0, 0),
+    )
+    with closing(open_llm("mixtral", policy=policy, gpu_memory="8MiB")) as llm:
+        llm.generate(prompts((1,)), GREEDY, use_tqdm=False)
+        layers, passes = llm.spec.num_layers, llm.summary()["passes"]
+        assert passes == 10
+        assert all(sorted(counts) == [0] * 6 + [1] * 2 for layer in routed.values() for counts in layer)
+        assert len(routed) == layers
+        assert expert_bytes(llm, lane) == passes * layers * 2 * one_expert_bytes(llm.spec)
+        if lane is Lane.DISK_READ:
+            assert expert_bytes(llm, Lane.H2D) == expert_bytes(llm, lane)
+        events = llm._engine.lane_statistics()
+        assert events[lane.value]["bytes"] < 0.7 * passes * llm.spec.weight_bytes
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 12])
+def test_a_pass_reads_each_expert_once_whatever_the_micro_batches(open_llm, routed, expert_bytes, micro_batch):
+    policy = Policy(
+        sequences_in_flight=12,
+        tokens_per_pass=300,
+        attention_micro_batch=micro_batch,
+        token_micro_batch=micro_batch,
+        expert_batch=micro_batch,
+        weights=Placement(0, 0, 1),
+    )
+    with closing(open_llm("mixtral", policy=policy)) as llm:
+        llm.generate(prompts((20,) * 12), GREEDY, use_tqdm=False)
+        layers, passes = llm.spec.num_layers, llm.summary()["passes"]
+        once = layers * 8 * one_expert_bytes(llm.spec)
+        assert passes * once <= expert_bytes(llm, Lane.DISK_READ) < (passes + 1) * once, (
+            "some are read ahead at the end"
+        )
+        assert [len(layer) for layer in routed.values()] == [passes] * layers, "all tokens of a pass at once"
