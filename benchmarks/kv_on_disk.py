@@ -85,11 +85,15 @@ def run(settings: argparse.Namespace, policy: Policy) -> dict:
     passes = []
     for before, after in pairwise(marks[first:]):
         seconds = after[0] - before[0]
-        moved = {lane: after[1][lane]["bytes"] - before[1][lane]["bytes"] for lane in DISK_LANES}
+        moved = {lane: bytes_of(after[1], lane) - bytes_of(before[1], lane) for lane in DISK_LANES}
         busy = after[1]["cpu"]["busy_seconds"] - before[1]["cpu"]["busy_seconds"]
         rates = {"bytes_per_second": sum(moved.values()) / seconds, "cpu_lane_share": busy / seconds}
         passes.append({"seconds": seconds, **moved, **rates, **outside_use(before[3], after[3])})
     return {"passes": passes, "disk_kv_bytes": account.bytes_by_kind[Tier.DISK]["kv"]}
+
+
+def bytes_of(lanes: dict, lane: str) -> int:
+    return lanes[lane]["bytes"] if lane in lanes else 0  # a lane without steps is not there
 
 
 def main() -> int:
