@@ -95,6 +95,10 @@ SPARSE: dict[str, tuple[str, dict]] = {
             },
         },
     ),
+    "gpt_oss_whole_blocks": (  # sizes that fill the blocks of MXFP4
+        "GptOssConfig",
+        {**SIZES, "hidden_size": 64, "intermediate_size": 32, "num_local_experts": 6, "sliding_window": 9},
+    ),
     "gpt_oss": ("GptOssConfig", {**SIZES, "num_local_experts": 9, "sliding_window": 11, "swiglu_limit": 1.1}),
     "deepseek_v2": (
         "DeepseekV2Config",

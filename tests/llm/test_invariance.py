@@ -47,7 +47,8 @@ lengths = st.lists(st.integers(1, 60), min_size=1, max_size=6)
 
 
 @pytest.mark.parametrize(
-    ("name", "examples"), [("llama", 36), ("gemma2_untied", 28), ("deepseek_v2_dense", 24), ("deepseek_v3_dense", 12)]
+    ("name", "examples"),
+    [("llama", 36), ("gemma2_untied", 28), ("deepseek_v2", 24), ("deepseek_v3", 12), ("gpt_oss", 24)],
 )
 def test_greedy_tokens_are_the_same_under_any_policy(run, assert_same_but_for_ties, name, examples):
     greedy = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
@@ -68,7 +69,7 @@ def test_greedy_tokens_are_the_same_under_any_policy(run, assert_same_but_for_ti
 def test_latents_attended_on_the_cpu_beside_a_device_are_refused(run):
     (prompt,) = prompts((9,))
     with pytest.raises(UnsupportedError, match="attends latent KV on the CPU beside a GPU") as caught:
-        run("deepseek_v2_dense", [prompt], SamplingParams(max_tokens=2), policy=Policy(), gpu_memory="192MiB")
+        run("deepseek_v2", [prompt], SamplingParams(max_tokens=2), policy=Policy(), gpu_memory="192MiB")
     assert "cpu_attention_share to 0" in caught.value.hint
 
 

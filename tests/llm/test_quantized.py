@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from quantized_files import to_fp8
-from tiny_families import prompts
+from quantized_files import to_fp8, to_mxfp4
+from tiny_families import EAGER, prompts
 
 from flexrun import LLM, SamplingParams
 from flexrun.config import Placement, Policy
@@ -20,8 +20,9 @@ POLICY = Policy(
     weights=Placement(cpu=0.5, disk=0.5),
 )
 FILES = {
-    "deepseek_v3_dense": lambda *folders: to_fp8(*folders, block=(16, 16)),
     "deepseek_v2_dense": lambda *folders: to_fp8(*folders, block=(128, 128)),
+    "deepseek_v3": lambda *folders: to_fp8(*folders, block=(16, 16)),
+    "gpt_oss_whole_blocks": to_mxfp4,
     "qwen3": lambda *folders: to_fp8(*folders, block=(32, 8)),
 }
 
@@ -30,9 +31,7 @@ FILES = {
 @pytest.mark.parametrize("name", FILES)
 def test_greedy_tokens_equal_transformers(checkpoint, tmp_path, packed_cache, name):
     FILES[name](checkpoint(name), tmp_path / "quantised", tmp_path / "plain")
-    oracle = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "plain", attn_implementation="eager", dtype=torch.float32
-    ).eval()
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain", **EAGER, dtype=torch.float32).eval()
     asked, greedy = prompts((5, 1, 23, 12)), SamplingParams(temperature=0, max_tokens=GENERATED_TOKENS, ignore_eos=True)
     options = {"dtype": "float32", "threads": 1, "cpu_memory": "256MiB", "disk_dir": packed_cache, "policy": POLICY}
     with LLM(tmp_path / "quantised", **options) as llm:
