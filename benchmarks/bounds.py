@@ -34,23 +34,28 @@ READ_THREADS = 3
 
 def job_flops(spec: ModelSpec, sequences: int, prompt_tokens: int, output_tokens: int) -> dict[str, float]:
     """FLOPs of matrix products and attention: prefill makes the first token, decode the others."""
-    layer = spec.flops_per_token("attention") + spec.flops_per_token("mlp")
+    layers = sum(
+        spec.flops_per_token(module, layer)
+        for layer in range(spec.num_layers)
+        for module in ("attention", "mlp", "experts")
+    )
     head = spec.flops_per_token("head")
 
     def attention(first_context: int, tokens: int) -> int:
         pairs = sum(range(first_context, first_context + tokens))
         return spec.num_layers * spec.attention_flops_per_token(1) * pairs
 
-    prefill = spec.num_layers * layer * prompt_tokens + head + attention(1, prompt_tokens)
+    prefill = layers * prompt_tokens + head + attention(1, prompt_tokens)
     decoded = output_tokens - 1
-    decode = (spec.num_layers * layer + head) * decoded + attention(prompt_tokens + 1, decoded)
+    decode = (layers + head) * decoded + attention(prompt_tokens + 1, decoded)
     return {"prefill_flops": sequences * prefill, "decode_flops": sequences * decode}
 
 
 def matmul_rates(spec: ModelSpec) -> dict[str, float]:
     """FLOP/s of one layer's matrices at each row count, each shape by the faster of plain and packed weights."""
     dtype, rates = DTYPES[spec.dtype], {}
-    shapes = [tensor.shape for tensor in spec.layer_tensors(0) if len(tensor.shape) == 2]
+    tensors = [tensor for tensor in spec.layer_tensors(0) if len(tensor.shape) == 2]
+    shapes = [tensor.shape for tensor in tensors if tensor.module != "experts" or tensor.name.startswith("expert.0.")]
     for rows in ROWS:
         flops = seconds = 0.0
         for shape in shapes:

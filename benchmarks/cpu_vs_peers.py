@@ -3,10 +3,11 @@
     python benchmarks/cpu_vs_peers.py --case ram-1b --model-1b DIR
     python benchmarks/cpu_vs_peers.py --case all --peer-python vllm=/opt/vllm/bin/python --output result.json
 
-Cases: ram-1b (1.1 B parameters, bfloat16, all in RAM), ram-smollm2 (SmolLM2-135M from its GGUF file), disk-1b (the
-1.1 B model inside a memory limit smaller than itself, weights from disk, page cache cold). DIR is what
-make_checkpoint.py llama-1b writes; it is made when absent. All engines get the same random token ids, generate the
-same number of tokens greedily past any end of sequence, and are timed without loading.
+Cases: ram-1b (1.1 B parameters, bfloat16, all in RAM), ram-smollm2 (SmolLM2-135M from its GGUF file), ram-moe (0.8 B
+parameters in 8 layers of 8 experts, as Mixtral's), disk-1b (the 1.1 B model inside a memory limit smaller than itself,
+weights from disk, page cache cold). DIR is what make_checkpoint.py llama-1b (ram-moe: mixtral-1b) writes; it is made
+when absent. All engines get the same random token ids, generate the same number of tokens greedily past any end of
+sequence, and are timed without loading.
 
 A table goes to stdout; its last line is one JSON document.
 """
@@ -60,6 +61,7 @@ class Case:
     name: str
     peers: tuple[str, ...]
     disk: bool = False
+    experts: bool = False
 
 
 CASES = {
@@ -67,6 +69,7 @@ CASES = {
     for case in (
         Case("ram-1b", ("transformers", "vllm", "llamacpp")),
         Case("ram-smollm2", ("transformers", "openvino", "vllm", "llamacpp")),
+        Case("ram-moe", ("transformers",), experts=True),
         Case("disk-1b", ("accelerate_disk",), disk=True),
     )
 }
@@ -165,6 +168,8 @@ class CaseRunner:
             formats = self.settings.offload_formats
             candidates = [{"batch_size": size, "offload_format": formats[0]} for size in sizes]
             candidates += [{"batch_size": sizes[0], "offload_format": other} for other in formats[1:]]
+        if self.case.experts:  # each size with grouped products, its default, and with a loop over experts
+            candidates = [{**each, "expert_loop": way} for each in candidates for way in (0, 1)]
         if len(candidates) == 1:
             return {"settings": candidates[0], "sweep": []}
         sweep = [self._try(peer, candidate) for candidate in candidates]
@@ -231,12 +236,13 @@ def model_path(case: Case, settings: argparse.Namespace) -> Path:
         from flexrun.weights.catalog import resolve_model
 
         return resolve_model(settings.model_smollm2)
-    if not (settings.model_1b / "config.json").exists():
+    shape, folder = ("mixtral-1b", settings.model_moe) if case.experts else ("llama-1b", settings.model_1b)
+    if not (folder / "config.json").exists():
         from make_checkpoint import make_checkpoint
 
-        say(f"writing {settings.model_1b}")
-        make_checkpoint("llama-1b", settings.model_1b)
-    return settings.model_1b
+        say(f"writing {folder}")
+        make_checkpoint(shape, folder)
+    return folder
 
 
 def write_prompts(path: Path, settings: argparse.Namespace, vocab_size: int) -> None:
@@ -269,6 +275,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", default="all", choices=[*CASES, "all"])
     parser.add_argument("--model-1b", type=Path, default=DEFAULT_CACHE / "llama-1b", metavar="DIR")
+    parser.add_argument("--model-moe", type=Path, default=DEFAULT_CACHE / "mixtral-1b", metavar="DIR")
     parser.add_argument("--model-smollm2", default="smollm2-135m-instruct", metavar="NAME", help="name or .gguf file")
     parser.add_argument("--cache-dir", type=Path, default=DEFAULT_CACHE, help="packed and offloaded weights")
     parser.add_argument("--sequences", type=int, default=64)

@@ -1,7 +1,7 @@
 """Writes a checkpoint of random weights in a real model's shape, so that speed and memory are measured without a hub.
 
     python benchmarks/make_checkpoint.py llama-1b OUT_DIR        # 1.1 billion parameters, bfloat16, 2.2 GB
-    python benchmarks/make_checkpoint.py opt-6.7b OUT_DIR        # any llama or opt of configs/models/
+    python benchmarks/make_checkpoint.py opt-6.7b OUT_DIR        # any llama, mixtral or opt of configs/models/
 
 Memory stays at one pool of values, of which every tensor takes a piece; they are normal with deviation 0.02, the norms
 are ones and their biases zeros. It writes as fast as the disk.
@@ -42,6 +42,20 @@ SHAPES = {
         "num_hidden_layers": 22,
         "num_attention_heads": 32,
         "num_key_value_heads": 4,
+        "vocab_size": 32000,
+    },
+    "mixtral-1b": {
+        **_LLAMA,
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "hidden_size": 1024,
+        "intermediate_size": 3584,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "sliding_window": None,
         "vocab_size": 32000,
     },
     "llama-tiny": {
@@ -111,6 +125,18 @@ def llama_tensors(shape: dict) -> Tensors:
     return tensors | {"model.norm.weight": (hidden,), "lm_head.weight": (vocab, hidden)}
 
 
+def mixtral_tensors(shape: dict) -> Tensors:
+    hidden, inner, experts = shape["hidden_size"], shape["intermediate_size"], shape["num_local_experts"]
+    tensors = {name: size for name, size in llama_tensors(shape).items() if ".mlp." not in name}
+    for layer in range(shape["num_hidden_layers"]):
+        stem = f"model.layers.{layer}.block_sparse_moe"
+        tensors[f"{stem}.gate.weight"] = (experts, hidden)
+        for expert in range(experts):
+            for name, size in (("w1", (inner, hidden)), ("w2", (hidden, inner)), ("w3", (inner, hidden))):
+                tensors[f"{stem}.experts.{expert}.{name}.weight"] = size
+    return tensors
+
+
 def opt_tensors(shape: dict) -> Tensors:
     hidden, inner, vocab = shape["hidden_size"], shape["ffn_dim"], shape["vocab_size"]
     tensors = {
@@ -135,7 +161,7 @@ def opt_tensors(shape: dict) -> Tensors:
     return tensors | {f"{last}.weight": (hidden,), f"{last}.bias": (hidden,)}
 
 
-_TENSORS = {"llama": llama_tensors, "opt": opt_tensors}
+_TENSORS = {"llama": llama_tensors, "mixtral": mixtral_tensors, "opt": opt_tensors}
 
 
 def write_safetensors(path: Path, tensors: Tensors, dtype: torch.dtype, seed: int) -> None:

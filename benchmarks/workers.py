@@ -133,6 +133,8 @@ def transformers(work: Work):
     place = {"pretrained_model_name_or_path": str(path)}
     if path.suffix == ".gguf":
         place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    if work.settings.expert_loop:
+        place["experts_implementation"] = "eager"
     model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
     return _generate_with(model, work), {"version": transformers.__version__, "batch_size": work.batch_size}
 
@@ -351,6 +353,7 @@ def main() -> None:
     parser.add_argument("--prompts", required=True, help="JSON file: a list of lists of token ids")
     parser.add_argument("--output-tokens", type=int, default=32)
     parser.add_argument("--batch-size", type=int, help="for engines that do not batch by themselves")
+    parser.add_argument("--expert-loop", type=int, default=0, help="transformers: experts one by one, not grouped")
     parser.add_argument("--cpu-memory", help="flexrun: its budget")
     parser.add_argument("--disk-dir", help="flexrun: folder of packed weights")
     parser.add_argument("--policy", help="flexrun: policy JSON")

@@ -19,7 +19,7 @@ from flexrun.hardware import Hardware, LinearWork, Processor, Transfer
 from flexrun.models.spec import ModelSpec
 from flexrun.placement import LOGITS_ROWS, WeightPlacement, kv_bytes_per_token
 from flexrun.policy.passes import COLUMNS, Passes
-from flexrun.steps import ATTENDS, MicroBatchShape, PassShape, Step, StepKind
+from flexrun.steps import ATTENDS, MicroBatchShape, PassShape, Step, StepKind, chosen_share, experts_moved_share
 
 ROW_READ_SECONDS = 4e-6  # one embedding row out of the page cache
 PAGE_WRITE_SECONDS = 25e-6  # one page of new KV rows of a decoding sequence, several being written at once
@@ -46,6 +46,8 @@ class StepCosts:
         self.h2d: Transfer = hardware.h2d or hardware.host_copy
         self.d2h: Transfer = hardware.d2h or hardware.host_copy
         self.kv_bytes = kv_bytes_per_token(spec, policy.kv_bits) / spec.num_layers
+        experts = spec.experts
+        self._share_per_token = experts.experts_per_token / experts.num_experts if experts else 1.0
         self._rates = self.device.rates_of(spec.dtype)
         self._work = lru_cache(maxsize=None)(lambda part, layer: LinearWork.of(spec.linear_shapes(part, layer)))
         self._absorption = LinearWork.of(spec.decode_absorption_shapes)
@@ -186,12 +188,10 @@ class StepCosts:
     def experts_seconds(self, experts: int, tokens: int) -> float:
         """``experts`` routed experts of one layer, each over its share of the pass's tokens.
 
-        An expert that no token chose is not computed; with t tokens that is (1 - k/E)^t of them.
+        An expert that no token chose is not computed.
         """
-        routed = self.spec.experts
-        share = routed.experts_per_token / routed.num_experts
-        hit = 1.0 - (1.0 - share) ** tokens
-        rows = max(tokens * share / hit, 1.0)
+        hit = chosen_share(self._share_per_token, tokens)
+        rows = max(tokens * self._share_per_token / hit, 1.0)
         work = self._work("expert", 0)
         one = self._matmul_seconds(rows, work, self._plain_share) + self.device.step_overhead_seconds
         return experts * hit * (one + self.dequantise_seconds(work.weight_elements))
@@ -321,14 +321,22 @@ class StepCosts:
         return [(layers[0], len(layers)) for layers in windows.values()]
 
     @cached_property
-    def _weight_seconds(self) -> dict[Lane, float]:
-        """Moving the weights of one pass."""
-        units, read = self.placement.units, self.hardware.disk_read
-        moved = [unit.disk_bytes + unit.host_bytes for unit in units] if self.on_device else []
-        return {
-            Lane.DISK_READ: sum(read.seconds(unit.disk_bytes) for unit in units if unit.disk_bytes),
-            Lane.H2D: sum(self.h2d.seconds(nbytes) for nbytes in moved if nbytes),
-        }
+    def _weight_seconds(self) -> dict[Lane, tuple[float, float]]:
+        """Moving the weights of one pass: all of them, and what of it is the bytes of routed experts."""
+        moved = {Lane.DISK_READ: [(unit.disk_bytes, unit.experts) for unit in self.placement.units]}
+        if self.on_device:
+            moved[Lane.H2D] = [(unit.disk_bytes + unit.host_bytes, unit.experts) for unit in self.placement.units]
+        result = dict.fromkeys(Lane, (0.0, 0.0))
+        for lane, units in moved.items():
+            link = self.transfer(lane)
+            of_experts = [link.seconds(nbytes) - link.seconds(0) for nbytes, experts in units if nbytes and experts]
+            result[lane] = sum(link.seconds(nbytes) for nbytes, _ in units if nbytes), sum(of_experts)
+        return result
+
+    def _moved_weight_seconds(self, tokens: numpy.ndarray, halved: numpy.ndarray) -> dict[Lane, numpy.ndarray]:
+        """The same for passes of so many tokens; few move the chosen experts alone, but in halves."""
+        spared = (1.0 - experts_moved_share(self._share_per_token, tokens)) * ~halved
+        return {lane: whole - spared * of_experts for lane, (whole, of_experts) in self._weight_seconds.items()}
 
     def attend_pass_seconds(self, processor: Processor, micro_batch: MicroBatchShape) -> float:
         """One micro-batch through all layers; nothing where it has no rows."""
@@ -357,7 +365,7 @@ class StepCosts:
         decode_tokens = passes.decode_tokens if spec.latent else numpy.zeros_like(tokens)
         halves = self._halves(passes) * (numpy.array([[1], [1 if spec.latent else 0]]))
         asked = zip(tokens.tolist(), passes.logits_rows.tolist(), decode_tokens.tolist(), *halves.tolist())
-        seconds = {lane: numpy.full(len(passes), float(self._weight_seconds.get(lane, 0))) for lane in Lane}
+        seconds = self._moved_weight_seconds(tokens, halves[0] > 0)
         seconds[compute] += [self._compute(*each) for each in asked]
         if self.placement.embedding_on_disk:
             seconds[Lane.DISK_READ] += tokens * ROW_READ_SECONDS

@@ -36,7 +36,13 @@ def costs_of(layout: Layout, machine: Hardware) -> StepCosts:
 def alone(costs: StepCosts, layout: Layout, shape: PassShape) -> tuple[list[Step], PassShape]:
     """The steps of a pass that is the whole run, so that all it loads is its own."""
     shape = dataclasses.replace(shape, index=0, more=False)
-    scheduler = build_scheduler(layout.spec, layout.placement, layout.account, on_device=layout.on_device)
+    scheduler = build_scheduler(
+        layout.spec,
+        layout.placement,
+        layout.account,
+        on_device=layout.on_device,
+        half_batches=layout.policy.half_batches,
+    )
     return scheduler.pass_steps(shape), shape
 
 
@@ -220,6 +226,28 @@ def test_experts_that_no_token_chose_are_not_computed():
     assert costs.experts_seconds(64, 2) < 2 * one
     # many tokens meet them all, each expert its share of the rows
     assert costs.experts_seconds(64, 6400) == pytest.approx(64 * one_expert(6400 * 2 / 64), rel=1e-6)
+
+
+@pytest.mark.parametrize("half_batches", [False, True])
+def test_few_tokens_move_the_chosen_experts_alone(half_batches):
+    """In sums as in steps; not in halves, of which the first cannot know what the second chooses."""
+    spec = planned("deepseek", n_routed_experts=64, num_experts_per_tok=2)
+    policy = dataclasses.replace(
+        POLICY, weights=Placement(0.0, 0.5, 0.5), kv=Placement(0.5, 0.5), half_batches=half_batches
+    )
+    costs = costs_of(layout_of(spec, policy, True), T4)
+
+    def passes(tokens: int) -> PassShape:
+        there = MicroBatchShape(0, tokens, 9 * tokens, 9 * tokens, Tier.GPU, Lane.GPU, tokens, 9 * tokens)
+        away = dataclasses.replace(there, index=1, home=Tier.CPU, attend_lane=Lane.CPU)
+        return PassShape(0, 2 * tokens, 2 * tokens, (there, away), False)
+
+    few, many = (costs.lane_seconds(passes(tokens)) for tokens in (2, 500))
+    steps, shape = alone(costs, layout_of(spec, policy, True), passes(2))
+    assert any(step.chosen for step in steps) is not half_batches
+    for lane in (Lane.DISK_READ, Lane.H2D):
+        assert few[lane] == pytest.approx(sum(costs.seconds(step, shape) for step in steps if step.lane is lane))
+        assert (few[lane] < 0.5 * many[lane]) is not half_batches
 
 
 def test_a_group_of_experts_takes_its_share_of_a_layer():
