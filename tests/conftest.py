@@ -51,8 +51,12 @@ def packed(checkpoint, packed_cache):
 
 @pytest.fixture
 def matrices_move(monkeypatch):
-    """Lets the matrices of a tiny model leave the compute tier, as those of a real one do; norms still stay."""
+    """Lets the matrices of a tiny model leave the compute tier, as those of a real one do; norms still stay.
+
+    Experts move one by one, where all of a tiny layer would be one unit.
+    """
     monkeypatch.setattr(weights, "SMALL_TENSOR_BYTES", 1024)
+    monkeypatch.setattr(weights, "EXPERT_UNIT_BYTES", 1)
 
 
 @pytest.fixture

@@ -39,6 +39,7 @@ def engines(draw, cpu_attention: bool = True) -> dict:
         kv=draw(placements(on_device)),
         cpu_attention_share=draw(st.sampled_from([0.0, 0.5, 1.0])) * cpu_attention,
         half_batches=draw(st.booleans()),
+        expert_batch=draw(st.sampled_from([0, 1, 5])),
     )
     return {"policy": policy, "gpu_memory": "192MiB" if on_device else 0, "direct_io": draw(st.booleans())}
 
@@ -48,7 +49,15 @@ lengths = st.lists(st.integers(1, 60), min_size=1, max_size=6)
 
 @pytest.mark.parametrize(
     ("name", "examples"),
-    [("llama", 36), ("gemma2_untied", 28), ("deepseek_v2", 24), ("deepseek_v3", 12), ("gpt_oss", 24)],
+    [
+        ("llama", 36),
+        ("gemma2_untied", 28),
+        ("deepseek_v2", 24),
+        ("deepseek_v3", 12),
+        ("gpt_oss", 24),
+        ("mixtral", 24),
+        ("glm4_moe_groups", 12),
+    ],
 )
 def test_greedy_tokens_are_the_same_under_any_policy(run, assert_same_but_for_ties, name, examples):
     greedy = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
