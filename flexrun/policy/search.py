@@ -29,10 +29,11 @@ from flexrun.policy.programs import USUAL_PASS_TOKENS, Choice, Programs, size_co
 from flexrun.workload import Workload
 
 MICRO_BATCHES = (1, 4, 16)  # of attention, beside a device
-FINALISTS, MOST_FINALISTS, NEAR = 2, 8, 1.1  # policies looked at in full, within this factor of the best
+MOST_FINALISTS, NEAR = 8, 1.1  # policies looked at again, within this factor of the best
 NO_HOPE = 1.4  # a program that takes so much longer than a rounded policy will not be rounded to a better one
 WORTH = 0.005  # a move must save this share of the time
-QUICK_STEPS, FINALIST_STEPS, CLOSE_STEPS = 80_000, 30_000, 70_000  # simulated while climbing, and between
+ROUNDED_STEPS, QUICK_STEPS, CLOSE_STEPS = 60_000, 70_000, 70_000  # simulated before climbing, and while
+AGAIN_STEPS = {CLOSE: 30_000, FULL: 30_000}
 LOOK_STEPS, UNIT_STEPS = 400, 7  # that the rest of a look at a policy, and of each of its units, takes as long as
 MANY_MORE = 0.1  # share of the weights, those on the device counted twice
 
@@ -98,11 +99,13 @@ class _Search:
 
     def run(self) -> Plan:
         choices = self.programs.solve_all()
+        self._steps_left = ROUNDED_STEPS
         for choice in sorted(choices, key=lambda choice: choice.seconds):
             if choice.seconds > NO_HOPE * self._best_score:
                 break
-            for policy in self._rounded(choice):
-                self._score(policy)
+            for place, policy in enumerate(self._rounded(choice)):
+                if place == 0 or self._steps_left > 0:
+                    self._score(policy)
         if not self._layouts():  # fractions fitted, or nothing did: whole tensors and slabs of fewer sequences may
             for policy in self._smaller():
                 if self._score(policy):
@@ -222,7 +225,7 @@ class _Search:
         self._steps_left = QUICK_STEPS
         for policy in _best_of_forms(self._layouts()):
             self._climb(policy, leave=self._steps_left // 2)  # for the other forms
-        self._look_again(CLOSE, _best_of_forms)
+        self._look_again(CLOSE, lambda scores: [*_best_of_counts(scores), *_best_of_forms(scores)])
         self._steps_left = CLOSE_STEPS
         self._climb(self._layouts()[0].layout.policy)
 
@@ -237,9 +240,9 @@ class _Search:
         close = {score.layout.policy: score.layout for score in layouts if score.seconds <= layouts[0].seconds * NEAR}
         picked = [policy for policy in first(layouts) if policy in close]
         self._effort, self._best_score, self._scores = effort, float("inf"), {}
-        self._steps_left = FINALIST_STEPS
+        self._steps_left = AGAIN_STEPS[effort]
         for place, policy in enumerate(list(dict.fromkeys([*picked, *close]))[:MOST_FINALISTS]):
-            if place < FINALISTS or self._steps_left > 0:
+            if place == 0 or self._steps_left > 0:
                 self._scores[policy] = self._scored(close[policy])
 
     def _climb(self, policy: Policy, leave: int = 0) -> None:
