@@ -1,37 +1,72 @@
-/* Attention of a few query rows against one chunk of KV rows, all query heads together.
+/* Attention of a few query rows against one chunk of KV rows, as many heads together as the first cache holds.
  *
- * KV is read once and in the order of memory, all heads of a few tokens before the next tokens: scores of a block of
- * tokens, then one step of the online softmax, then the weighted sum of V. Everything is accumulated in float32.
+ * Of those heads KV is read once and in the order of memory, all of them of a few tokens before the next tokens: scores
+ * of a block of tokens, then one step of the online softmax, then the weighted sum of V. Everything is accumulated in
+ * float32.
+ *
+ * One core computes about as fast as it reads, so neither may wait for the other. Heads are computed one after the
+ * other, an order that no hardware prefetcher follows: lines are prefetched in the order of memory instead, a few for
+ * every few that are computed on, and during the softmax as well, for which scoring leaves out some.
  */
+#include <float.h>
 
-#define SCORE_TOKENS 4 /* tokens of one register tile of scores */
-#define VALUE_TOKENS 8 /* tokens added to the sums of a row between loading and storing them */
-#define AHEAD_TOKENS 8 /* how far ahead of computing KV is prefetched; a multiple of both */
+#define SCORE_TOKENS 4         /* tokens of one register tile of scores */
+#define VALUE_TOKENS 8         /* tokens added to the sums of a row between loading and storing them */
+#define AHEAD_BYTES 16384      /* how far ahead of computing KV is prefetched */
+#define SOFTMAX_BYTES 8192     /* most of it that is prefetched during the softmax of one block */
+#define HEADS_ROW_BYTES 4096   /* of one token's keys, those of the heads that are computed together */
+#define HEADS_SUM_BYTES 16384  /* likewise of the sums of values: both stay in a first cache of 48 KiB */
 
 struct block {
     const void *keys, *values, *next_keys; /* at the first row of the block, and of the one after it */
-    int64_t tokens, next_tokens;
+    int64_t tokens, next_tokens, heads;
     int64_t position; /* position of the first token relative to the first query */
 };
 
-/* Prefetch one head of `count` tokens from `token` on; those past the end of `tokens` are the next array's first. */
-INLINE void prefetch_head(const void *base, int64_t stride, int64_t head_stride, int64_t tokens, const void *next,
-                          int64_t next_stride, int64_t next_head_stride, int64_t next_tokens, int64_t token,
-                          int64_t kv_head, int count, int64_t head_dim, int dtype) {
-    int64_t bytes = element_bytes(dtype);
-    if (token >= tokens) {
-        token -= tokens, tokens = next_tokens, base = next, stride = next_stride, head_stride = next_head_stride;
-        if (token >= tokens) return;
+/* What is prefetched next. `after`: where to go on at the end. Every `pause`-th call is left out. */
+struct ahead {
+    const char *line, *row_end, *after;
+    int64_t row_bytes, stride_bytes, rows; /* bytes read of a row, from one row to the next; rows left with this one */
+    int64_t after_rows, after_stride_bytes;
+    int64_t calls, pause;
+};
+
+/* From AHEAD_BYTES behind `base` on; nothing where heads do not lie together. row_elements: of the heads computed. */
+INLINE struct ahead ahead_of(const void *base, int64_t stride, int64_t rows, const void *after, int64_t after_stride,
+                             int64_t after_rows, int64_t row_elements, int together, int dtype) {
+    int64_t bytes = element_bytes(dtype), row_bytes = row_elements * bytes, stride_bytes = stride * bytes;
+    int64_t skipped = AHEAD_BYTES / row_bytes, within = AHEAD_BYTES % row_bytes;
+    after_stride *= bytes;
+    if (skipped >= rows) base = after, skipped -= rows, rows = after_rows, stride_bytes = after_stride, after_rows = 0;
+    if (skipped >= rows || !together) skipped = rows = 0;
+    const char *row = (const char *)base + skipped * stride_bytes;
+    return (struct ahead){row + within,       row + row_bytes, (const char *)after, row_bytes, stride_bytes,
+                          rows - skipped, after_rows,      after_stride,        INT64_MAX, INT64_MAX};
+}
+
+INLINE void prefetch_lines(struct ahead *ahead, int lines) {
+    if (ahead->rows <= 0) return;
+    if (--ahead->calls <= 0) {
+        ahead->calls = ahead->pause;
+        return;
     }
-    const char *start = (const char *)base + (token * stride + kv_head * head_stride) * bytes;
-    for (int entry = 0; entry < count; entry++, start += stride * bytes)
-        for (int64_t offset = 0; offset < head_dim * bytes; offset += 64) __builtin_prefetch(start + offset, 0, 3);
+    for (int line = 0; line < lines; line++) __builtin_prefetch(ahead->line + 64 * line, 0, 3);
+    ahead->line += 64 * lines;
+    if (ahead->line < ahead->row_end) return;
+    int64_t over = ahead->line - ahead->row_end;
+    if (--ahead->rows > 0) {
+        ahead->row_end += ahead->stride_bytes;
+    } else {
+        ahead->rows = ahead->after_rows, ahead->after_rows = 0, ahead->stride_bytes = ahead->after_stride_bytes;
+        ahead->row_end = ahead->after + ahead->row_bytes;
+    }
+    ahead->line = ahead->row_end - ahead->row_bytes + over;
 }
 
 #ifdef HAVE_BF16_DOT
 /* bfloat16 products, two a lane. query: bfloat16 [rows][head_dim]; otherwise as scores_float. */
 INLINE void scores_bf16(const uint16_t *query, const void *keys, int64_t stride, int64_t first, int64_t last,
-                        int64_t head_dim, float *scores, int rows) {
+                        int64_t head_dim, float *scores, int rows, struct ahead *ahead) {
     const uint16_t *key[4];
     for (int t = 0; t < 4; t++) key[t] = (const uint16_t *)keys + (first + t < last ? first + t : last) * stride;
     VEC sum[ROW_TILE][4];
@@ -40,6 +75,7 @@ INLINE void scores_bf16(const uint16_t *query, const void *keys, int64_t stride,
     int64_t column = 0;
     for (; column + 32 <= head_dim; column += 32) {
         __m512bh k[4];
+        if (ahead) prefetch_lines(ahead, 4);
         for (int t = 0; t < 4; t++) k[t] = (__m512bh)_mm512_loadu_si512(key[t] + column);
         for (int row = 0; row < rows; row++) {
             __m512bh q = (__m512bh)_mm512_loadu_si512(query + row * head_dim + column);
@@ -48,6 +84,7 @@ INLINE void scores_bf16(const uint16_t *query, const void *keys, int64_t stride,
     }
     if (column < head_dim) { /* head_dim is a multiple of 16 */
         __m512bh k[4];
+        if (ahead) prefetch_lines(ahead, 2);
         for (int t = 0; t < 4; t++) k[t] = (__m512bh)_mm512_maskz_loadu_epi16(0xffff, key[t] + column);
         for (int row = 0; row < rows; row++) {
             __m512bh q = (__m512bh)_mm512_maskz_loadu_epi16(0xffff, query + row * head_dim + column);
@@ -61,7 +98,7 @@ INLINE void scores_bf16(const uint16_t *query, const void *keys, int64_t stride,
 
 /* Scores [rows][BLOCK_TOKENS] of four tokens [first, first + 4); tokens past last repeat it and are masked later. */
 INLINE void scores_float(const float *query, const void *keys, int64_t stride, int64_t first, int64_t last,
-                         int64_t head_dim, float *scores, int rows, int dtype) {
+                         int64_t head_dim, float *scores, int rows, int dtype, struct ahead *ahead) {
     int64_t key[4];
     for (int t = 0; t < 4; t++) key[t] = (first + t < last ? first + t : last) * stride;
     VEC sum[ROW_TILE][4];
@@ -69,6 +106,7 @@ INLINE void scores_float(const float *query, const void *keys, int64_t stride, i
         for (int t = 0; t < 4; t++) sum[row][t] = v_set1(0.0f);
     for (int64_t column = 0; column < head_dim; column += LANES) {
         VEC k[4];
+        if (ahead) prefetch_lines(ahead, 4 * LANES * (int)element_bytes(dtype) / 64);
         for (int t = 0; t < 4; t++) k[t] = v_load_any(keys, key[t] + column, dtype);
         for (int row = 0; row < rows; row++) {
             VEC q = v_load(query + row * head_dim + column);
@@ -82,7 +120,8 @@ INLINE void scores_float(const float *query, const void *keys, int64_t stride, i
 /* sum_values[row] = sum_values[row] * rescale[row] + sum over `tokens` tokens of weight[row][token] * values[token],
  * for `vectors` vectors of columns; rescale NULL: 1. */
 INLINE void weigh_float(const void *values, int64_t stride, int64_t tokens, float *sum_values, int64_t head_dim,
-                          const float *rescale, const float *weight, int rows, int vectors, int dtype) {
+                          const float *rescale, const float *weight, int rows, int vectors, int dtype,
+                        struct ahead *ahead) {
     VEC sum[ROW_TILE][4];
     for (int row = 0; row < rows; row++)
         for (int vector = 0; vector < vectors; vector++) {
@@ -91,6 +130,8 @@ INLINE void weigh_float(const void *values, int64_t stride, int64_t tokens, floa
         }
     for (int64_t token = 0; token < tokens; token++) {
         VEC v[4];
+        int both = 2 * vectors * LANES * (int)element_bytes(dtype) / 64; /* lines of two tokens */
+        if (ahead) prefetch_lines(ahead, token & 1 ? both / 2 : both - both / 2);
         for (int vector = 0; vector < vectors; vector++)
             v[vector] = v_load_any(values, token * stride + vector * LANES, dtype);
         for (int row = 0; row < rows; row++) {
@@ -104,17 +145,10 @@ INLINE void weigh_float(const void *values, int64_t stride, int64_t tokens, floa
 }
 
 #ifdef HAVE_BF16_DOT
-/* Weights [tokens] become bfloat16, two tokens an element of 32 bits, in the same memory. */
-INLINE void round_weights(float *weights, int64_t tokens) {
-    for (int64_t token = 0; token < tokens; token += LANES)
-        _mm256_storeu_si256((__m256i *)((uint16_t *)weights + token),
-                            (__m256i)_mm512_cvtneps_pbh(v_load(weights + token)));
-}
-
 /* As weigh_float, two tokens a product. Sums of 32 columns are kept as the interleaving of two rows leaves them:
  * columns 0-3, 8-11, 16-19, 24-27, then the others (see columns_in_order); a last 16 columns are in order. */
 INLINE void weigh_bf16(const uint16_t *values, int64_t stride, int64_t tokens, float *sum_values, int64_t head_dim,
-                       const float *rescale, const uint32_t *weight, int rows, int vectors) {
+                       const float *rescale, const uint32_t *weight, int rows, int vectors, struct ahead *ahead) {
     VEC sum[ROW_TILE][4];
     for (int row = 0; row < rows; row++)
         for (int vector = 0; vector < vectors; vector++) {
@@ -124,6 +158,7 @@ INLINE void weigh_bf16(const uint16_t *values, int64_t stride, int64_t tokens, f
     for (int64_t token = 0; token < tokens; token += 2) {
         const uint16_t *low = values + token * stride, *high = token + 1 < tokens ? low + stride : low; /* weighs 0 */
         __m512bh v[4];
+        if (ahead) prefetch_lines(ahead, vectors);
         if (vectors == 1) {
             __m512i a = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)low));
             __m512i b = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)high));
@@ -156,10 +191,10 @@ INLINE void columns_in_order(float *sums, int64_t head_dim) {
 }
 #endif
 
-/* Scores become weights exp(score - maximum); tokens outside [low, high) weigh 0. Returns the rescale of old sums. */
-INLINE float soften(float *scores, int64_t tokens, int64_t low, int64_t high, float scale, float softcap,
-                    float *maximum, float *sum) {
-    int64_t padded = (tokens + LANES - 1) / LANES * LANES;
+#define SOFTEN_ROWS 16 /* rows whose maxima and sums are updated together; a multiple of LANES */
+
+/* One row of scores is scaled, and -inf outside [low, high). Returns its maximum. */
+INLINE float scale_scores(float *scores, int64_t padded, int64_t low, int64_t high, float scale, float softcap) {
     VEC highest = v_set1(-INFINITY);
     if (softcap != 0.0f) {
         for (int64_t token = 0; token < padded; token += LANES) {
@@ -175,22 +210,63 @@ INLINE float soften(float *scores, int64_t tokens, int64_t low, int64_t high, fl
         v_store(scores + token, s);
         highest = v_max(highest, s);
     }
-    float block_maximum = v_highest(highest), old_maximum = *maximum;
-    float new_maximum = block_maximum > old_maximum ? block_maximum : old_maximum;
-    if (new_maximum == -INFINITY) {
-        for (int64_t token = 0; token < padded; token++) scores[token] = 0.0f;
-        return 1.0f;
-    }
+    return v_highest(highest);
+}
+
+/* Scores become weights exp(score - maximum), those of bfloat16 in its precision, two tokens an element of 32 bits, in
+ * the same memory. Returns their sum before rounding. */
+INLINE float exponentiate(float *scores, int64_t padded, float maximum, int dtype) {
     VEC total = v_set1(0.0f);
     for (int64_t token = 0; token < padded; token += LANES) {
-        VEC weight = v_exp(v_sub(v_load(scores + token), v_set1(new_maximum)));
-        v_store(scores + token, weight);
+        VEC weight = v_exp(v_sub(v_load(scores + token), v_set1(maximum)));
         total = v_add(total, weight);
+#ifdef HAVE_BF16_DOT
+        if (dtype == BFLOAT16) {
+            _mm256_storeu_si256((__m256i *)((uint16_t *)scores + token), (__m256i)_mm512_cvtneps_pbh(weight));
+            continue;
+        }
+#endif
+        v_store(scores + token, weight);
     }
-    float rescale = old_maximum == new_maximum ? 1.0f : expf(old_maximum - new_maximum);
-    *maximum = new_maximum;
-    *sum = *sum * rescale + v_sum(total);
-    return rescale;
+    return v_sum(total);
+}
+
+/* Scores of a block become weights, maxima and sums of the rows those with this block. rescale: what the sums of
+ * values up to now are to be multiplied by; lines: prefetched beside each row. */
+INLINE void soften_block(const struct attention *a, const struct block *block, const struct partial *partial,
+                         float *weights, float *rescale, int64_t rows, int dtype, struct ahead *ahead, int lines) {
+    int64_t group = a->num_heads / a->num_kv_heads, all_rows = rows * block->heads;
+    int64_t padded = (block->tokens + LANES - 1) / LANES * LANES;
+    for (int64_t first = 0; first < all_rows; first += SOFTEN_ROWS) {
+        int64_t count = all_rows - first < SOFTEN_ROWS ? all_rows - first : SOFTEN_ROWS;
+        float maximum[SOFTEN_ROWS] = {0}, sum[SOFTEN_ROWS] = {0}, shift[SOFTEN_ROWS], keep[SOFTEN_ROWS] = {0};
+        float highest[SOFTEN_ROWS] = {0};
+        memcpy(maximum, partial->maximum + first, (size_t)count * sizeof *maximum);
+        memcpy(sum, partial->sum + first, (size_t)count * sizeof *sum);
+        for (int64_t row = 0; row < count; row++) {
+            prefetch_lines(ahead, lines);
+            int64_t query = rows == group ? 0 : (first + row) % rows / group;
+            int64_t position = query - block->position; /* of the query, from the block's first token */
+            int64_t high = position + 1 < block->tokens ? position + 1 : block->tokens;
+            int64_t low = a->window ? position - a->window + 1 : 0;
+            highest[row] =
+                scale_scores(weights + (first + row) * BLOCK_TOKENS, padded, low, high, a->scale, a->softcap);
+        }
+        for (int64_t row = 0; row < SOFTEN_ROWS; row += LANES) {
+            VEC old = v_load(maximum + row), new = v_max(old, v_load(highest + row));
+            /* a row that has seen nothing yet: all its weights are exp(-inf - 0) */
+            VEC finite = v_select_less(new, v_set1(-FLT_MAX), v_set1(0.0f), new);
+            v_store(maximum + row, new);
+            v_store(shift + row, finite);
+            v_store(keep + row, v_exp(v_sub(old, finite)));
+        }
+        for (int64_t row = 0; row < count; row++)
+            sum[row] = sum[row] * keep[row] +
+                       exponentiate(weights + (first + row) * BLOCK_TOKENS, padded, shift[row], dtype);
+        memcpy(partial->maximum + first, maximum, (size_t)count * sizeof *maximum);
+        memcpy(partial->sum + first, sum, (size_t)count * sizeof *sum);
+        memcpy(rescale + first, keep, (size_t)count * sizeof *keep);
+    }
 }
 
 /* Repeat `call` over the rows of a KV head in register tiles: `row` is the first of the tile, `count` a constant. */
@@ -212,38 +288,37 @@ INLINE float soften(float *scores, int64_t tokens, int64_t low, int64_t high, fl
 
 /* weights[row][token] = query[row] . keys[token], for all rows and the tokens of a block. */
 INLINE void score_block(const struct attention *a, const struct block *block, const void *query, int64_t rows,
-                        float *weights, int64_t head_dim, int dtype) {
+                        float *weights, int64_t head_dim, int dtype, struct ahead *cursor) {
     int64_t bytes = element_bytes(dtype), tokens = block->tokens, stride = a->key_stride;
+    struct ahead ahead = *cursor; /* in registers */
     for (int64_t token = 0; token < tokens; token += SCORE_TOKENS)
-        for (int64_t kv_head = 0; kv_head < a->num_kv_heads; kv_head++) {
+        for (int64_t kv_head = 0; kv_head < block->heads; kv_head++) {
             const void *keys = (const char *)block->keys + kv_head * a->key_head_stride * bytes;
-            prefetch_head(block->keys, stride, a->key_head_stride, tokens, block->values, a->value_stride,
-                          a->value_head_stride, tokens, token + AHEAD_TOKENS, kv_head, SCORE_TOKENS, head_dim, dtype);
             float *scores = weights + kv_head * rows * BLOCK_TOKENS;
 #ifdef HAVE_BF16_DOT
             if (dtype == BFLOAT16) {
                 const uint16_t *own = (const uint16_t *)query + kv_head * rows * head_dim;
                 BY_ROW_TILE(rows, scores_bf16(own + row * head_dim, keys, stride, token, tokens - 1, head_dim,
-                                              scores + row * BLOCK_TOKENS, count))
+                                              scores + row * BLOCK_TOKENS, count, row ? NULL : &ahead))
                 continue;
             }
 #endif
             const float *own = (const float *)query + kv_head * rows * head_dim;
             BY_ROW_TILE(rows, scores_float(own + row * head_dim, keys, stride, token, tokens - 1, head_dim,
-                                           scores + row * BLOCK_TOKENS, count, dtype))
+                                           scores + row * BLOCK_TOKENS, count, dtype, row ? NULL : &ahead))
         }
+    *cursor = ahead;
 }
 
 /* sum_values = sum_values * rescale + weights . values, for all rows and the tokens of a block. */
 INLINE void weigh_block(const struct attention *a, const struct block *block, const float *rescale,
                         const float *weights, int64_t rows, float *sum_values, int64_t head_dim, int dtype) {
     int64_t bytes = element_bytes(dtype), stride = a->value_stride;
+    struct ahead ahead = ahead_of(block->values, stride, block->tokens, block->next_keys, a->key_stride,
+                                  block->next_tokens, block->heads * head_dim, a->value_head_stride == head_dim, dtype);
     for (int64_t token = 0; token < block->tokens; token += VALUE_TOKENS) {
         int64_t tokens = block->tokens - token < VALUE_TOKENS ? block->tokens - token : VALUE_TOKENS;
-        for (int64_t kv_head = 0; kv_head < a->num_kv_heads; kv_head++) {
-            prefetch_head(block->values, stride, a->value_head_stride, block->tokens, block->next_keys, a->key_stride,
-                          a->key_head_stride, block->next_tokens, token + AHEAD_TOKENS, kv_head, VALUE_TOKENS, head_dim,
-                          dtype);
+        for (int64_t kv_head = 0; kv_head < block->heads; kv_head++) {
             int64_t state = kv_head * rows;
             const char *values = (const char *)block->values + (token * stride + kv_head * a->value_head_stride) * bytes;
             for (int64_t column = 0; column < head_dim;) {
@@ -255,7 +330,8 @@ INLINE void weigh_block(const struct attention *a, const struct block *block, co
     if (dtype == BFLOAT16) {                                                                                         \
         BY_ROW_TILE(rows, weigh_bf16((const uint16_t *)values + column, stride, tokens, sums + row * head_dim,       \
                                      head_dim, scale ? scale + row : NULL,                                           \
-                                     (const uint32_t *)(own + row * BLOCK_TOKENS) + token / 2, count, vectors))      \
+                                     (const uint32_t *)(own + row * BLOCK_TOKENS) + token / 2, count, vectors,       \
+                                     row ? NULL : &ahead))                                                           \
     } else {                                                                                                         \
         WEIGH_FLOAT(vectors)                                                                                         \
     }                                                                                                                \
@@ -268,7 +344,7 @@ INLINE void weigh_block(const struct attention *a, const struct block *block, co
 #define WEIGH_FLOAT(vectors)                                                                                         \
     BY_ROW_TILE(rows, weigh_float(values + column * bytes, stride, tokens, sums + row * head_dim, head_dim,        \
                                     scale ? scale + row : NULL, own + row * BLOCK_TOKENS + token, count, vectors,    \
-                                    dtype))
+                                    dtype, row ? NULL : &ahead))
                 if (left >= 4) { WEIGH(4) }
                 else if (left >= 2) { WEIGH(2) }
                 else { WEIGH(1) }
@@ -276,6 +352,39 @@ INLINE void weigh_block(const struct attention *a, const struct block *block, co
 #undef WEIGH_FLOAT
             }
         }
+    }
+}
+
+/* `heads` KV heads from `first_head` on. query: their rows; weights, rescale: workspace. */
+INLINE void attend_heads(const struct attention *a, const struct chunk *chunk, const struct partial *partial,
+                         const void *query, float *weights, float *rescale, int64_t first_head, int64_t heads,
+                         int64_t head_dim, int dtype) {
+    int64_t rows = a->num_heads / a->num_kv_heads * chunk->query_len, bytes = element_bytes(dtype);
+    int64_t next_heads = first_head + heads, is_last = next_heads == a->num_kv_heads;
+    const char *keys = (const char *)a->keys + first_head * a->key_head_stride * bytes;
+    const char *values = (const char *)a->values + first_head * a->value_head_stride * bytes;
+    const char *next_keys = (const char *)a->keys + (is_last ? 0 : next_heads * a->key_head_stride * bytes);
+    for (int64_t start = 0; start < chunk->kv_len; start += BLOCK_TOKENS) {
+        int64_t left = chunk->kv_len - start, kv_row = chunk->kv_row + start, last = left <= BLOCK_TOKENS;
+        struct block block = {
+            .keys = keys + kv_row * a->key_stride * bytes,
+            .values = values + kv_row * a->value_stride * bytes,
+            .next_keys = !last ? keys + (kv_row + BLOCK_TOKENS) * a->key_stride * bytes
+                               : next_keys + (is_last ? chunk->after_row : chunk->kv_row) * a->key_stride * bytes,
+            .tokens = last ? left : BLOCK_TOKENS,
+            .next_tokens = !last ? left - BLOCK_TOKENS : is_last ? chunk->after_len : chunk->kv_len,
+            .heads = heads,
+            .position = chunk->kv_position + start - chunk->query_position,
+        };
+        struct ahead ahead = ahead_of(block.keys, a->key_stride, block.tokens, block.values, a->value_stride,
+                                      block.tokens, heads * head_dim, a->key_head_stride == head_dim, dtype);
+        int64_t key_bytes = block.tokens * heads * head_dim * bytes;
+        int64_t lines = (key_bytes / 8 < SOFTMAX_BYTES ? key_bytes / 8 : SOFTMAX_BYTES) / (64 * rows * heads);
+        if (lines) ahead.calls = ahead.pause = key_bytes / (64 * lines * rows * heads);
+        score_block(a, &block, query, rows, weights, head_dim, dtype, &ahead);
+        ahead.calls = INT64_MAX;
+        soften_block(a, &block, partial, weights, rescale, rows, dtype, &ahead, (int)lines);
+        weigh_block(a, &block, rescale, weights, rows, partial->sum_values, head_dim, dtype);
     }
 }
 
@@ -300,29 +409,19 @@ INLINE void attend_chunk_typed(const struct attention *a, const struct chunk *ch
         for (int64_t column = 0; column < head_dim; column += LANES)
             v_store(query + row * head_dim + column, v_load_any(a->query, source + column, dtype));
     }
-    for (int64_t start = 0; start < chunk->kv_len; start += BLOCK_TOKENS) {
-        int64_t left = chunk->kv_len - start, kv_row = chunk->kv_row + start;
-        int64_t next_row = left > BLOCK_TOKENS ? kv_row + BLOCK_TOKENS : chunk->after_row;
-        struct block block = {
-            .keys = (const char *)a->keys + kv_row * a->key_stride * bytes,
-            .values = (const char *)a->values + kv_row * a->value_stride * bytes,
-            .next_keys = (const char *)a->keys + next_row * a->key_stride * bytes,
-            .tokens = left < BLOCK_TOKENS ? left : BLOCK_TOKENS,
-            .next_tokens = left > BLOCK_TOKENS ? left - BLOCK_TOKENS : chunk->after_len,
-            .position = chunk->kv_position + start - chunk->query_position,
-        };
-        score_block(a, &block, query, rows, weights, head_dim, dtype);
-        for (int64_t row = 0; row < all_rows; row++) {
-            int64_t position = row % rows / group - block.position; /* of the query, from the block's first token */
-            int64_t high = position + 1 < block.tokens ? position + 1 : block.tokens;
-            int64_t low = a->window ? position - a->window + 1 : 0;
-            rescale[row] = soften(weights + row * BLOCK_TOKENS, block.tokens, low, high, a->scale, a->softcap,
-                                  partial->maximum + row, partial->sum + row);
+    int64_t by_row = HEADS_ROW_BYTES / (head_dim * bytes), by_sum = HEADS_SUM_BYTES / (rows * head_dim * 4);
+    int64_t most = by_row < by_sum ? by_row : by_sum;
+    int64_t parts = most < 1 ? a->num_kv_heads : (a->num_kv_heads + most - 1) / most;
+    most = (a->num_kv_heads + parts - 1) / parts; /* an odd rest would be read in pieces too small */
+    int query_bytes = 4;
 #ifdef HAVE_BF16_DOT
-            if (dtype == BFLOAT16) round_weights(weights + row * BLOCK_TOKENS, block.tokens);
+    if (dtype == BFLOAT16) query_bytes = 2;
 #endif
-        }
-        weigh_block(a, &block, rescale, weights, rows, partial->sum_values, head_dim, dtype);
+    for (int64_t head = 0; head < a->num_kv_heads; head += most) {
+        int64_t heads = a->num_kv_heads - head < most ? a->num_kv_heads - head : most, row = head * rows;
+        struct partial own = {partial->sum_values + row * head_dim, partial->maximum + row, partial->sum + row};
+        attend_heads(a, chunk, &own, (const char *)query + row * head_dim * query_bytes, weights, rescale, head, heads,
+                     head_dim, dtype);
     }
 }
 

@@ -9,7 +9,7 @@ enum activation { SILU = 0, GELU_TANH = 1 };
 
 /* KV rows of one partial result: fixed, so that a sequence's result depends on neither threads nor other sequences. */
 #define CHUNK_TOKENS 256
-#define BLOCK_TOKENS 32 /* KV rows of one step of the online softmax */
+#define BLOCK_TOKENS 64 /* KV rows of one step of the online softmax */
 
 /* One attention call. Strides are in elements; the last dimension of every tensor is contiguous. */
 struct attention {
