@@ -36,7 +36,10 @@ class _Slots:
 
 @dataclass
 class Part:
-    """Micro-batches that go through the layers together, each with its first row; half of a pass, or all of it."""
+    """Micro-batches that go through the layers together, each with its first row; half of a pass, or all of it.
+
+    Of a pass larger than the device, one of more: ``place`` says in which of two places its rows come to the device.
+    """
 
     micro_batches: list[tuple[MicroBatchShape, int]]
     start: int
@@ -45,6 +48,9 @@ class Part:
     inputs: Dependency | None = None  # q, k and v of the layer at hand
     attended: list[Dependency] = field(default_factory=list)  # what its output waits for
     busy: list[Dependency] = field(default_factory=list)  # host-bound copies that still read its q, k, v rows
+    place: int = 0
+    loaded: list[Dependency] = field(default_factory=list)  # its hidden rows are on the device
+    saved: list[Dependency] = field(default_factory=list)  # they are on the host
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,11 @@ class Policy:
     expert_batch: rows of one call of a routed expert (0: all that were sent to it). Each runs on all rows of the pass
         that chose it, whatever the micro-batches of the other modules are.
     kv_tokens: tokens the KV cache has room for (0: sequences_in_flight times the longest request).
-    weights, kv: Placement fractions. hidden: where the rows of a pass wait between modules; ``gpu`` is the compute
-        device, whichever it is.
+    weights, kv: Placement fractions. hidden: where the hidden states of a pass wait while other rows are worked on;
+        ``gpu`` is the compute device, whichever it is: with a share of it below 1, the device keeps room for that share
+        of the rows of a full pass (for two token_micro_batches at least). A pass of more rows runs each layer part by
+        part, as few parts as fit two at a time, whose rows come from the host and go back; a micro-batch is then given
+        at most the rows of one part.
     weight_bits, kv_bits: 16 keeps the model's dtype, 8 and 4 are group-wise compressed.
     cpu_attention_share: share of host-resident KV micro-batches attended in place on the CPU
         (the rest is copied to the GPU and attended there). Meaningless without a GPU.
@@ -81,13 +84,14 @@ class Policy:
             if getattr(self, name) not in (16, 8, 4):
                 raise ConfigError(f"policy {name}={getattr(self, name)!r} must be 16, 8 or 4")
 
-    def check_runnable(self, *, latents_on_cpu: bool = False) -> None:
+    def check_runnable(self, *, on_device: bool = True, latents_on_cpu: bool = False) -> None:
         """Raise UnsupportedError for what can be planned but is not run in this version.
 
         latents_on_cpu: whether the CPU would attend latent KV beside a GPU (it is compute-bound: it would never pay).
         """
         for asked, what, remedy in (
-            (self.hidden.gpu < 1, "keeps hidden states off the compute device", "set hidden.gpu to 1"),
+            (self.hidden.disk > 0, "keeps hidden states on disk", "set hidden.disk to 0"),
+            (self.hidden.gpu < 1 and not on_device, "keeps hidden states off the CPU", "set hidden.gpu to 1"),
             (self.weight_bits < 16, f"stores weights in {self.weight_bits} bits", "set weight_bits to 16"),
             (latents_on_cpu, "attends latent KV on the CPU beside a GPU", "set cpu_attention_share to 0"),
             (self.kv_bits < 16, f"stores KV cache in {self.kv_bits} bits", "set kv_bits to 16"),

@@ -7,16 +7,21 @@ weights are read as far ahead as the ring that receives them has room, also acro
 Two half-batches (the order of NEO, arXiv 2411.01142): where the CPU attends beside a device, a pass may be cut in
 two, and while the CPU attends one half, the device runs the other half's matmuls. Each half in turn goes from the
 attention of one layer to that of the next, so both use a layer's weights while they are there.
+
+A pass larger than the device can hold is cut into more parts, whose hidden states wait on the host. Part after part
+comes to one of two places on the device, goes through a layer and leaves again, while the next one comes to the other
+place; the weights of the layer stay until its last part has used them.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flexrun.attention_steps import AttentionSteps, Part
 from flexrun.core import Lane, Tier
-from flexrun.steps import STREAMING, Dependency, ModelWork, PassShape, Step, StepKind, WeightUnit
+from flexrun.steps import STREAMING, Dependency, MicroBatchShape, ModelWork, PassShape, Step, StepKind, WeightUnit
 from flexrun.streaming import WeightStream
 
 DISK_LANES = (Lane.DISK_READ, Lane.DISK_WRITE)
@@ -42,6 +47,9 @@ class Scheduler:
     kv_slots: staging slots on the device for KV that comes there to be attended.
     host_kv_slots: those on the host for KV from disk (default: as many); more of them hide how long a write takes.
     half_batches: passes of several micro-batches, some attended on the CPU beside a device, run as two halves.
+    part_tokens: rows in each of two places on a device, for all row buffers (0: room for any pass). Passes of more rows
+        than both take run in parts of at most so many, which no micro-batch exceeds; the device's ring must then hold
+        the weights of a whole layer, and the largest unit besides.
     """
 
     def __init__(
@@ -57,13 +65,18 @@ class Scheduler:
         kv_slots: int = 2,
         host_kv_slots: int | None = None,
         half_batches: bool = False,
+        part_tokens: int = 0,
     ):
         self.work, self.num_layers = work, num_layers
         self.compute_lane = compute_lane
         self.on_device = compute_lane is Lane.GPU
         self.read_embedding_rows = read_embedding_rows
         self.half_batches = half_batches and self.on_device
+        self.part_tokens = part_tokens if self.on_device else 0
+        self.part_starts: list[int] = []  # first rows of the parts of the last pass, where it ran in parts
         self._stages = _stages(units, work, num_layers)
+        self._stages_of = [[stage for stage in self._stages if stage.layer == layer] for layer in range(num_layers)]
+        self._last: Dependency | None = None  # step of a module
         self._stream = WeightStream(
             units,
             self._emit,
@@ -85,16 +98,21 @@ class Scheduler:
         self._copies_before, self._copies = self._copies, set()
         self._attention.begin()
         work, tokens = self.work, shape.tokens
-        parts = self._parts(shape)
-        self._halved = len(parts) > 1
-        self._stream.begin(shape, len(parts), 1.0 if self._halved else work.moved_share(tokens))
+        in_parts = 0 < 2 * self.part_tokens < tokens
+        parts = self._small_parts(shape) if in_parts else self._parts(shape)
+        self.part_starts = [part.start for part in parts] if in_parts else []
+        self._halved = len(parts) > 1 and not in_parts
+        self._stream.begin(shape, len(parts), 1.0 if len(parts) > 1 else work.moved_share(tokens))
         rows = ()
         if self.read_embedding_rows:
             rows = (
                 self._emit(StepKind.READ_ROWS, Lane.DISK_READ, stop=tokens, bytes=tokens * work.embedding_row_bytes),
             )
-        self._emit(StepKind.EMBED, self.compute_lane, rows, stop=tokens, bytes=tokens * work.hidden_bytes_per_token)
-        self._run_layers(parts)
+        if in_parts:
+            self._run_in_turn(parts, rows)
+        else:
+            self._embed(0, tokens, rows)
+            self._run_layers(parts)
         # The next pass overwrites the rows that the last layer's copies read, so the pass ends after them; and no
         # pass leaves rows that are on neither the device nor the disk.
         waits = [wait for part in parts for wait in part.busy]
@@ -113,17 +131,29 @@ class Scheduler:
         self._stream.load_ahead()
         return self._steps
 
+    def _embed(self, start: int, stop: int, waits: Sequence[Dependency]) -> Dependency:
+        nbytes = (stop - start) * self.work.hidden_bytes_per_token
+        return self._emit(StepKind.EMBED, self.compute_lane, waits, start=start, stop=stop, bytes=nbytes)
+
     def _parts(self, shape: PassShape) -> list[Part]:
         """The pass as a whole, or as two halves of consecutive micro-batches."""
-        starts, row = [], 0
-        for micro_batch in shape.micro_batches:
-            starts.append(row)
-            row += micro_batch.query_tokens
-        placed = list(zip(shape.micro_batches, starts))
+        placed = _placed(shape)
+        starts = [start for _, start in placed]
         cut = self._cut(shape) if self.half_batches else 0
         if not cut:
             return [Part(placed, 0, shape.tokens)]
         return [Part(placed[:cut], 0, starts[cut]), Part(placed[cut:], starts[cut], shape.tokens)]
+
+    def _small_parts(self, shape: PassShape) -> list[Part]:
+        placed, parts = _placed(shape), []
+        for count in cut_rows([micro_batch.query_tokens for micro_batch in shape.micro_batches], self.part_tokens):
+            chosen, placed = placed[:count], placed[count:]
+            start, stop = chosen[0][1], placed[0][1] if placed else shape.tokens
+            part = Part(chosen, start, stop, place=len(parts) % 2)
+            if len(parts) > 1:
+                part.busy = parts[-2].busy  # whose q, k, v rows it overwrites
+            parts.append(part)
+        return parts
 
     def _cut(self, shape: PassShape) -> int:
         """How many micro-batches make the first half; 0 where halves would not help.
@@ -169,10 +199,39 @@ class Scheduler:
             if stage.kind is StepKind.ATTENTION_INPUTS:
                 return
 
+    def _run_in_turn(self, parts: list[Part], rows: Sequence[Dependency]) -> None:
+        """One part after another through a layer, then through the next; ``rows``: what embeddings wait for."""
+        visits = [(layer, part) for layer in range(self.num_layers) for part in parts]
+        left: list[list[Dependency]] = [[], []]  # of each place: its last hidden rows are needed no more
+        for (layer, part), (next_layer, following) in zip(visits, [*visits[1:], (0, None)]):
+            if layer == 0:
+                part.loaded = [self._embed(part.start, part.stop, (*rows, *left[part.place]))]
+            loads = following is not None and next_layer > 0
+            for stage in self._stages_of[layer]:
+                if stage.kind is StepKind.ATTENTION_OUTPUT and loads and following.place != part.place:
+                    self._load(following, next_layer, left)
+                self._run_stage(part, stage)
+            where = {"layer": layer, "start": part.start, "stop": part.stop}
+            if layer == self.num_layers - 1:
+                left[part.place] = [self._emit(StepKind.KEEP_SAMPLED, self.compute_lane, **where)]
+            else:
+                nbytes = (part.stop - part.start) * self.work.hidden_bytes_per_token
+                part.saved = [self._emit(StepKind.SAVE_HIDDEN, Lane.D2H, (self._last,), bytes=nbytes, **where)]
+                left[part.place] = part.saved
+            if loads and following.place == part.place:
+                self._load(following, next_layer, left)
+
+    def _load(self, part: Part, layer: int, left: list[list[Dependency]]) -> None:
+        """Hidden rows of a part to its place, once those of another have left it."""
+        nbytes = (part.stop - part.start) * self.work.hidden_bytes_per_token
+        where = {"layer": layer, "start": part.start, "stop": part.stop, "bytes": nbytes}
+        part.loaded = [self._emit(StepKind.LOAD_HIDDEN, Lane.H2D, (*part.saved, *left[part.place]), **where)]
+
     def _run_stage(self, part: Part, stage: _Stage) -> None:
         waits: list[Dependency] = []
         if stage.kind is StepKind.ATTENTION_INPUTS:
-            waits, part.busy = part.busy, []
+            waits = [*part.busy, *part.loaded]
+            part.busy.clear()
         elif stage.kind is StepKind.ATTENTION_OUTPUT:
             if self._halved:
                 self._finish_attention(part, stage.layer)
@@ -191,6 +250,7 @@ class Scheduler:
         )
         if stage.kind is StepKind.MLP:
             self._stream.routed(stage.layer, step)
+        self._last = step
         self._stream.used(stage.layer, stage.module, step)
         if stage.kind is StepKind.ATTENTION_INPUTS:
             part.inputs = step
@@ -229,6 +289,33 @@ class Scheduler:
         waits = (*((queue[0], earlier) for queue, earlier in latest.items()), *others)
         self._steps.append(Step(kind, lane, order, self._shape.index, waits, **fields))
         return (lane, order)
+
+
+def _placed(shape: PassShape) -> list[tuple[MicroBatchShape, int]]:
+    """Micro-batches, each with its first row."""
+    rows = itertools.accumulate((micro_batch.query_tokens for micro_batch in shape.micro_batches), initial=0)
+    return list(zip(shape.micro_batches, rows))
+
+
+def cut_rows(row_counts: Sequence[int], most: int) -> list[int]:
+    """How many of consecutive micro-batches make each part of at most ``most`` rows.
+
+    As few parts as can be, but an even number of them where one can be split: the last part of a layer and the first of
+    the next then take different places, so that one comes while the other is computed.
+    """
+    parts: list[int] = []
+    rows = 0
+    for count in row_counts:
+        if parts and rows + count <= most:
+            parts[-1] += 1
+            rows += count
+        else:
+            parts.append(1)
+            rows = count
+    longest = max(range(len(parts)), key=parts.__getitem__, default=0)
+    if len(parts) % 2 and parts[longest] > 1:
+        parts[longest : longest + 1] = [parts[longest] - parts[longest] // 2, parts[longest] // 2]
+    return parts
 
 
 def _stages(units: Sequence[WeightUnit], work: ModelWork, num_layers: int) -> list[_Stage]:

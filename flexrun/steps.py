@@ -27,6 +27,9 @@ class StepKind(str, enum.Enum):
     ATTEND = "attend"
     ATTEND_FRESH = "attend_fresh"  # prompts that start in this pass, beside KV kept elsewhere: from their own k, v rows
     RETURN_ATTENDED = "return_attended"  # host -> device
+    LOAD_HIDDEN = "load_hidden"  # host -> device: hidden rows of a part of a pass that the device cannot hold whole
+    SAVE_HIDDEN = "save_hidden"  # device -> host: the same after a layer
+    KEEP_SAMPLED = "keep_sampled"  # of such a part, after the last layer, the rows that are sampled
     ATTENTION_OUTPUT = "attention_output"
     MLP = "mlp"
     EXPERTS = "experts"

@@ -6,6 +6,7 @@ once, as their threads do; a pass is emitted when the compute of the last one is
 
 from __future__ import annotations
 
+import bisect
 import random
 from collections import Counter, defaultdict, deque
 from dataclasses import dataclass
@@ -29,7 +30,17 @@ FEEDS = {  # whose rows a step needs, of its own layer
     StepKind.ATTENTION_OUTPUT: (*ATTENDS, StepKind.RETURN_ATTENDED),
     StepKind.MLP: (StepKind.ATTENTION_OUTPUT,),
     StepKind.EXPERTS: (StepKind.MLP,),
+    **dict.fromkeys((StepKind.SAVE_HIDDEN, StepKind.KEEP_SAMPLED), (StepKind.MLP, StepKind.EXPERTS)),
 }
+HIDDEN = (  # steps that read or write the hidden rows on the device
+    StepKind.EMBED,
+    StepKind.LOAD_HIDDEN,
+    StepKind.ATTENTION_INPUTS,
+    StepKind.MLP,
+    StepKind.EXPERTS,
+    StepKind.SAVE_HIDDEN,
+    StepKind.KEEP_SAMPLED,
+)
 
 
 @dataclass
@@ -139,6 +150,11 @@ class Machine:
             if step.kind is StepKind.WRITE_KV:
                 late = [other for other in self._unfinished() if self._makes_rows_of(other, step)]
                 assert not late, f"rows are written before {late} has made them"
+        if step.kind in (StepKind.EMBED, StepKind.LOAD_HIDDEN):
+            late = [
+                other for other in self._unfinished() if other.kind in HIDDEN and self._leaves_place_to(other, step)
+            ]
+            assert not late, f"{step} overwrites hidden rows that {late} still needs"
         if step.kind is StepKind.ATTENTION_INPUTS:
             late = [other for other in self._unfinished() if self._reads_rows_before(other, step)]
             assert not late, f"{step} overwrites rows that {late} still needs"
@@ -238,10 +254,21 @@ class Machine:
         makers = (StepKind.OFFLOAD_QUERY, StepKind.SAVE_KV) if self.scheduler.on_device else (StepKind.ATTEND,)
         return other.kind in makers and _same_kv(other, write)
 
-    @staticmethod
-    def _reads_rows_before(other: Step, inputs: Step) -> bool:
+    def _part_of(self, step: Step) -> int:
+        return bisect.bisect_right(self.scheduler.part_starts, step.start) - 1
+
+    def _leaves_place_to(self, other: Step, step: Step) -> bool:
+        """Whether ``other`` works on a part of this pass that was on the device where the part of ``step`` will be."""
+        if step.pass_index != other.pass_index or len(self.scheduler.part_starts) < 2:
+            return False
+        mine, others = self._part_of(step), self._part_of(other)
+        return (max(other.layer, 0), others) < (max(step.layer, 0), mine) and others % 2 == mine % 2
+
+    def _reads_rows_before(self, other: Step, inputs: Step) -> bool:
         """Whether ``other`` reads the q, k, v rows of an earlier layer or pass, which ``inputs`` overwrites."""
         reads = other.kind in (StepKind.SAVE_KV, StepKind.OFFLOAD_QUERY, *ATTENDS)
+        if reads and self._leaves_place_to(other, inputs):
+            return True
         earlier = (other.pass_index, other.layer) < (inputs.pass_index, inputs.layer)
         return reads and earlier and (_same_rows(other, inputs) or other.pass_index < inputs.pass_index)
 
@@ -249,7 +276,11 @@ class Machine:
     def _feeds(other: Step, step: Step) -> bool:
         """Whether ``step`` needs rows that ``other`` makes."""
         if step.kind is StepKind.LOGITS:
-            return other.kind in (StepKind.MLP, StepKind.EXPERTS)
+            return other.kind in (StepKind.MLP, StepKind.EXPERTS, StepKind.KEEP_SAMPLED)
+        if step.kind is StepKind.LOAD_HIDDEN:
+            return other.kind is StepKind.SAVE_HIDDEN and other.layer == step.layer - 1 and _same_rows(other, step)
+        if step.kind is StepKind.ATTENTION_INPUTS and other.kind is StepKind.LOAD_HIDDEN:
+            return other.layer == step.layer and _same_rows(other, step)
         if step.kind is StepKind.ATTENTION_INPUTS and other.kind in (StepKind.EMBED, StepKind.MLP, StepKind.EXPERTS):
             return other.layer < step.layer and _same_rows(other, step)
         kinds = FEEDS.get(step.kind, ())

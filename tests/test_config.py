@@ -60,7 +60,7 @@ def test_the_attention_share_is_a_fraction(share):
 @pytest.mark.parametrize(
     ("planned", "named"),
     [
-        ({"hidden": Placement(0.5, 0.5, 0.0)}, "hidden states"),
+        ({"hidden": Placement(0.5, 0.3, 0.2)}, "hidden states on disk"),
         ({"weight_bits": 4}, "weights in 4 bits"),
         ({"kv_bits": 8}, "KV cache in 8 bits"),
     ],
@@ -70,6 +70,13 @@ def test_what_is_planned_but_not_run_is_refused_by_name(planned, named):
     with pytest.raises(UnsupportedError, match=named) as error:
         Policy(**planned).check_runnable()
     assert error.value.hint
+
+
+def test_hidden_states_leave_a_device_and_no_cpu():
+    policy = Policy(hidden=Placement(0.5, 0.5))
+    policy.check_runnable(on_device=True)
+    with pytest.raises(UnsupportedError, match="hidden states off the CPU"):
+        policy.check_runnable(on_device=False)
 
 
 def test_bits_are_sixteen_eight_or_four():

@@ -19,7 +19,7 @@ from step_machine import (
 )
 
 from flexrun.core import Lane, Tier
-from flexrun.schedule import Scheduler
+from flexrun.schedule import Scheduler, cut_rows
 from flexrun.steps import ATTENDS, STREAMING, MicroBatchShape, ModelWork, PassShape, Step, StepKind, WeightUnit
 
 WORK = ModelWork(2, 3, 5, (7,) * 8, 11, 13, 17, 19, 23, 29.0)
@@ -54,10 +54,12 @@ def machines(draw, roomy: bool = False, halves: bool = True, choosy: bool = True
     size, count = st.one_of(st.just(0), st.integers(1, 9)), len(unit_keys(layers, groups))
     sizes = draw(st.lists(st.tuples(size, size), min_size=count, max_size=count))
     units = make_units(layers, sizes, on_device, groups)
+    part_tokens = draw(st.sampled_from([0, 8, 9])) if halves else 0  # no micro-batch has more than 8 rows
     rings = {}
     for name, (unit_bytes, layer_bytes) in zip((HOST, DEVICE), stream_sizes(units)):
         two_layers = 2 * layer_bytes + unit_bytes
-        rings[name] = two_layers if roomy else draw(st.integers(unit_bytes, max(unit_bytes, two_layers + 5)))
+        least = layer_bytes + unit_bytes if part_tokens and name == DEVICE else unit_bytes
+        rings[name] = two_layers if roomy else draw(st.integers(least, max(least, two_layers + 5)))
     share = draw(st.sampled_from([1.0, 1.0, 0.3, 0.02])) if choosy else 1.0
     scheduler = Scheduler(
         units,
@@ -70,11 +72,12 @@ def machines(draw, roomy: bool = False, halves: bool = True, choosy: bool = True
         kv_slots=draw(st.integers(1, 3)),
         host_kv_slots=draw(st.integers(1, 4)),
         half_batches=halves and draw(st.booleans()),
+        part_tokens=part_tokens,
     )
     homes = [(Tier.CPU, Lane.CPU), (Tier.CPU, Lane.CPU), (Tier.DISK, Lane.CPU)]
     if on_device:
         homes += [(Tier.GPU, Lane.GPU), (Tier.CPU, Lane.GPU), (Tier.DISK, Lane.GPU)]
-    places = draw(st.lists(st.sampled_from(homes), min_size=1, max_size=4))
+    places = draw(st.lists(st.sampled_from(homes), min_size=1, max_size=8 if part_tokens else 4))
     shapes = []
     passes = draw(st.integers(1, 5))
     for index in range(passes):
@@ -119,6 +122,14 @@ def test_any_schedule_runs_to_its_end_and_never_overwrites_what_is_needed(drawn)
     for kind, moved in ((StepKind.READ_KV, cached), (StepKind.WRITE_KV, slabs)):
         assert sum(step.kind is kind for step in steps) == scheduler.num_layers * len(moved)
     for shape in shapes:
+        moved = sum(
+            step.bytes for step in steps if step.pass_index == shape.index and step.kind is StepKind.SAVE_HIDDEN
+        )
+        loaded = sum(
+            step.bytes for step in steps if step.pass_index == shape.index and step.kind is StepKind.LOAD_HIDDEN
+        )
+        in_parts = 0 < 2 * scheduler.part_tokens < shape.tokens
+        assert moved == loaded == (in_parts and 19 * shape.tokens * (scheduler.num_layers - 1))
         for layer in range(scheduler.num_layers):
             mine = [step for step in steps if (step.pass_index, step.layer) == (shape.index, layer)]
             for kinds in (ATTENDS, *((kind,) for kind in COMPUTE_WITH_WEIGHTS[:3])):
@@ -292,6 +303,34 @@ def test_nothing_is_read_where_nothing_is_cached(on_device, lane):
     stores = stores or [step for step in steps if step.kind is StepKind.ATTEND]
     write, _ = [step for step in steps if step.kind is StepKind.WRITE_KV]
     assert (write.lane, write.order) in stores[1].depends_on
+
+
+def test_a_pass_larger_than_the_device_goes_through_it_part_by_part():
+    """One part comes while another is computed, in the other place, and weights move once."""
+    units = make_units(2, [(0, 4)] * 5, True)
+    scheduler = Scheduler(units, WORK, 2, compute_lane=Lane.GPU, host_ring_bytes=0, device_ring_bytes=12, part_tokens=5)
+    parts = tuple(MicroBatchShape(index, 2, 2, 3, Tier.GPU, Lane.GPU) for index in range(7))
+    steps = scheduler.pass_steps(PassShape(0, 14, 1, parts, False))
+    assert scheduler.part_starts == [0, 4, 8, 12]
+    assert [step.unit for step in steps if step.kind is StepKind.COPY_WEIGHTS] == [0, 1, 2, 3, 4]
+    kinds = [StepKind.EMBED, StepKind.ATTENTION_INPUTS, StepKind.LOAD_HIDDEN, StepKind.SAVE_HIDDEN]
+    found = [(step.kind, step.layer, step.start) for step in steps if step.kind in kinds]
+    embed, inputs, load, save = kinds
+    assert found == [
+        *((embed, -1, 0), (inputs, 0, 0), (save, 0, 0), (embed, -1, 4), (inputs, 0, 4), (save, 0, 4)),
+        *((embed, -1, 8), (inputs, 0, 8), (save, 0, 8), (embed, -1, 12), (inputs, 0, 12), (load, 1, 0), (save, 0, 12)),
+        *((inputs, 1, 0), (load, 1, 4), (inputs, 1, 4), (load, 1, 8), (inputs, 1, 8), (load, 1, 12), (inputs, 1, 12)),
+    ]
+    assert [(step.start, step.stop) for step in steps if step.kind is StepKind.KEEP_SAMPLED] == [
+        *((0, 4), (4, 8), (8, 12), (12, 14))
+    ]
+    small = scheduler.pass_steps(PassShape(1, 10, 1, parts[:5], False))
+    assert scheduler.part_starts == [] and load not in {step.kind for step in small}, "what fits does not leave"
+
+
+@pytest.mark.parametrize("rows, parts", [([5], [1]), ([3, 3, 3], [1, 1, 1]), ([1, 2, 3, 4, 1], [2, 1, 2])])
+def test_rows_are_cut_into_few_parts_of_whole_micro_batches(rows, parts):
+    assert cut_rows(rows, 5) == (parts if len(parts) % 2 == 0 or max(parts) == 1 else [1, 1, 1, 2])
 
 
 @pytest.mark.parametrize("turn", [1, -1])

@@ -240,7 +240,7 @@ class LLM:
         self._plan = self._settle(workload, budgets)
         layout = self._plan.layout
         on_cpu = layout.on_device and any(place.attend_lane is Lane.CPU for place in layout.micro_batches)
-        layout.policy.check_runnable(latents_on_cpu=on_cpu and self.spec.latent is not None)
+        layout.policy.check_runnable(on_device=layout.on_device, latents_on_cpu=on_cpu and self.spec.latent is not None)
         if self._packed is None:
             self._packed = open_packed(
                 self.files.reader, self.spec, self._packed_dir, name=cache_stem(self.files), progress=self._progress

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,6 +14,7 @@ from flexrun.errors import RequestError
 from flexrun.offload.kv_store import KVStore
 from flexrun.offload.sequence import Group, Sequence
 from flexrun.outputs import RequestOutput
+from flexrun.placement import part_tokens
 from flexrun.steps import MicroBatchShape, PassShape
 
 REFUSED_AT_ONCE = 256  # hand refusals on before drawing further: a pile of them must not pile up here
@@ -59,6 +60,7 @@ class Batcher:
 
     def __init__(self, policy: Policy, kv_store: KVStore, first_pass_index: int = 0):
         self._policy = policy
+        self._most_rows = part_tokens(policy) or policy.tokens_per_pass  # of one micro-batch
         self._kv = kv_store
         self._running: list[Sequence] = []
         self._waiting: deque[Sequence] = deque()
@@ -79,27 +81,30 @@ class Batcher:
     def next_pass(self) -> PassPlan | None:
         """The next pass, or None when nothing is left to run."""
         room = self._policy.tokens_per_pass
+        rows: Counter[int] = Counter()  # of each micro-batch
         parts: list[tuple[Sequence, int]] = []
         prefilling = []
         for sequence in self._running:
             if sequence.pending_tokens == 1 and sequence.output_ids:
                 parts.append((sequence, 1))
+                rows[sequence.region.micro_batch] += 1
                 room -= 1
             else:
                 prefilling.append(sequence)
         decode_tokens = len(parts)
         for sequence in prefilling:
-            room -= self._add_chunk(parts, sequence, room)
+            room -= self._add_chunk(parts, sequence, room, rows)
         while room > 0 and (sequence := self._admit()) is not None:
-            room -= self._add_chunk(parts, sequence, room)
+            room -= self._add_chunk(parts, sequence, room, rows)
         return self._plan(parts, decode_tokens) if parts else None
 
-    @staticmethod
-    def _add_chunk(parts: list, sequence: Sequence, room: int) -> int:
-        count = min(sequence.pending_tokens, room)
-        if count > 0:
+    def _add_chunk(self, parts: list, sequence: Sequence, room: int, rows: Counter[int]) -> int:
+        home = sequence.region.micro_batch
+        count = max(min(sequence.pending_tokens, room, self._most_rows - rows[home]), 0)
+        if count:
             parts.append((sequence, count))
-        return max(count, 0)
+            rows[home] += count
+        return count
 
     def _admit(self) -> Sequence | None:
         """The next waiting sequence, given cache room and a slot; None while it must wait."""

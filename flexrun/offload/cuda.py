@@ -173,6 +173,11 @@ class CudaDevice(EmulatedDevice):
     def copy(self, target: Tensor, source: Tensor) -> None:
         target.copy_(source, non_blocking=True)
 
+    def landed(self) -> None:
+        arrived = torch.cuda.Event(blocking=True)
+        arrived.record()
+        arrived.synchronize()
+
     def rows_on_host(self, *tensors: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
         """See EmulatedDevice. Down through pinned scratch memory; for the thread of one lane."""
         if self._scratch is None:
@@ -188,9 +193,7 @@ class CudaDevice(EmulatedDevice):
             ]
             for copy, tensor in zip(copies, tensors):
                 copy.copy_(tensor[rows], non_blocking=True)
-            arrived = torch.cuda.Event(blocking=True)
-            arrived.record()
-            arrived.synchronize()
+            self.landed()
             yield rows, copies
 
     def settle(self) -> None:

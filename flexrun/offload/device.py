@@ -75,6 +75,9 @@ class EmulatedDevice:
         """Copy between this device and the host on the calling thread's queue; both contiguous, of equal bytes."""
         target.copy_(source)
 
+    def landed(self) -> None:
+        """Wait, asleep, until what ``copy`` put on the calling thread's queue has arrived."""
+
     def rows_on_host(self, *tensors: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
         """(rows, those rows of each tensor where the host can read them) until all rows of the tensors were given.
 

@@ -90,9 +90,7 @@ class Engine:
                 spec, packed, placement, account, host, device, accelerator=self._accelerator, direct=direct, pack=pack
             )
             undo.callback(self.weights.close)
-            self._scheduler = build_scheduler(
-                spec, placement, account, on_device=on_device, half_batches=policy.half_batches
-            )
+            self._scheduler = build_scheduler(spec, placement, account, on_device=on_device, policy=policy)
             positions = rotary_positions(self.kv.micro_batches)
             self._rotary_bytes = align_up(rope_table_bytes(spec, positions))
             host.reserve("rotary", self._rotary_bytes)

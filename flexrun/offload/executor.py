@@ -97,10 +97,11 @@ class Executor:
     def _run(self, plan: PassPlan, consume: Callable[[int, Tensor], None]) -> None:
         with nullcontext() if self._queue is None else self._queue.active():
             self._step = None
-            self._activations.begin(plan)
+            steps = self._scheduler.pass_steps(plan.shape)
+            self._activations.begin(plan, self._scheduler.part_starts)
             self._modules.consume = consume
             compute = []
-            for step in self._scheduler.pass_steps(plan.shape):
+            for step in steps:
                 if step.lane is self._compute_lane:
                     compute.append(step)
                 else:

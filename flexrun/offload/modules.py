@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -16,17 +17,21 @@ from flexrun.models.spec import ModelSpec
 from flexrun.offload.batcher import MicroBatchRows, PassPlan
 from flexrun.offload.device import EmulatedDevice
 from flexrun.offload.kv_store import KVStore
+from flexrun.offload.pass_rows import PassRows, Places
 from flexrun.offload.sparse import SparseLayers
 from flexrun.offload.tiers import Buffer, MemoryTier
 from flexrun.offload.weight_store import TOKEN_EMBEDDING, WeightStore
-from flexrun.placement import LOGITS_ROWS, offloaded_query_bytes, workspace_bytes
+from flexrun.placement import LOGITS_ROWS, offloaded_query_bytes, part_tokens, waiting_hidden_bytes, workspace_bytes
 from flexrun.steps import Step, StepKind
 
 
 class Activations:
     """The rows of one pass, allocated once for the largest pass, and what is known of the pass at hand.
 
-    Tables of the pass (positions, rotary rows, KV rows, token ids) are on the compute device.
+    Tables of the pass (positions, rotary rows, KV rows, token ids) are on the compute device. Its rows are there as a
+    whole, or part after part: ``places`` knows where, and hidden, query, attended and new_rows are indexed with the
+    numbers that rows have in the pass. host_hidden: [tokens, hidden_size], hidden states of parts that are not there;
+    sampled: of rows that the head takes, kept of each part.
     hidden: [tokens, hidden_size]. query: [tokens, heads, head_dim]; attended: [tokens, heads, attended_head_dim].
     new_rows: what the pass adds to the cache, [tokens, heads, width] of each plane, kept only for KV that lives
     elsewhere, until a copy lane has carried it there. host_query, host_attended: host copies for attention on the CPU.
@@ -52,41 +57,51 @@ class Activations:
         memory = host if device is None else device
         self._reserved = [(memory, "workspace", workspace_bytes(spec, policy))]
         dtype, tokens, place = DTYPES[spec.dtype], policy.tokens_per_pass, accelerator.place
-        heads = (tokens, spec.num_heads, spec.head_dim)
-        attended_heads = (tokens, spec.num_heads, spec.attended_head_dim)
+        most = part_tokens(policy) if device is not None else 0
+        there, self.places = 2 * most or tokens, Places(most)
+        heads, attended_heads = (spec.num_heads, spec.head_dim), (spec.num_heads, spec.attended_head_dim)
         away = [each for each in kv.micro_batches if each.home is not self.compute_tier]
         attends_on_host = device is not None and any(each.attend_lane is Lane.CPU for each in away)
         row_bytes = weights.embedding_rows.row_bytes if weights.embedding_rows else 0
         self.embedding_rows = host.allocate("embedding_rows", tokens * row_bytes) if row_bytes else None
         for tier, kind, nbytes in self._reserved:
             tier.reserve(kind, nbytes)
-        self.hidden = torch.empty(tokens, spec.hidden_size, dtype=dtype, device=place)
-        self.query_rows = torch.empty(heads, dtype=dtype, device=place)
-        self.attended = torch.empty(attended_heads, dtype=dtype, device=place)
-        self.query = self.query_rows
-        on_device = weights.embedding.get(TOKEN_EMBEDDING, self.hidden).device == place
+
+        def rows_of(*row: int) -> PassRows:
+            return PassRows(torch.empty((there, *row), dtype=dtype, device=place), self.places)
+
+        self.hidden = rows_of(spec.hidden_size)
+        self.query_rows, self.attended = rows_of(*heads), rows_of(*attended_heads)
+        self.query: PassRows | Tensor = self.query_rows
+        self._hidden_rows: Buffer | None = None
+        if most:
+            self._hidden_rows = host.allocate("hidden", waiting_hidden_bytes(spec, policy))
+            self.host_hidden = self._hidden_rows.view(0, (tokens, spec.hidden_size), dtype)
+            self.sampled = torch.empty(policy.sequences_in_flight, spec.hidden_size, dtype=dtype, device=place)
+        on_device = weights.embedding.get(TOKEN_EMBEDDING, self.hidden.data).device == place
         self.gathers_embedding = bool(row_bytes) or not on_device
         # A copy lane may still read the query when its projection's memory is used again on another stream.
         self.copies_query = attends_on_host and accelerator.is_separate
         self.branches: dict[int, list[Tensor]] = {}  # first row -> attention branch of each chunk, until the MLP
         if away:  # rows that a copy lane carries to where the KV lives while the compute lane goes on
             planes, *row = spec.kv_planes
-            self.new_rows = [torch.empty((tokens, *row), dtype=dtype, device=place) for _ in range(planes)]
+            self.new_rows = [rows_of(*row) for _ in range(planes)]
         self.beside_kv: dict[int, Tensor] = {}
         self.host_beside_kv: dict[int, Tensor] = {}
         self._attends_on_host = attends_on_host
         self._host_rows: Buffer | None = None
         if attends_on_host:
             self._host_rows = host.allocate("offloaded_query", offloaded_query_bytes(spec, policy))
-            self.host_query = self._host_rows.view(0, heads, dtype)
-            self.host_attended = self._host_rows.view(self.host_query.nbytes, attended_heads, dtype)
+            self.host_query = self._host_rows.view(0, (tokens, *heads), dtype)
+            self.host_attended = self._host_rows.view(self.host_query.nbytes, (tokens, *attended_heads), dtype)
         self.sparse = SparseLayers(spec, policy, weights, place) if spec.experts else None
         self.plan: PassPlan | None = None
         self.rows: dict[int, MicroBatchRows] = {}
 
-    def begin(self, plan: PassPlan) -> None:
-        """Take up a pass: its rows, positions and tokens."""
+    def begin(self, plan: PassPlan, part_starts: list[int]) -> None:
+        """Take up a pass: its rows, positions and tokens. part_starts: see Scheduler."""
         self.plan = plan
+        self.places.begin(part_starts)
         self.rows = {rows.index: rows for rows in plan.micro_batches}
         positions, token_ids = torch.from_numpy(plan.positions), torch.from_numpy(plan.token_ids)
         rotary = self._rope.gather(positions, torch.from_numpy(plan.lengths))
@@ -103,6 +118,7 @@ class Activations:
         self.unique = None
         if self.gathers_embedding:
             self.unique, token_ids = torch.unique(token_ids, return_inverse=True)
+            self.host_token_ids = token_ids
         self.token_ids = upload("token ids", token_ids)
         if self._accelerator.is_separate:
             for rows in plan.micro_batches:
@@ -110,6 +126,14 @@ class Activations:
                     if (segments := getattr(rows, part)) is not None:
                         label = f"{part} {rows.index}"
                         prepare(segments, lambda name, table, label=label: upload(f"{name} {label}", table))
+
+    def token_rows(self, step: Step) -> tuple[Tensor | None, Tensor]:
+        """For a step that embeds rows out of a table that is gathered: which of ``unique`` to gather (None: all of
+        them), on the host; and for each row of the step, where in what was gathered, on the device."""
+        if not self.places.in_parts:
+            return None, self.token_ids
+        chosen, token_ids = torch.unique(self.host_token_ids[step.start : step.stop], return_inverse=True)
+        return chosen, self._accelerator.upload(f"token ids of part {self.places.part_of(step.start)}", token_ids)
 
     def keep_beside_kv(self, layer: int, weights: dict[str, Tensor]) -> None:
         """Take what the attention of a layer reads out of its weights, which stay where they are until its output."""
@@ -133,7 +157,7 @@ class Activations:
         while self._reserved:
             tier, kind, nbytes = self._reserved.pop()
             tier.release(kind, nbytes)
-        for buffer in (self._host_rows, self.embedding_rows):
+        for buffer in (self._host_rows, self._hidden_rows, self.embedding_rows):
             if buffer is not None:
                 buffer.close()
 
@@ -153,6 +177,7 @@ class Modules:
             StepKind.ATTENTION_OUTPUT: self._attention_output,
             StepKind.MLP: self._mlp,
             StepKind.EXPERTS: lambda step: activations.sparse.run(step, activations.hidden),
+            StepKind.KEEP_SAMPLED: self._keep_sampled,
             StepKind.LOGITS: self._logits,
         }
 
@@ -161,21 +186,26 @@ class Modules:
 
     def _embed(self, step: Step) -> None:
         rows, weights = self._activations, self._weights.embedding
+        token_ids = rows.token_ids[step.start : step.stop]
         if rows.unique is not None:
-            weights = {**weights, TOKEN_EMBEDDING: self._token_embedding(weights)}
+            chosen, token_ids = rows.token_rows(step)
+            weights = {**weights, TOKEN_EMBEDDING: self._token_embedding(weights, chosen)}
         for start, stop in rows.chunks(step):
-            rows.hidden[start:stop] = decoder.embed(
-                self._spec, weights, rows.token_ids[start:stop], rows.positions[start:stop]
-            )
+            ids = token_ids[start - step.start : stop - step.start]
+            rows.hidden[start:stop] = decoder.embed(self._spec, weights, ids, rows.positions[start:stop])
 
-    def _token_embedding(self, weights: dict[str, Tensor]) -> Tensor:
-        """The rows of the tokens of this pass, on the compute device, from a table on disk or on the host."""
-        rows = self._activations
+    def _token_embedding(self, weights: dict[str, Tensor], chosen: Tensor | None) -> Tensor:
+        """The rows of the tokens of this pass, on the compute device, from a table on disk or on the host.
+
+        chosen: see Activations.token_rows.
+        """
+        rows, hidden = self._activations, self._activations.hidden.data
         if rows.embedding_rows is not None:
-            table = rows.embedding_rows.view(0, (len(rows.unique), self._spec.embedding_size), rows.hidden.dtype)
+            table = rows.embedding_rows.view(0, (len(rows.unique), self._spec.embedding_size), hidden.dtype)
+            table = table if chosen is None else table.index_select(0, chosen)
         else:
-            table = weights[TOKEN_EMBEDDING].index_select(0, rows.unique)
-        return table.to(rows.hidden.device, non_blocking=True)
+            table = weights[TOKEN_EMBEDDING].index_select(0, rows.unique if chosen is None else rows.unique[chosen])
+        return table.to(hidden.device, non_blocking=True)
 
     def _attention_inputs(self, step: Step) -> None:
         activations, weights = self._activations, self._weights.unit_weights(step)
@@ -242,11 +272,21 @@ class Modules:
         for start, stop in reversed(activations.chunks(step)):  # each branch is freed as it is used
             decoder.mlp(self._spec, step.layer, weights, activations.hidden[start:stop], branches.pop())
 
+    def _keep_sampled(self, step: Step) -> None:
+        activations = self._activations
+        first, last = numpy.searchsorted(activations.plan.sampled_rows, (step.start, step.stop)).tolist()
+        rows = activations.sampled_rows[first:last] - step.start
+        activations.sampled[first:last] = activations.hidden[step.start : step.stop].index_select(0, rows)
+
     def _logits(self, step: Step) -> None:
         activations, weights = self._activations, self._weights.unit_weights(step)
         rows = activations.sampled_rows
         for start in range(0, len(rows), LOGITS_ROWS):
-            chosen = activations.hidden.index_select(0, rows[start : start + LOGITS_ROWS])
+            block = slice(start, min(start + LOGITS_ROWS, len(rows)))
+            if activations.places.in_parts:
+                chosen = activations.sampled[block]
+            else:
+                chosen = activations.hidden.data.index_select(0, rows[block])
             self.consume(start, decoder.logits(self._spec, weights, chosen))
 
 
@@ -256,8 +296,8 @@ def attend_rows(
     segments: Segments,
     slab: Tensor | list[Tensor],
     beside_kv: Tensor | None,
-    query: Tensor,
-    attended: Tensor,
+    query: PassRows | Tensor,
+    attended: PassRows | Tensor,
 ) -> None:
     """Attention of a step's rows over the planes of a slab, on their device. beside_kv: see Activations."""
     form, query = spec.attention_form(step.layer), query[step.start : step.stop]

@@ -42,6 +42,8 @@ class Transfers:
             StepKind.SAVE_KV: self._save_kv,
             StepKind.ATTEND: self._attend_on_host,
             StepKind.RETURN_ATTENDED: self._return_attended,
+            StepKind.LOAD_HIDDEN: self._load_hidden,
+            StepKind.SAVE_HIDDEN: self._save_hidden,
         }
 
     def parts(self, step: Step) -> list[Callable[[], None]]:
@@ -99,6 +101,15 @@ class Transfers:
         slab = self._kv.on_host(step.layer, rows.index, step.offset)
         beside = activations.host_beside_kv.get(step.layer)
         attend_rows(self._spec, step, rows.cached, slab, beside, activations.host_query, activations.host_attended)
+
+    def _load_hidden(self, step: Step) -> None:
+        activations, part = self._activations, slice(step.start, step.stop)
+        self._accelerator.copy(activations.hidden[part], activations.host_hidden[part])
+
+    def _save_hidden(self, step: Step) -> None:
+        activations, part = self._activations, slice(step.start, step.stop)
+        self._accelerator.copy(activations.host_hidden[part], activations.hidden[part])
+        self._accelerator.landed()
 
     def _return_attended(self, step: Step) -> None:
         activations, part = self._activations, slice(step.start, step.stop)

@@ -72,7 +72,12 @@ class MemoryAccount:
 
 def pass_row_bytes(spec: ModelSpec) -> int:
     """Activations of one token row that live through a pass: hidden state, branch, query, key, value, rotary rows."""
-    return (2 * spec.hidden_size + spec.qkv_size + spec.attended_size) * spec.dtype_bytes + spec.head_dim * 4 * 2
+    return device_row_bytes(spec) + spec.head_dim * 4 * 2
+
+
+def device_row_bytes(spec: ModelSpec) -> int:
+    """The same without the rotary rows, which are there for all rows of a pass wherever its hidden states wait."""
+    return (2 * spec.hidden_size + spec.qkv_size + spec.attended_size) * spec.dtype_bytes
 
 
 def expert_batch_rows(policy: Policy) -> int:
@@ -106,16 +111,35 @@ def workspace_bytes(spec: ModelSpec, policy: Policy) -> int:
     inside = rows * (2 * spec.hidden_size + max(spec.qkv_size, 3 * widest)) * spec.dtype_bytes
     logits_rows = min(LOGITS_ROWS, policy.sequences_in_flight)
     logits = logits_rows * (spec.vocab_size * 3 * 4 + spec.hidden_size * spec.dtype_bytes)
-    through_pass = (policy.tokens_per_pass - hidden_rows_elsewhere(policy)) * pass_row_bytes(spec)
+    elsewhere = hidden_rows_elsewhere(policy)
+    through_pass = policy.tokens_per_pass * pass_row_bytes(spec) - elsewhere * device_row_bytes(spec)
+    if elsewhere:  # rows that are sampled wait for the head
+        through_pass += policy.sequences_in_flight * spec.hidden_size * spec.dtype_bytes
     latent = LATENT_BUFFERS * LATENT_BYTES if spec.latent else 0
     routed = policy.tokens_per_pass * routed_row_bytes(spec) + expert_buffer_bytes(spec, expert_batch_rows(policy))
     return align_up(through_pass + latent + max(inside, logits) + routed)
 
 
 def hidden_rows_elsewhere(policy: Policy) -> int:
-    """Rows of a full pass that wait off the compute device, two micro-batches of them being worked on excepted."""
+    """Rows of a full pass that the compute device has no room for; there is some for two token micro-batches at least.
+
+    A pass of more rows than fit comes and goes in parts, so that all its hidden states pass through the host.
+    """
     at_work = 2 * min(policy.token_micro_batch, policy.tokens_per_pass)
-    return int((1.0 - policy.hidden.gpu) * max(policy.tokens_per_pass - at_work, 0))
+    elsewhere = int((1.0 - policy.hidden.gpu) * max(policy.tokens_per_pass - at_work, 0))
+    return elsewhere + (policy.tokens_per_pass - elsewhere) % 2 if elsewhere else 0  # two places of equal size
+
+
+def part_tokens(policy: Policy) -> int:
+    """Rows of the largest part, and of the largest micro-batch, of a pass under a policy whose hidden states may wait
+    off the compute device; 0 where every pass fits it."""
+    elsewhere = hidden_rows_elsewhere(policy)
+    return (policy.tokens_per_pass - elsewhere) // 2 if elsewhere else 0
+
+
+def waiting_hidden_bytes(spec: ModelSpec, policy: Policy) -> int:
+    """Host rows of hidden states of a pass in parts."""
+    return align_up(policy.tokens_per_pass * spec.hidden_size * spec.dtype_bytes) if part_tokens(policy) else 0
 
 
 def offloaded_query_bytes(spec: ModelSpec, policy: Policy) -> int:
@@ -131,15 +155,33 @@ def kv_bytes_per_token(spec: ModelSpec, bits: int = 16) -> int:
     return spec.num_layers * compressed_bytes(spec.kv_elements_per_token, bits)
 
 
-def ring_bytes(placement: WeightPlacement, spare: tuple[int | None, int | None] = (None, None)) -> tuple[int, int]:
+def least_ring_bytes(placement: WeightPlacement, *, in_parts: bool = False) -> tuple[int, int]:
+    """(host, device) bytes that the streaming rings must have.
+
+    The largest unit must fit. Where passes run in parts, a layer's weights stay on the device until the last part has
+    used them; the largest unit more, for what is left unused at the end of a ring.
+    """
+    host, device = placement.max_unit_stream_bytes
+    layer = placement.max_layer_stream_bytes[1]
+    return host, layer + device if in_parts and layer else device
+
+
+def ring_bytes(
+    placement: WeightPlacement, spare: tuple[int | None, int | None] = (None, None), *, in_parts: bool = False
+) -> tuple[int, int]:
     """(host, device) bytes of the streaming rings: two layers read ahead of the one in use, where ``spare`` allows.
 
-    At least the largest unit must fit; ``spare`` is what each tier has left for its ring (None: plenty).
+    ``spare`` is what each tier has left for its ring (None: plenty).
     """
     rings = []
-    for layer_bytes, unit_bytes, room in zip(placement.max_layer_stream_bytes, placement.max_unit_stream_bytes, spare):
-        wanted = max(min(3 * layer_bytes, max(8 * unit_bytes, RING_BYTES)), unit_bytes)
-        rings.append(max(min(wanted, wanted if room is None else room // PAGE_BYTES * PAGE_BYTES), unit_bytes))
+    for layer_bytes, unit_bytes, least, room in zip(
+        placement.max_layer_stream_bytes,
+        placement.max_unit_stream_bytes,
+        least_ring_bytes(placement, in_parts=in_parts),
+        spare,
+    ):
+        wanted = max(min(3 * layer_bytes, max(8 * unit_bytes, RING_BYTES)), least)
+        rings.append(max(min(wanted, wanted if room is None else room // PAGE_BYTES * PAGE_BYTES), least))
     return rings[0], rings[1]
 
 
@@ -170,9 +212,10 @@ def memory_account(
     kinds = {tier: {"weights": placement.bytes_on(tier), "kv": kv[tier]} for tier in (Tier.GPU, Tier.CPU)}
     kinds[Tier.DISK] = {"weights": placement.stored_bytes, "kv": kv[Tier.DISK]}
     kinds[Tier.GPU if on_device else Tier.CPU]["workspace"] = workspace_bytes(spec, policy)
-    if rows := hidden_rows_elsewhere(policy):
+    in_parts = bool(part_tokens(policy))
+    if in_parts:
         tier = Tier.DISK if policy.hidden.disk > policy.hidden.cpu else Tier.CPU
-        kinds[tier]["hidden"] = align_up(rows * pass_row_bytes(spec))
+        kinds[tier]["hidden"] = waiting_hidden_bytes(spec, policy)
     kinds[Tier.CPU]["rotary"] = align_up(rope_table_bytes(spec, rotary_positions(micro_batches)))
     if placement.embedding_on_disk:
         row_bytes = spec.embedding_size * spec.dtype_bytes
@@ -190,7 +233,7 @@ def memory_account(
         None if budget is None else max(budget - used[tier], 0)
         for tier, budget in ((Tier.CPU, cpu_budget_bytes), (Tier.GPU, gpu_budget_bytes))
     )
-    host_ring, device_ring = ring_bytes(placement, spare)
+    host_ring, device_ring = ring_bytes(placement, spare, in_parts=in_parts)
     device_ring = device_ring if on_device else 0
     kinds[Tier.CPU]["ring"], kinds[Tier.GPU]["ring"] = host_ring, device_ring
-    return MemoryAccount(kinds, host_ring, device_ring, ring_bytes(placement))
+    return MemoryAccount(kinds, host_ring, device_ring, ring_bytes(placement, in_parts=in_parts))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from flexrun.config import Policy
 from flexrun.core import Lane
 from flexrun.models.spec import ModelSpec
-from flexrun.placement.memory import HOST_KV_SLOTS, KV_SLOTS, MemoryAccount
+from flexrun.placement.memory import HOST_KV_SLOTS, KV_SLOTS, MemoryAccount, part_tokens
 from flexrun.placement.weights import WeightPlacement
 from flexrun.schedule import Scheduler
 from flexrun.steps import ModelWork
@@ -40,9 +41,12 @@ def build_scheduler(
     account: MemoryAccount,
     *,
     on_device: bool,
-    half_batches: bool = False,
+    policy: Policy | None = None,
 ) -> Scheduler:
-    """The scheduler of a run; the executor and the simulator build theirs here, so that both see the same steps."""
+    """The scheduler of a run; the executor and the simulator build theirs here, so that both see the same steps.
+
+    policy: of which it takes how passes are cut (None: not at all).
+    """
     return Scheduler(
         placement.units,
         model_work(spec),
@@ -53,5 +57,6 @@ def build_scheduler(
         read_embedding_rows=placement.embedding_on_disk,
         kv_slots=KV_SLOTS,
         host_kv_slots=HOST_KV_SLOTS,
-        half_batches=half_batches,
+        half_batches=policy is not None and policy.half_batches,
+        part_tokens=0 if policy is None else part_tokens(policy),
     )

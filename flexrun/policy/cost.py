@@ -7,6 +7,7 @@ MLA and routed experts, and ragged lengths.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 
@@ -17,7 +18,7 @@ from flexrun.core import Lane, Tier
 from flexrun.errors import ConfigError
 from flexrun.hardware import Hardware, LinearWork, Processor, Transfer
 from flexrun.models.spec import ModelSpec
-from flexrun.placement import LOGITS_ROWS, WeightPlacement, kv_bytes_per_token
+from flexrun.placement import LOGITS_ROWS, WeightPlacement, kv_bytes_per_token, part_tokens
 from flexrun.policy.passes import COLUMNS, Passes
 from flexrun.steps import ATTENDS, MicroBatchShape, PassShape, Step, StepKind, chosen_share, experts_moved_share
 
@@ -54,9 +55,13 @@ class StepCosts:
         self._expansion = LinearWork.of(spec.prefill_expansion_shapes)
         self._linear = lru_cache(maxsize=4096)(self._linear_seconds)
         self._compute = lru_cache(maxsize=None)(self._compute_seconds)
+        self._part = lru_cache(maxsize=4096)(self._part_seconds)
+        self._hidden_row_bytes = spec.hidden_size * spec.dtype_bytes
+        self._part_tokens = part_tokens(policy) if on_device else 0
         self._seconds = {
             StepKind.READ_ROWS: lambda step, shape: shape.tokens * ROW_READ_SECONDS,
-            StepKind.EMBED: lambda step, shape: self.embed_seconds(shape.tokens),
+            StepKind.EMBED: lambda step, shape: self.embed_seconds(step.rows),
+            StepKind.KEEP_SAMPLED: lambda step, shape: self.device.step_overhead_seconds,
             StepKind.ATTENTION_INPUTS: self._attention_inputs_step,
             StepKind.ATTEND: self._attend_step,
             StepKind.ATTEND_FRESH: self._attend_step,
@@ -271,6 +276,11 @@ class StepCosts:
             total += self._layers_seconds(half_tokens, half_decode_tokens)
         return total + self._layers_seconds(tokens - half_tokens, decode_tokens - half_decode_tokens)
 
+    def _part_seconds(self, tokens: int, decode_tokens: int) -> float:
+        """One part of a pass that runs in parts, apart from the head."""
+        layers = self._layers_seconds(tokens, decode_tokens * bool(self.spec.latent))
+        return self.embed_seconds(tokens) + layers + self.device.step_overhead_seconds
+
     def _layers_seconds(self, tokens: int, decode_tokens: int) -> float:
         spec, plain = self.spec, self._plain_share
         total = spec.num_layers * (
@@ -282,28 +292,6 @@ class StepCosts:
             if spec.is_sparse(layer):
                 total += count * self.experts_seconds(spec.experts.num_experts, tokens)
         return total
-
-    def _halves(self, passes: Passes) -> numpy.ndarray:
-        """(tokens, decoding ones) of the first half of each pass, 0 where it runs as a whole: see schedule.Scheduler.
-
-        int64 [2, passes].
-        """
-        halves = numpy.zeros((2, len(passes)), dtype=numpy.int64)
-        if not (self.policy.half_batches and self.on_device and len(passes) and len(passes.places) > 1):
-            return halves
-        on_cpu = [place.home is not Tier.GPU and place.attend_lane is Lane.CPU for place in passes.places]
-        attended = (passes.column("kv_tokens") - passes.column("fresh_tokens")) * on_cpu
-        tokens, decode, attended = (
-            numpy.cumsum(column, axis=1)
-            for column in (passes.column("query_tokens"), passes.column("decode_tokens"), attended)
-        )
-        most, total = tokens[:, -1:], numpy.maximum(attended[:, -1:], 1)
-        uneven = numpy.abs(2 * tokens / most - 1) + numpy.abs(2 * attended / total - 1)
-        uneven[(tokens == 0) | (tokens == most)] = numpy.inf
-        cut, rows = uneven.argmin(axis=1), numpy.arange(len(passes))
-        halved = (attended[:, -1] > 0) & numpy.isfinite(uneven[rows, cut])
-        halves[0], halves[1] = halved * tokens[rows, cut], halved * decode[rows, cut]
-        return halves
 
     @cached_property
     def _layer_kinds(self) -> list[tuple[int, int]]:
@@ -350,8 +338,8 @@ class StepCosts:
         )
 
     def hidden_bytes(self, tokens: int) -> int:
-        """Bytes that cross the link each way in a pass whose hidden states all wait off the device."""
-        return 2 * self.spec.num_layers * tokens * self.spec.hidden_size * self.spec.dtype_bytes
+        """Bytes that cross the link each way in a pass whose hidden states wait off the device between its layers."""
+        return (self.spec.num_layers - 1) * tokens * self._hidden_row_bytes
 
     def lane_seconds(self, shape: PassShape) -> dict[Lane, float]:
         """Seconds each lane works in one pass: the durations of all its steps, without any waiting."""
@@ -363,16 +351,20 @@ class StepCosts:
         compute = Lane.GPU if self.on_device else Lane.CPU
         tokens = passes.tokens
         decode_tokens = passes.decode_tokens if spec.latent else numpy.zeros_like(tokens)
-        halves = self._halves(passes) * (numpy.array([[1], [1 if spec.latent else 0]]))
+        halves = passes.halves(self.policy.half_batches and self.on_device) * (
+            numpy.array([[1], [1 if spec.latent else 0]])
+        )
         asked = zip(tokens.tolist(), passes.logits_rows.tolist(), decode_tokens.tolist(), *halves.tolist())
-        seconds = self._moved_weight_seconds(tokens, halves[0] > 0)
-        seconds[compute] += [self._compute(*each) for each in asked]
+        cut = passes.parts(self._part_tokens) if self._part_tokens else {}
+        seconds = self._moved_weight_seconds(tokens, (halves[0] > 0) | numpy.isin(numpy.arange(len(passes)), list(cut)))
+        seconds[compute] += [0.0 if number in cut else self._compute(*each) for number, each in enumerate(asked)]
+        for number, parts in cut.items():
+            seconds[compute][number] += self.logits_seconds(int(passes.logits_rows[number]), self._plain_share)
+            seconds[compute][number] += sum(itertools.starmap(self._part, parts))
+            for lane, (rows, _) in itertools.product((Lane.H2D, Lane.D2H), parts):
+                seconds[lane][number] += (layers - 1) * self.transfer(lane).seconds(rows * self._hidden_row_bytes)
         if self.placement.embedding_on_disk:
             seconds[Lane.DISK_READ] += tokens * ROW_READ_SECONDS
-        hidden_bytes = self.hidden_bytes(tokens) * (1.0 - self.policy.hidden.gpu)
-        if self.on_device and self.policy.hidden.gpu < 1:  # in and out of the device around both modules of each layer
-            seconds[Lane.H2D] += self.h2d.seconds(hidden_bytes)
-            seconds[Lane.D2H] += self.d2h.seconds(hidden_bytes)
         for number, place in enumerate(passes.places):
             counts = cached = passes.counts[:, number].T
             new_bytes = counts[0] * self.kv_bytes

@@ -17,6 +17,7 @@ import scipy.optimize
 from flexrun.config import Policy
 from flexrun.core import Lane, Tier
 from flexrun.hardware import Hardware
+from flexrun.placement import part_tokens
 from flexrun.policy.cost import StepCosts
 from flexrun.policy.layout import Layout
 from flexrun.policy.passes import Passes, job_passes
@@ -170,6 +171,7 @@ class _Part:
     def of(cls, workload: Workload, layout: Layout, costs: StepCosts, known: dict[tuple, Passes]) -> _Part:
         policy, places = layout.policy, layout.micro_batches
         key = (len(workload), policy.sequences_in_flight, policy.tokens_per_pass, policy.attention_micro_batch)
+        key += (part_tokens(policy),)
         key += tuple(place.capacity_tokens for place in places)
         if key not in known:
             known[key] = job_passes(workload, policy, places)
@@ -180,8 +182,7 @@ class _Part:
         """Of exactly these rows, given how long passes take, and what the start adds."""
         if not len(self.passes):  # no row fits the cache: a run refuses them all
             return Forecast(0.0, 0.0, 0.0, 0, 0, 0, dict.fromkeys(Lane, 0.0))
-        # Moving hidden states is not scheduled yet: it counts where its lane alone would take longer.
-        pass_seconds = numpy.maximum(seconds_of(self.lanes), self.lanes.max(axis=1))
+        pass_seconds = numpy.maximum(seconds_of(self.lanes), self.lanes.max(axis=1))  # no lane ends before its work
         pass_seconds[0] += start_seconds
         shares = self.passes.decode_tokens / self.passes.tokens
         decode, total = float((pass_seconds * shares).sum()), float(pass_seconds.sum())

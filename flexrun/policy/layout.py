@@ -14,7 +14,9 @@ from flexrun.placement import (
     MemoryAccount,
     WeightPlacement,
     kv_micro_batches,
+    least_ring_bytes,
     memory_account,
+    part_tokens,
     place_weights,
 )
 from flexrun.workload import Workload
@@ -79,12 +81,13 @@ class Layout:
         }
         spec = dataclasses.replace(spec, num_layers=layers, **parts)
         placement = place_weights(spec, self.policy, on_device=self.on_device)
-        account, (host_unit, device_unit) = self.account, placement.max_unit_stream_bytes
-        if host_unit > account.host_ring_bytes or (self.on_device and device_unit > account.device_ring_bytes):
+        account, in_parts = self.account, bool(part_tokens(self.policy))
+        host_least, device_least = least_ring_bytes(placement, in_parts=in_parts)
+        if host_least > account.host_ring_bytes or (self.on_device and device_least > account.device_ring_bytes):
             account = dataclasses.replace(  # other tensors may move than in the whole model
                 account,
-                host_ring_bytes=max(account.host_ring_bytes, host_unit),
-                device_ring_bytes=max(account.device_ring_bytes, device_unit),
+                host_ring_bytes=max(account.host_ring_bytes, host_least),
+                device_ring_bytes=max(account.device_ring_bytes, device_least),
             )
         return dataclasses.replace(self, spec=spec, placement=placement, account=account)
 

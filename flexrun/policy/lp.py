@@ -7,6 +7,7 @@ fractions; the peak of each tier stays under its budget; the sum of count_k * T_
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,9 +23,9 @@ from flexrun.placement import (
     HOST_KV_SLOTS,
     KV_SLOTS,
     WeightPlacement,
+    device_row_bytes,
     kv_bytes_per_token,
     offloaded_query_bytes,
-    pass_row_bytes,
     workspace_bytes,
 )
 from flexrun.policy.cost import PAGE_WRITE_SECONDS, StepCosts
@@ -141,8 +142,10 @@ class _Program:
         kv_bytes = kv_room_tokens * kv_bytes_per_token(spec, policy.kv_bits)
         host_ring, device_ring = streamed.max_unit_stream_bytes  # what a ring must have; it is given more if there is
         slot = kv_bytes / (max(self.micro_batches, 1) * spec.num_layers)
-        rows = policy.tokens_per_pass * pass_row_bytes(spec)
-        fixed_work = max(workspace_bytes(spec, policy) - rows, 0)
+        at_work = 2 * min(policy.token_micro_batch, policy.tokens_per_pass)
+        rows = (policy.tokens_per_pass - at_work) * device_row_bytes(spec)  # that may wait elsewhere
+        waiting = policy.tokens_per_pass * spec.hidden_size * spec.dtype_bytes
+        fixed_work = max(workspace_bytes(spec, dataclasses.replace(policy, hidden=Placement(1.0, 0.0))) - rows, 0)
         host_kv = kv["cpu_to_gpu"] + kv["cpu_on_cpu"]
         disk_kv = kv["disk_to_gpu"] + kv["disk_on_cpu"]
         host = weight_bytes * weights["cpu"] + kv_bytes * host_kv + host_ring * weights["disk"]
@@ -152,7 +155,7 @@ class _Program:
             device = weight_bytes * weights["gpu"] + kv_bytes * kv["gpu"] + device_ring * streams + fixed_work
             device += KV_SLOTS * slot * (kv["cpu_to_gpu"] + kv["disk_to_gpu"]) + rows * self.hidden["gpu"]
             self._limit(Tier.GPU, device)
-            host += rows * self.hidden["cpu"] + offloaded_query_bytes(spec, policy) * kv["cpu_on_cpu"]
+            host += waiting * self.hidden["cpu"] + offloaded_query_bytes(spec, policy) * kv["cpu_on_cpu"]
         else:
             host += fixed_work + rows
         self._limit(Tier.CPU, host)

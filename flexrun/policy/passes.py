@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy
 
 from flexrun.config import Policy
-from flexrun.placement import KVMicroBatch
+from flexrun.core import Lane, Tier
+from flexrun.placement import KVMicroBatch, part_tokens
+from flexrun.schedule import cut_rows
 from flexrun.steps import MicroBatchShape, PassShape
 from flexrun.workload import Workload
 
@@ -64,6 +67,38 @@ class Passes:
         """int64 [passes, micro-batches]."""
         return self.counts[:, :, COLUMNS.index(name)]
 
+    def parts(self, part_tokens: int) -> dict[int, list[tuple[int, int]]]:
+        """Of the passes that run in parts, by their numbers: (tokens, decoding ones) of each part; see Scheduler."""
+        cut = {}
+        for number in numpy.flatnonzero(self.tokens > 2 * part_tokens).tolist():
+            rows = [(tokens, decode) for tokens, _, _, decode, *_ in self.counts[number].tolist() if tokens]
+            counts = iter(rows)
+            taken = [list(islice(counts, count)) for count in cut_rows([tokens for tokens, _ in rows], part_tokens)]
+            cut[number] = [tuple(map(sum, zip(*part))) for part in taken]
+        return cut
+
+    def halves(self, asked: bool) -> numpy.ndarray:
+        """(tokens, decoding ones) of the first half of each pass, 0 where it runs as a whole: see schedule.Scheduler.
+
+        int64 [2, passes]. asked: whether passes are halved at all.
+        """
+        halves = numpy.zeros((2, len(self)), dtype=numpy.int64)
+        if not (asked and len(self) and len(self.places) > 1):
+            return halves
+        on_cpu = [place.home is not Tier.GPU and place.attend_lane is Lane.CPU for place in self.places]
+        attended = (self.column("kv_tokens") - self.column("fresh_tokens")) * on_cpu
+        tokens, decode, attended = (
+            numpy.cumsum(column, axis=1)
+            for column in (self.column("query_tokens"), self.column("decode_tokens"), attended)
+        )
+        most, total = tokens[:, -1:], numpy.maximum(attended[:, -1:], 1)
+        uneven = numpy.abs(2 * tokens / most - 1) + numpy.abs(2 * attended / total - 1)
+        uneven[(tokens == 0) | (tokens == most)] = numpy.inf
+        cut, rows = uneven.argmin(axis=1), numpy.arange(len(self))
+        halved = (attended[:, -1] > 0) & numpy.isfinite(uneven[rows, cut])
+        halves[0], halves[1] = halved * tokens[rows, cut], halved * decode[rows, cut]
+        return halves
+
     @property
     def tokens(self) -> numpy.ndarray:
         """int64 [passes]."""
@@ -112,6 +147,7 @@ class _Job:
 
     def __init__(self, workload: Workload, policy: Policy, micro_batches: Sequence[KVMicroBatch]):
         self.policy, self.places = policy, micro_batches
+        self.most_rows = part_tokens(policy) or policy.tokens_per_pass  # of one micro-batch in a pass
         fits = workload.kv_tokens <= max(place.capacity_tokens for place in micro_batches)
         self.rows = list(zip(workload.prompt_tokens[fits].tolist(), workload.max_tokens[fits].tolist()))
         self.next_row = self.in_flight = 0
@@ -148,7 +184,7 @@ class _Job:
             prompt = under_way.popleft() if under_way else self._admit()
             if prompt is None:
                 break
-            count = max(min(prompt.tokens - prompt.cached, room), 0)
+            count = max(min(prompt.tokens - prompt.cached, room, self.most_rows - query[prompt.home]), 0)
             if count:
                 room -= count
                 home, seen = prompt.home, prompt.cached + count

@@ -66,7 +66,7 @@ class _Clock:
             layout.placement,
             layout.account,
             on_device=layout.on_device,
-            half_batches=layout.policy.half_batches,
+            policy=layout.policy,
         )
         self._compute = LANES.index(self._scheduler.compute_lane)
         self._names = _contention_names(costs, self._scheduler.compute_lane)

@@ -15,10 +15,12 @@ from flexrun.placement import (
     HOST_KV_SLOTS,
     KV_SLOTS,
     compressed_bytes,
+    device_row_bytes,
     kv_bytes_per_token,
     kv_micro_batches,
     memory_account,
     offloaded_query_bytes,
+    part_tokens,
     pass_row_bytes,
     place_weights,
     workspace_bytes,
@@ -132,17 +134,31 @@ def test_hidden_rows_wait_elsewhere_but_for_those_at_work():
     assert hidden_rows_elsewhere(away) == 600  # three quarters of what is left of 1000 rows beside 2 x 100
     assert hidden_rows_elsewhere(dataclasses.replace(away, tokens_per_pass=150)) == 0
     saved = workspace_bytes(SPEC, POLICY) - workspace_bytes(SPEC, away)
-    assert saved == pytest.approx(600 * pass_row_bytes(SPEC), abs=PAGE_BYTES)
+    sampled = POLICY.sequences_in_flight * SPEC.hidden_size * SPEC.dtype_bytes
+    assert saved == pytest.approx(600 * device_row_bytes(SPEC) - sampled, abs=PAGE_BYTES)
+    assert (part_tokens(POLICY), part_tokens(away)) == (0, 200)
+    assert part_tokens(dataclasses.replace(away, tokens_per_pass=1001)) == 200, "two places of equal size"
 
 
 @pytest.mark.parametrize("hidden, tier", [(Placement(0.25, 0.75), Tier.CPU), (Placement(0.2, 0.3, 0.5), Tier.DISK)])
 def test_what_hidden_rows_leave_on_the_device_they_take_elsewhere(hidden, tier):
     here, away = account(POLICY, True), account(dataclasses.replace(POLICY, hidden=hidden), True)
-    rows = hidden_rows_elsewhere(dataclasses.replace(POLICY, hidden=hidden))
-    assert away.bytes_by_kind[tier]["hidden"] == align_up(rows * pass_row_bytes(SPEC))
-    freed = here.bytes_by_kind[Tier.GPU]["workspace"] - away.bytes_by_kind[Tier.GPU]["workspace"]
-    assert freed == pytest.approx(rows * pass_row_bytes(SPEC), abs=PAGE_BYTES)
+    assert away.bytes_by_kind[tier]["hidden"] == align_up(1000 * SPEC.hidden_size * SPEC.dtype_bytes)
+    assert away.bytes_by_kind[Tier.GPU]["workspace"] < here.bytes_by_kind[Tier.GPU]["workspace"]
     assert sum("hidden" in kinds for kinds in away.bytes_by_kind.values()) == 1
+
+
+def test_the_ring_of_passes_in_parts_holds_a_whole_layer():
+    """Its units stay until the last part has used them."""
+    policy = dataclasses.replace(POLICY, hidden=Placement(0.0, 1.0))
+    placed = place_weights(SPEC, policy, on_device=True)
+    sizes = {}
+    for each in (POLICY, policy):
+        sizes[each] = memory_account(
+            SPEC, each, placed, KV_TOKENS, on_device=True, gpu_budget_bytes=1, cpu_budget_bytes=1
+        ).device_ring_bytes
+    unit, layer = placed.max_unit_stream_bytes[1], placed.max_layer_stream_bytes[1]
+    assert (sizes[POLICY], sizes[policy]) == (unit, unit + layer)
 
 
 # Workspace ---------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from flexrun.config import Placement, Policy
 from flexrun.core import Lane, Tier
 from flexrun.hardware import Hardware, LinearWork
 from flexrun.models.spec import ModelSpec
-from flexrun.placement import build_scheduler
+from flexrun.placement import build_scheduler, part_tokens
 from flexrun.policy.cost import PAGE_WRITE_SECONDS, StepCosts
 from flexrun.policy.layout import Budgets, Layout
 from flexrun.policy.passes import job_passes
@@ -33,15 +33,14 @@ def costs_of(layout: Layout, machine: Hardware) -> StepCosts:
     return StepCosts(layout.spec, layout.policy, layout.placement, machine, on_device=layout.on_device)
 
 
+IN_PARTS = dataclasses.replace(POLICY, hidden=Placement(0.0, 1.0), token_micro_batch=32, half_batches=True)
+
+
 def alone(costs: StepCosts, layout: Layout, shape: PassShape) -> tuple[list[Step], PassShape]:
     """The steps of a pass that is the whole run, so that all it loads is its own."""
     shape = dataclasses.replace(shape, index=0, more=False)
     scheduler = build_scheduler(
-        layout.spec,
-        layout.placement,
-        layout.account,
-        on_device=layout.on_device,
-        half_batches=layout.policy.half_batches,
+        layout.spec, layout.placement, layout.account, on_device=layout.on_device, policy=layout.policy
     )
     return scheduler.pass_steps(shape), shape
 
@@ -65,8 +64,11 @@ MODELS = ("llama", "gqa", "window", "windows", "mixtral", "deepseek")
 def test_the_seconds_of_a_lane_are_those_of_its_steps(name, machine, on_device):
     """Approximate only where it is said to be: on the CPU, streamed and resident weights are averaged over a model."""
     spec = planned(name)
-    for weights, kv, share in ON_DEVICE if on_device else ON_CPU:
-        policy = dataclasses.replace(POLICY, weights=weights, kv=kv, cpu_attention_share=share)
+    places = ON_DEVICE if on_device else ON_CPU
+    cases = [(*case, POLICY) for case in places]
+    cases += [(*case, IN_PARTS) for case in places[:5] if on_device and spec.experts is None]  # not run with them
+    for weights, kv, share, base in cases:
+        policy = dataclasses.replace(base, weights=weights, kv=kv, cpu_attention_share=share)
         layout = layout_of(spec, policy, on_device)
         costs = costs_of(layout, machine)
         averaged = not on_device and weights is not RAM
@@ -277,11 +279,15 @@ def test_an_emulated_device_computes_and_copies_with_the_host():
     assert (real.device, real.h2d, real.d2h) == (T4.gpu, T4.h2d, T4.d2h)
 
 
-def test_hidden_states_off_the_device_cross_the_link_both_ways():
+def test_hidden_states_of_a_pass_larger_than_the_device_cross_the_link_both_ways():
     spec = planned("llama")
-    away = dataclasses.replace(POLICY, hidden=Placement(0.5, 0.5))
-    plain = costs_of(layout_of(spec, POLICY, True), T4).lane_seconds(decoding(8, 10))
-    moved = costs_of(layout_of(spec, away, True), T4).lane_seconds(decoding(8, 10))
-    crossing = 2 * spec.num_layers * 8 * spec.hidden_size * spec.dtype_bytes // 2
-    for lane, link in ((Lane.H2D, T4.h2d), (Lane.D2H, T4.d2h)):
-        assert moved[lane] - plain[lane] == pytest.approx(link.seconds(crossing))
+    assert part_tokens(IN_PARTS) == 32
+    layouts = [layout_of(spec, policy, True) for policy in (POLICY, IN_PARTS)]
+    micro_batches = tuple(MicroBatchShape(index, 30, 30, 465, Tier.GPU, Lane.GPU) for index in range(4))
+    small, large = decoding(8, 10), PassShape(0, 120, 4, micro_batches, True)
+    for shape, parts in ((small, 0), (large, 4)):
+        plain, moved = (costs_of(layout, T4).lane_seconds(shape) for layout in layouts)
+        nbytes = shape.tokens * spec.hidden_size * spec.dtype_bytes
+        for lane, link in ((Lane.H2D, T4.h2d), (Lane.D2H, T4.d2h)):
+            crossing = parts and (spec.num_layers - 1) * (parts * link.seconds(0) + nbytes / link.bytes_per_second)
+            assert moved[lane] - plain[lane] == pytest.approx(crossing)

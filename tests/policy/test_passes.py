@@ -73,6 +73,8 @@ def policies(draw, on_device: bool) -> Policy:
         sequences_in_flight=draw(st.integers(1, 9)),
         tokens_per_pass=draw(st.integers(1, 60)),
         attention_micro_batch=draw(st.integers(1, 5)),
+        token_micro_batch=draw(st.integers(1, 8)),
+        hidden=draw(st.sampled_from([Placement(1.0, 0.0), Placement(0.25, 0.75), Placement(0.0, 1.0)])),
         kv=Placement(gpu, 1 - gpu, 0.0),
         cpu_attention_share=draw(st.sampled_from([0.0, 0.5, 1.0])),
     )

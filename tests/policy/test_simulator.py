@@ -190,9 +190,8 @@ def test_both_ways_of_the_link_share_it(timed):
 
 
 def scheduler_of(layout: Layout) -> Scheduler:
-    halves = layout.policy.half_batches
     return build_scheduler(
-        layout.spec, layout.placement, layout.account, on_device=layout.on_device, half_batches=halves
+        layout.spec, layout.placement, layout.account, on_device=layout.on_device, policy=layout.policy
     )
 
 
