@@ -268,27 +268,32 @@ class Scheduler:
             self._attention.attend_staged(part, layer, micro_batch, start)
 
     def _emit(self, kind: StepKind, lane: Lane, depends_on: Sequence[Dependency] = (), **fields) -> Dependency:
-        """Of what the step waits for on one queue, the latest stands for all: weights on their way to the device are a
+        if len(depends_on) == 1 and depends_on[0][0] is not lane:
+            waits = (depends_on[0],)
+        else:
+            waits = self._latest(depends_on, lane, kind in STREAMING)
+        order = self._orders[lane]
+        self._orders[lane] = order + 1
+        if kind is StepKind.COPY_WEIGHTS:
+            self._copies.add(order)
+        self._steps.append(Step(kind, lane, order, self._shape.index, waits, **fields))
+        return (lane, order)
+
+    def _latest(self, depends_on: Sequence[Dependency], lane: Lane, streams: bool) -> tuple[Dependency, ...]:
+        """Of what a step waits for on one queue, the latest stands for all: weights on their way to the device are a
         queue of their own beside the rows."""
         latest: dict[tuple[Lane, bool], int] = {}
         others: list[Dependency] = []
-        streams = kind in STREAMING
         for dependency in depends_on:
             dependency_lane, earlier = dependency
             if dependency_lane in DISK_LANES:  # where several threads may end a later step first
                 others.append(dependency)
                 continue
             is_copy = dependency_lane is Lane.H2D and (earlier in self._copies or earlier in self._copies_before)
-            if dependency_lane is not lane or is_copy != streams:  # a queue keeps its own order
+            if dependency_lane is not lane or is_copy is not streams:  # a queue keeps its own order
                 queue = (dependency_lane, is_copy)
                 latest[queue] = max(earlier, latest.get(queue, -1))
-        order = self._orders[lane]
-        self._orders[lane] = order + 1
-        if kind is StepKind.COPY_WEIGHTS:
-            self._copies.add(order)
-        waits = (*((queue[0], earlier) for queue, earlier in latest.items()), *others)
-        self._steps.append(Step(kind, lane, order, self._shape.index, waits, **fields))
-        return (lane, order)
+        return (*((queue[0], earlier) for queue, earlier in latest.items()), *others)
 
 
 def _placed(shape: PassShape) -> list[tuple[MicroBatchShape, int]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 from flexrun.core import Lane, Tier
@@ -151,7 +152,7 @@ class MicroBatchShape:
     fresh_tokens: int = 0
     fresh_pairs: int = 0
 
-    @property
+    @cached_property
     def cached(self) -> MicroBatchShape:
         """The same without its fresh rows."""
         if not self.fresh_tokens:

@@ -7,7 +7,9 @@ account, and scored by the simulated job; the winner is improved by small moves 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -79,7 +81,20 @@ def search(
     unknown = set(fixed or {}) - {each.name for each in dataclasses.fields(Policy)}
     if unknown:
         raise ConfigError(f"unknown policy field {sorted(unknown)[0]!r}", "see flexrun.Policy")
-    return _Search(spec, hardware, workload, budgets, dict(fixed or {}), features).run()
+    with _without_collector():
+        return _Search(spec, hardware, workload, budgets, dict(fixed or {}), features).run()
+
+
+@contextlib.contextmanager
+def _without_collector() -> Iterator[None]:
+    """Simulated steps are no cycles, but so many that looking for some takes a quarter of a search's time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class _Search:
