@@ -44,7 +44,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     policy.add_argument(
         "--all-features",
         action="store_true",
-        help="also plan what this version does not run yet (hidden states off the GPU)",
+        help="also plan passes larger than the GPU, whose hidden states wait in RAM (seldom faster, a longer search)",
     )
 
     output = parser.add_argument_group("output")
