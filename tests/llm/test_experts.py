@@ -1,4 +1,4 @@
-"""Mixtures of experts behind LLM: on three tiers same tokens, and lanes move no expert in vain."""
+"""Mixtures of experts behind LLM: the same tokens with experts on three tiers, and no expert moved in vain."""
 
 from __future__ import annotations
 
