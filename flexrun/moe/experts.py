@@ -62,15 +62,10 @@ def _run_one(spec, weights, expert, assignment, normed, routed, buffers) -> None
     for start, stop in chunks(assignment.starts[expert], assignment.starts[expert + 1], buffers.rows):
         rows, count = assignment.rows[start:stop], stop - start
         inputs = torch.index_select(normed, 0, rows, out=buffers.inputs[:count])
-        inner = _linear(inputs, gate_up, gate_up_bias, buffers.gate_up[:count])
+        inner = ops.linear(inputs, gate_up, gate_up_bias, buffers.gate_up[:count])
         inner = gate(spec, inner, out=buffers.inner[:count])
-        results = _linear(inner, down, down_bias, buffers.results[:count])
+        results = ops.linear(inner, down, down_bias, buffers.results[:count])
         add_weighted(routed, rows, assignment.weights[start:stop], results)
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """The product of a packed matrix comes in memory of its own."""
-    return ops.linear(x, weight, bias, None if weight.is_mkldnn else out)
 
 
 def gate(spec: ModelSpec, gate_up: Tensor, out: Tensor | None = None) -> Tensor:

@@ -76,14 +76,25 @@ def test_activations(kind):
     close(alone, exact(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("bias", [None, normal(7, seed=2)])
-def test_linear(bias):
-    x, weight = normal(5, 11), normal(7, 11, seed=1)
+def test_linear(bias, dtype):
+    x, weight = normal(5, 11, dtype=dtype), normal(7, 11, seed=1, dtype=dtype)
+    bias = None if bias is None else bias.to(dtype)
     expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
-    out = torch.empty(5, 7)
     close(ops.linear(x, weight, bias), expected)
-    assert ops.linear(x, weight, bias, out) is out
-    close(out, expected)
+    close(ops.linear(x, weight, bias, torch.empty(5, 7, dtype=dtype)), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_matrix_multiplies_any_number_of_rows(dtype):
+    if not ops.can_pack(dtype):
+        pytest.skip(f"this CPU packs no {dtype} matrices")
+    weight = normal(131, 100, dtype=dtype, seed=1) / 8
+    packed, x = ops.pack_matrix(weight.clone()), normal(70, 100, dtype=dtype)
+    expected = x.double() @ weight.double().T
+    for rows in (0, 1, 2, 3, 16, 70):
+        close(ops.linear(x[:rows], packed), expected[:rows])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
