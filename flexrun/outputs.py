@@ -12,7 +12,8 @@ from flexrun.errors import RequestError
 class Request:
     """One request, given as ``token_ids``, ``prompt`` or ``messages``; where ids come with a text, the ids count.
 
-    params: the request's SamplingParams; None takes the engine's defaults.
+    params: the request's SamplingParams; None takes the engine's defaults. score_start: first prompt token whose
+    log-probability is wanted where not all are (from 1; None: what params say).
     """
 
     request_id: str
@@ -20,6 +21,7 @@ class Request:
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
     params: Any = None
+    score_start: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +50,27 @@ class CompletionOutput:
     stop_reason: str | int | None = None
 
 
+@dataclass(frozen=True)
+class Score:
+    """How likely a text is, given what comes before it.
+
+    logprob: natural-log probability of all its tokens; nan where ``error`` is set. is_greedy: whether each was the
+    likeliest at its place. token_logprobs: of each of token_ids.
+    """
+
+    logprob: float
+    is_greedy: bool
+    token_ids: list[int]
+    token_logprobs: list[float]
+    error: RequestError | None = None
+
+
 @dataclass
 class RequestOutput:
     """All continuations of one request. ``error`` is set, and ``outputs`` empty, where the request was refused.
 
-    prompt_logprobs: one {token id: Logprob} a prompt token (None for the first), None if not asked.
+    prompt_logprobs: one {token id: Logprob} a prompt token (None for the first, and for those not scored), None if not
+    asked.
     """
 
     request_id: str

@@ -13,14 +13,28 @@ class Workload:
     """One row a sequence (a request with n choices is n rows).
 
     prompt_tokens, max_tokens: int64 [rows]; max_tokens is the most a sequence may generate.
+    scored_tokens: int64 [rows], prompt tokens whose log-probabilities are wanted, each a row of the head besides those
+    that are sampled; default: none.
     """
 
     prompt_tokens: numpy.ndarray
     max_tokens: numpy.ndarray
+    scored_tokens: numpy.ndarray | None = None
+
+    def __post_init__(self):
+        if self.scored_tokens is None:
+            object.__setattr__(self, "scored_tokens", numpy.zeros_like(self.prompt_tokens))
 
     @classmethod
-    def of(cls, prompt_tokens: Iterable[int], max_tokens: Iterable[int]) -> Workload:
-        return cls(numpy.fromiter(prompt_tokens, dtype=numpy.int64), numpy.fromiter(max_tokens, dtype=numpy.int64))
+    def of(
+        cls, prompt_tokens: Iterable[int], max_tokens: Iterable[int], scored_tokens: Iterable[int] | None = None
+    ) -> Workload:
+        """The rows that sequences run. One with 0 max_tokens is only scored: its last token is not run, and its last
+        scored one takes the row that others are sampled from."""
+        prompt, most = (numpy.fromiter(column, dtype=numpy.int64) for column in (prompt_tokens, max_tokens))
+        scored = numpy.zeros_like(prompt) if scored_tokens is None else numpy.fromiter(scored_tokens, numpy.int64)
+        only = (most == 0).astype(numpy.int64)
+        return cls(numpy.maximum(prompt - only, 1), most + only, numpy.maximum(scored - only, 0))
 
     @classmethod
     def uniform(cls, sequences: int, prompt_tokens: int, max_tokens: int) -> Workload:
@@ -29,6 +43,10 @@ class Workload:
             numpy.full(sequences, prompt_tokens, dtype=numpy.int64),
             numpy.full(sequences, max_tokens, dtype=numpy.int64),
         )
+
+    def rows(self, numbers: numpy.ndarray) -> Workload:
+        """Those rows alone, in that order."""
+        return Workload(self.prompt_tokens[numbers], self.max_tokens[numbers], self.scored_tokens[numbers])
 
     def __len__(self) -> int:
         return len(self.prompt_tokens)

@@ -1,6 +1,6 @@
 """Knows every line of a job by a few bytes each: validates the whole file in one pass, then finds any line again.
 
-A good line costs 56 bytes of memory however long its prompt is; the prompt itself is read again when its turn comes.
+A good line costs 57 bytes of memory however long its prompt is; the prompt itself is read again when its turn comes.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class JobIndex:
     """The good lines of one file as rows of compact arrays. Made by ``index_job``.
 
     lines: int64 [rows], 1-based line numbers. prompt_tokens, choices, answer_tokens: int64 [rows], the last the most
-    tokens that one of the line's choices may generate. input_sha256: of the whole (unpacked) file.
-    error_count: lines refused.
+    tokens that one of the line's choices may generate. scored: bool [rows], whether the prompt is scored.
+    input_sha256: of the whole (unpacked) file. error_count: lines refused.
     """
 
     def __init__(self, source: BinaryIO, encoder: PromptEncoder, defaults: SamplingParams):
@@ -68,6 +68,7 @@ class JobIndex:
         self._offsets, self._lines = array("q"), array("q")
         self._prompt_tokens = array("q")  # 0 for a refused line
         self._answer_tokens, self._choices = array("q"), array("q")
+        self._scored = bytearray()
         self._digests = bytearray()
         self._errors = tempfile.SpooledTemporaryFile(_ERROR_SPOOL_BYTES, mode="w+", encoding="utf-8")  # noqa: SIM115
         self._unread_keys: dict[str, int] = {}  # first line of each
@@ -91,7 +92,9 @@ class JobIndex:
     def workload(self, rows: np.ndarray) -> Workload:
         """What the engine sizes itself by to run ``rows``."""
         choices = self.choices[rows]
-        return Workload(np.repeat(self.prompt_tokens[rows], choices), np.repeat(self.answer_tokens[rows], choices))
+        scored = np.where(self.scored[rows], self.prompt_tokens[rows] - 1, 0)
+        columns = (self.prompt_tokens[rows], self.answer_tokens[rows], scored)
+        return Workload.of(*(np.repeat(column, choices) for column in columns))
 
     def load(self, rows: Sequence[int]) -> list[tuple[PromptLine, list[int]]]:
         """Each row's line and its prompt's token ids, read again from the file.
@@ -140,13 +143,21 @@ class JobIndex:
         )
 
     def _add(
-        self, offset: int, line: int, custom_id: str, prompt_tokens: int = 0, answer_tokens: int = 0, choices: int = 0
+        self,
+        offset: int,
+        line: int,
+        custom_id: str,
+        prompt_tokens: int = 0,
+        answer_tokens: int = 0,
+        choices: int = 0,
+        scored: bool = False,
     ) -> None:
         self._offsets.append(offset)
         self._lines.append(line)
         self._prompt_tokens.append(prompt_tokens)
         self._answer_tokens.append(answer_tokens)
         self._choices.append(choices)
+        self._scored.append(scored)
         self._digests += _digest(custom_id)
 
     def _refuse(self, error: LineError) -> None:
@@ -166,6 +177,7 @@ class JobIndex:
         lines, offsets, prompt_tokens, answer_tokens, choices = (
             np.frombuffer(column, dtype=np.int64)[in_file_order] for column in columns
         )
+        scored = np.frombuffer(self._scored, dtype=bool)[in_file_order]
         digests = np.frombuffer(self._digests, dtype=np.uint64).reshape(-1, 2)[in_file_order]
         first = first_equal(digests)
         duplicate = (first != np.arange(len(first))) & (prompt_tokens > 0)
@@ -177,7 +189,9 @@ class JobIndex:
         good = (prompt_tokens > 0) & ~duplicate
         self.lines, self.offsets, self.digests = lines[good], offsets[good], digests[good]
         self.prompt_tokens, self.answer_tokens, self.choices = prompt_tokens[good], answer_tokens[good], choices[good]
+        self.scored = scored[good]
         del self._offsets, self._lines, self._prompt_tokens, self._answer_tokens, self._choices, self._digests
+        del self._scored
 
 
 def index_job(
@@ -231,8 +245,10 @@ def _add_batch(index: JobIndex, batch: list[tuple[int, PromptLine]]) -> None:
             index._refuse(LineError.of(prompt.line, prompt.custom_id, token_ids))
             continue
         room = encoder.max_model_len - len(token_ids)
-        answer_tokens = min(prompt.params.max_tokens or room, room)
-        index._add(offset, prompt.line, prompt.custom_id, len(token_ids), answer_tokens, prompt.params.n)
+        params = prompt.params
+        answer_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        scored = params.prompt_logprobs is not None
+        index._add(offset, prompt.line, prompt.custom_id, len(token_ids), answer_tokens, params.n, scored)
 
 
 def first_equal(digests: np.ndarray) -> np.ndarray:

@@ -24,7 +24,7 @@ SAMPLING_KEYS = frozenset(field.name for field in fields(SamplingParams) if fiel
 ALIASES = {"max_completion_tokens": "max_tokens", "max_new_tokens": "max_tokens"}
 OPTION_KEYS = SAMPLING_KEYS | ALIASES.keys() | {"top_logprobs"}
 PROMPT_KEYS = ("prompt", "messages", "prompt_token_ids")
-OWN_KEYS = frozenset({"custom_id", "return_token_ids", *PROMPT_KEYS})
+OWN_KEYS = frozenset({"custom_id", "echo", "return_token_ids", *PROMPT_KEYS})
 
 # Body parameters that name bookkeeping or transport and cannot change the answer of an offline job.
 HARMLESS_KEYS = frozenset(
@@ -45,7 +45,6 @@ HARMLESS_KEYS = frozenset(
 # Body parameters accepted only with a value that changes nothing.
 NEUTRAL_VALUES = {
     "stream": (False,),
-    "echo": (False,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -65,6 +64,7 @@ class PromptLine:
 
     line: 1-based line number; kind: 'chat' or 'completion', the layout of its output body.
     params: sampling of this line, the job's defaults filled in; metadata: what travels to the output unread.
+    echo: the prompt's text goes before the answer's, its log-probabilities before the answer's where these are wanted.
     """
 
     line: int
@@ -76,6 +76,7 @@ class PromptLine:
     params: SamplingParams
     return_token_ids: bool | None
     metadata: dict[str, Any] | None
+    echo: bool = False
 
 
 def decode_line(raw: bytes) -> dict[str, Any]:
@@ -146,6 +147,7 @@ def _openai_line(values: Mapping, custom_id: str, line: int, defaults: SamplingP
         params=_sampling_of(body, "body", defaults),
         return_token_ids=_flag(body, "return_token_ids"),
         metadata=dict(metadata) if isinstance(metadata, Mapping) else None,
+        echo=_echo(body, prompt),
     )
 
 
@@ -173,6 +175,7 @@ def _bare_line(values: Mapping, custom_id: str, line: int, defaults: SamplingPar
         params=_sampling_of(values, "line", defaults),
         return_token_ids=_flag(values, "return_token_ids"),
         metadata=metadata or None,
+        echo=_echo(values, prompt),
     )
 
 
@@ -268,6 +271,8 @@ def _sampling_of(values: Mapping, where: str, defaults: SamplingParams) -> Sampl
         given["logprobs"] = (top_logprobs or 0) if given["logprobs"] else None
     elif top_logprobs is not None and top_logprobs != 0 and "logprobs" not in given:
         raise RequestError("top_logprobs needs logprobs: true")
+    if values.get("echo") is True and given.get("logprobs") is not None:
+        given.setdefault("prompt_logprobs", given["logprobs"])
     return _sampling_params(json.dumps(given, sort_keys=True), where, defaults)
 
 
@@ -287,6 +292,13 @@ def _flag(values: Mapping, key: str) -> bool | None:
     if value is not None and not isinstance(value, bool):
         raise RequestError(f"{key!r} must be true or false, got {_show(value)}")
     return value
+
+
+def _echo(values: Mapping, prompt: str | None) -> bool:
+    echo = bool(_flag(values, "echo"))
+    if echo and prompt is None:
+        raise RequestError("'echo' needs a prompt given as text", code="unsupported_parameter")
+    return echo
 
 
 def _refuse_constant(name: str) -> None:

@@ -33,7 +33,7 @@ def answer_record(
         "object": object_name,
         "created": created_seconds,
         "model": model,
-        "choices": [_choice(prompt, completion, return_token_ids) for completion in output.outputs],
+        "choices": [_choice(prompt, output, completion, return_token_ids) for completion in output.outputs],
         "usage": _usage(output),
     }
     if return_token_ids:
@@ -73,16 +73,20 @@ def _usage(output: RequestOutput) -> dict[str, Any]:
     return usage
 
 
-def _choice(prompt: PromptLine, completion: CompletionOutput, return_token_ids: bool) -> dict[str, Any]:
+def _choice(
+    prompt: PromptLine, output: RequestOutput, completion: CompletionOutput, return_token_ids: bool
+) -> dict[str, Any]:
     choice: dict[str, Any] = {"index": completion.index}
     if prompt.kind == "chat":
         choice["message"] = {"role": "assistant", "content": completion.text}
         choice["logprobs"] = _chat_logprobs(completion, prompt.params.logprobs or 0)
     else:
-        choice["text"] = completion.text
-        choice["logprobs"] = _completion_logprobs(completion)
+        choice["text"] = (prompt.prompt if prompt.echo else "") + completion.text
+        choice["logprobs"] = _completion_logprobs(completion, prompt.prompt or "", output if prompt.echo else None)
     choice["finish_reason"] = completion.finish_reason
     choice["stop_reason"] = completion.stop_reason
+    if output.prompt_logprobs is not None and not prompt.echo:
+        choice["prompt_logprobs"] = [_position(position) for position in output.prompt_logprobs]
     if return_token_ids:
         choice["token_ids"] = list(completion.token_ids)
     return choice
@@ -99,20 +103,34 @@ def _chat_logprobs(completion: CompletionOutput, top_count: int) -> dict[str, An
     return {"content": content}
 
 
-def _completion_logprobs(completion: CompletionOutput) -> dict[str, Any] | None:
-    """OpenAI's completions layout: parallel lists; text_offset counts characters from the start of the answer."""
+def _completion_logprobs(
+    completion: CompletionOutput, prompt: str, echoed: RequestOutput | None
+) -> dict[str, Any] | None:
+    """OpenAI's completions layout: parallel lists; text_offset counts characters from the start of the text.
+
+    echoed: the output whose prompt comes before the answer. Nothing comes before its first token: null.
+    """
     if completion.logprobs is None:
         return None
-    tokens, token_logprobs, top_logprobs, text_offset = [], [], [], []
+    token_ids, positions = completion.token_ids, completion.logprobs
+    if echoed is not None:
+        token_ids, positions = [*echoed.prompt_token_ids, *token_ids], [*echoed.prompt_logprobs, *positions]
+    tokens = [
+        "" if choices is None else _token_text(token, choices[token]) for token, choices in zip(token_ids, positions)
+    ]
+    if (
+        echoed is not None
+    ):  # what the others leave of the prompt is the first one's; a token that begins it adds nothing
+        rest = "".join(tokens[1 : len(echoed.prompt_token_ids)])
+        tokens[0] = prompt.removesuffix(rest) if prompt.endswith(rest) else ""
+    token_logprobs, top_logprobs, text_offset = [], [], []
     offset = 0
-    for token, choices in zip(completion.token_ids, completion.logprobs):
-        text = _token_text(token, choices[token])
-        tokens.append(text)
-        token_logprobs.append(_finite(choices[token]))
+    for text, token, choices in zip(tokens, token_ids, positions):
+        token_logprobs.append(None if choices is None else _finite(choices[token]))
         top: dict[str, float] = {}
-        for other in _ranked(choices):  # two tokens may share a text: the likelier one keeps it
+        for other in _ranked(choices or {}):  # two tokens may share a text: the likelier one keeps it
             top.setdefault(_token_text(other, choices[other]), _finite(choices[other]))
-        top_logprobs.append(top)
+        top_logprobs.append(None if choices is None else top)
         text_offset.append(offset)
         offset += len(text)
     return {
@@ -120,6 +138,16 @@ def _completion_logprobs(completion: CompletionOutput) -> dict[str, Any] | None:
         "token_logprobs": token_logprobs,
         "top_logprobs": top_logprobs,
         "text_offset": text_offset,
+    }
+
+
+def _position(choices: dict[int, Logprob] | None) -> dict[str, dict[str, Any]] | None:
+    """vLLM's layout of one prompt token: token id -> its entry."""
+    if choices is None:
+        return None
+    return {
+        str(token): {"logprob": _finite(entry), "rank": entry.rank, "decoded_token": entry.decoded_token}
+        for token, entry in choices.items()
     }
 
 

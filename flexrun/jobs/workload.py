@@ -41,4 +41,4 @@ class Workload(flexrun.workload.Workload):
             closing(index_job(source, encoder, sampling, limit=limit)) as index,
         ):
             rows = index.workload(index.order(order))
-        return cls(rows.prompt_tokens, rows.max_tokens)
+        return cls(rows.prompt_tokens, rows.max_tokens, rows.scored_tokens)

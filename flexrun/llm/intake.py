@@ -14,6 +14,7 @@ from flexrun.offload.sequence import Group
 from flexrun.offload.sequence import Sequence as TextInTheMaking
 from flexrun.outputs import Request
 from flexrun.sampling import SamplingParams, resolve_seed
+from flexrun.workload import Workload
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 
@@ -97,13 +98,32 @@ class Intake:
         room = self._files.max_model_len - prompt_tokens
         if prompt_tokens < 1:
             raise RequestError("the prompt is empty", "give at least one token", "empty_prompt")
-        if room < 1:
+        if room < (params.max_tokens != 0):
             raise RequestError(
                 f"the prompt has {prompt_tokens} tokens; with one to generate the limit is {self._files.max_model_len}",
                 "shorten the prompt or raise --max-model-len",
                 "context_length_exceeded",
             )
         return room if params.max_tokens is None else min(params.max_tokens, room)
+
+    def lengths(self, request: Request) -> tuple[list[int] | None, int]:
+        """(token ids, longest total) of a request; (None, 0) where it will be refused."""
+        try:
+            ids = self.encode(request)
+            return ids, len(ids) + self.max_tokens(len(ids), request.params or SamplingParams())
+        except FlexrunError:
+            return None, 0
+
+    def workload(self, requests: list[Request]) -> Workload:
+        """What the requests ask for, those that will be refused left out."""
+        rows = []
+        for request in requests:
+            ids, total = self.lengths(request)
+            if ids:
+                params = request.params or SamplingParams()
+                scored = 0 if params.prompt_logprobs is None else len(ids) - (request.score_start or 1)
+                rows += [(len(ids), total - len(ids), scored)] * params.n
+        return Workload.of(*zip(*rows)) if rows else Workload.of((), ())
 
     def group(self, request: Request, prompt_ids: list[int] | None = None) -> tuple[Group, list[TextInTheMaking]]:
         """A request as its group and its n sequences. Raises FlexrunError where it cannot be served."""
@@ -124,6 +144,13 @@ class Intake:
             unfinished=params.n,
             start_seconds=time.perf_counter(),
         )
+        if request.score_start is not None and not 1 <= request.score_start <= len(ids):
+            raise RequestError(
+                f"score_start={request.score_start} is outside a prompt of {len(ids)} tokens",
+                "the first token has nothing before it that could predict it",
+            )
+        if params.prompt_logprobs is not None:
+            group.score_start = request.score_start or 1
         seed = resolve_seed(params.seed, self._job_seed, request.request_id)
         sequences = []
         for choice in range(params.n):

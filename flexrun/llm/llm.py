@@ -19,10 +19,12 @@ from flexrun.llm.intake import Intake, Prompt, as_chat_requests, as_request_erro
 from flexrun.llm.lengths import Lengths
 from flexrun.llm.machine_profile import settle_hardware
 from flexrun.llm.model_files import ModelFiles, cache_stem, open_model
+from flexrun.llm.scoring import Text, as_score, score_requests
 from flexrun.machine import available_cores, available_memory_bytes, free_disk_bytes, peak_resident_bytes
 from flexrun.offload.engine import Engine
 from flexrun.offload.sequence import Group
-from flexrun.outputs import Request, RequestOutput
+from flexrun.outputs import Request, RequestOutput, Score
+from flexrun.placement import part_tokens
 from flexrun.policy.explain import forecast_document, forecast_line
 from flexrun.policy.forecast import forecast
 from flexrun.policy.layout import Budgets, Layout
@@ -134,12 +136,26 @@ class LLM:
         """Answer one conversation, or a list of them, through the model's chat template."""
         return self._all(as_chat_requests(messages, sampling_params), use_tqdm)
 
+    def score(
+        self,
+        texts: Text | Iterable[Text],
+        continuations: Text | Iterable[Text] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[Score]:
+        """How likely each continuation is after its text; without continuations, each text after its first token.
+
+        Texts or lists of token ids; see scoring.score_requests for where a text ends. A pair that cannot be served has
+        ``error`` set.
+        """
+        requests = score_requests(self.tokenizer, texts, continuations)
+        return [as_score(*pair) for pair in zip(requests, self._all(requests, use_tqdm))]
+
     def _all(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
         # Longest first: the end of the run then holds the short ones, and the machine stays full.
-        encoded = [(request, *self._encode(request)) for request in requests]
+        encoded = [(request, *self._intake.lengths(request)) for request in requests]
         encoded.sort(key=lambda item: -item[2])
         prepared = [dataclasses.replace(request, token_ids=ids) if ids else request for request, ids, _ in encoded]
-        workload = self._workload_of(prepared)
+        workload = self._intake.workload(prepared)
         place = {request.request_id: number for number, request in enumerate(requests)}
         outputs: list[RequestOutput | None] = [None] * len(requests)
         with tqdm(total=len(requests), desc="requests", disable=not use_tqdm) as bar:
@@ -149,24 +165,6 @@ class LLM:
                 outputs[number] = output
                 bar.update()
         return outputs
-
-    def _encode(self, request: Request) -> tuple[list[int] | None, int]:
-        """(token ids, longest total) of a request; (None, 0) where it will be refused."""
-        try:
-            ids = self._intake.encode(request)
-            return ids, len(ids) + self._intake.max_tokens(len(ids), request.params or SamplingParams())
-        except FlexrunError:
-            return None, 0
-
-    def _workload_of(self, requests: list[Request]) -> Workload:
-        prompt_tokens, max_tokens = [], []
-        for request in requests:
-            ids, total = self._encode(request)
-            if ids:
-                choices = request.params.n if request.params else 1
-                prompt_tokens += [len(ids)] * choices
-                max_tokens += [total - len(ids)] * choices
-        return Workload.of(prompt_tokens, max_tokens)
 
     def generate_iter(
         self,
@@ -184,7 +182,7 @@ class LLM:
         if self._generating:
             raise ConfigError("this LLM is already generating", "exhaust or close() the other iterator first")
         if isinstance(requests, list) and workload is None:
-            workload = self._workload_of(requests)
+            workload = self._intake.workload(requests)
         if workload is not None and not len(workload):
             workload = Workload.uniform(1, 1, 1)  # nothing but refusals: no cache to speak of
         self.prepare(workload)
@@ -207,6 +205,14 @@ class LLM:
         for request in requests:
             try:
                 group, sequences = self._intake.group(request)
+                if not sequences[0].pending_tokens:  # nothing before its only token says how likely that is
+                    sequences[0].end()
+                    yield group.output(time.perf_counter())
+                    continue
+                if group.score_start is not None and part_tokens(self._engine.policy):
+                    raise RequestError(
+                        "prompts are not scored while hidden states wait off the device", "set hidden.gpu to 1"
+                    )
                 if sequences[0].kv_tokens > longest:
                     raise RequestError(
                         f"the request may take {sequences[0].kv_tokens} tokens of KV cache, "

@@ -42,15 +42,23 @@ class MicroBatchRows:
 
 @dataclass(frozen=True, slots=True)
 class PassPlan:
-    """One pass: flat token rows, grouped by attention micro-batch, and whose next token comes out of which row."""
+    """One pass: flat token rows, grouped by attention micro-batch, and whose next token comes out of which row.
+
+    logits_rows: int64 [N + M], the rows that the head takes: of N sequences that are sampled, then of M prompt tokens
+    that are scored. targets: int64 [M], those tokens; scored: [M] sequences. ended: sequences that end with this pass
+    without a token sampled.
+    """
 
     shape: PassShape
     token_ids: numpy.ndarray  # int64 [T]
     positions: numpy.ndarray  # int64 [T]
     lengths: numpy.ndarray  # int64 [T]: the most tokens that the row's sequence may reach
     micro_batches: tuple[MicroBatchRows, ...]
-    sampled_rows: numpy.ndarray  # int64 [N]
+    logits_rows: numpy.ndarray
     sampled: tuple[Sequence, ...]  # N sequences
+    targets: numpy.ndarray
+    scored: tuple[Sequence, ...]
+    ended: tuple[Sequence, ...]
     decode_tokens: int
     prefill_tokens: int
 
@@ -145,7 +153,10 @@ class Batcher:
         positions, lengths = numpy.empty(total, dtype=numpy.int64), numpy.empty(total, dtype=numpy.int64)
         kv_rows = numpy.empty(total, dtype=numpy.int64)
         table = numpy.empty((len(parts), 4), dtype=numpy.int64)  # query_start, query_len, kv_start, kv_len
-        sampled_rows, sampled = [], []
+        sampled_rows, sampled, ended = [], [], []
+        scored_rows: list[int] = []
+        targets: list[int] = []
+        scored: list[Sequence] = []
         row = 0
         for number, (sequence, count) in enumerate(parts):
             cached, start = sequence.cached_tokens, sequence.region.start
@@ -158,7 +169,14 @@ class Batcher:
                 positions[row : row + count] = numpy.arange(cached, cached + count)
                 kv_rows[row : row + count] = numpy.arange(start + cached, start + cached + count)
             table[number] = (row, count, start, cached + count)
-            if count == sequence.pending_tokens:
+            if positions_scored := sequence.scored(count):
+                first, last = positions_scored.start, positions_scored.stop
+                scored_rows += range(row + first - cached, row + last - cached)
+                targets += sequence.group.prompt_ids[first + 1 : last + 1].tolist()
+                scored += [sequence] * (last - first)
+            if count == sequence.pending_tokens and not sequence.group.max_tokens:
+                ended.append(sequence)
+            elif count == sequence.pending_tokens:
                 sampled_rows.append(row + count - 1)
                 sampled.append(sequence)
             row += count
@@ -202,9 +220,9 @@ class Batcher:
                     fresh_pairs=int((new * (new + 1) // 2).sum()),
                 )
             )
-        more = bool(self._waiting) or not self._exhausted or len(sampled) < len(parts)
+        more = bool(self._waiting) or not self._exhausted or len(sampled) + len(ended) < len(self._running)
         more = more or any(not sequence.certainly_ends() for sequence in sampled)
-        shape = PassShape(self.pass_index, total, len(sampled), tuple(shapes), more)
+        shape = PassShape(self.pass_index, total, len(sampled) + len(scored), tuple(shapes), more)
         self.pass_index += 1
         for sequence, count in parts:
             sequence.cached_tokens += count
@@ -214,8 +232,11 @@ class Batcher:
             positions,
             lengths,
             tuple(micro_batches),
-            numpy.array(sampled_rows, dtype=numpy.int64),
+            numpy.array(sampled_rows + scored_rows, dtype=numpy.int64),
             tuple(sampled),
+            numpy.array(targets, dtype=numpy.int64),
+            tuple(scored),
+            tuple(ended),
             decode_tokens,
             total - decode_tokens,
         )

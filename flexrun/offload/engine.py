@@ -26,7 +26,7 @@ from flexrun.offload.tiers import MemoryTier
 from flexrun.offload.weight_store import WeightStore
 from flexrun.outputs import RequestOutput
 from flexrun.placement import MemoryAccount, WeightPlacement, build_scheduler, kv_micro_batches, rotary_positions
-from flexrun.sampling import sample
+from flexrun.sampling import sample, score
 from flexrun.weights.packed import PackedWeights
 
 
@@ -145,7 +145,10 @@ class Engine:
                 plan = self._batcher.next_pass()
                 finished: list[Sequence] = []
                 if plan is not None:  # a planned pass runs before anything is yielded: the scheduler counts on it
-                    self._executor.run(plan, partial(self._sample, plan, finished, name_of))
+                    self._executor.run(plan, partial(self._take, plan, finished, name_of))
+                    for sequence in plan.ended:
+                        sequence.end()
+                        finished.append(sequence)
                     now = time.perf_counter()
                     self.totals.add(plan, now - start_seconds)
                     if on_pass is not None:
@@ -162,9 +165,18 @@ class Engine:
         finally:
             self._batcher.abandon()
 
-    def _sample(self, plan: PassPlan, finished: list[Sequence], name_of, start: int, logits: torch.Tensor) -> None:
-        """Take the next token of ``plan.sampled[start:]``; those that end with it are added to ``finished``."""
-        sequences = plan.sampled[start : start + len(logits)]
+    def _take(self, plan: PassPlan, finished: list[Sequence], name_of, start: int, logits: torch.Tensor) -> None:
+        """Logits of ``plan.logits_rows[start:]``: those of sequences, then those of prompt tokens that are scored."""
+        sampled = max(min(len(plan.sampled) - start, len(logits)), 0)
+        if sampled:
+            self._sample(plan.sampled[start : start + sampled], finished, name_of, logits[:sampled])
+        if sampled < len(logits):
+            first = start + sampled - len(plan.sampled)
+            block = slice(first, first + len(logits) - sampled)
+            self._score(plan.scored[block], torch.from_numpy(plan.targets[block]), name_of, logits[sampled:])
+
+    def _sample(self, sequences: tuple[Sequence, ...], finished: list[Sequence], name_of, logits: torch.Tensor) -> None:
+        """Take the next token of each sequence; those that end with it are added to ``finished``."""
         sampled = sample(logits, [sequence.row for sequence in sequences])
         tokens = sampled.token_ids.tolist()
         now = time.perf_counter()
@@ -173,6 +185,12 @@ class Engine:
                 sequence.group.first_token_seconds = now
             if sequence.append(token_id, chosen, top, name_of):
                 finished.append(sequence)
+
+    def _score(self, sequences: tuple[Sequence, ...], targets: torch.Tensor, name_of, logits: torch.Tensor) -> None:
+        """Take the log-probability of each target, the prompt token that comes after a row of ``sequences``."""
+        widths = [sequence.group.params.prompt_logprobs or 0 for sequence in sequences]
+        for sequence, *found in zip(sequences, *score(logits, targets.to(logits.device), widths)):
+            sequence.score(*found, name_of)
 
     @property
     def failed(self) -> bool:

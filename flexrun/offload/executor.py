@@ -76,7 +76,7 @@ class Executor:
 
     @torch.inference_mode()
     def run(self, plan: PassPlan, consume: Callable[[int, Tensor], None]) -> None:
-        """Run one pass. ``consume(start, logits)`` gets float32 [rows, vocab] for ``plan.sampled[start:]``.
+        """Run one pass. ``consume(start, logits)`` gets float32 [rows, vocab] for ``plan.logits_rows[start:]``.
 
         Raises ExecutionError (or the lane's own error) where a lane failed. An error or an interrupt in the middle
         of a pass leaves the lanes with steps of that pass, so no further pass will run: see ``failed``. A failure of

@@ -21,7 +21,13 @@ from flexrun.offload.pass_rows import PassRows, Places
 from flexrun.offload.sparse import SparseLayers
 from flexrun.offload.tiers import Buffer, MemoryTier
 from flexrun.offload.weight_store import TOKEN_EMBEDDING, WeightStore
-from flexrun.placement import LOGITS_ROWS, offloaded_query_bytes, part_tokens, waiting_hidden_bytes, workspace_bytes
+from flexrun.placement import (
+    logits_block_rows,
+    offloaded_query_bytes,
+    part_tokens,
+    waiting_hidden_bytes,
+    workspace_bytes,
+)
 from flexrun.steps import Step, StepKind
 
 
@@ -57,6 +63,7 @@ class Activations:
         memory = host if device is None else device
         self._reserved = [(memory, "workspace", workspace_bytes(spec, policy))]
         dtype, tokens, place = DTYPES[spec.dtype], policy.tokens_per_pass, accelerator.place
+        self.logits_block_rows = logits_block_rows(policy)
         most = part_tokens(policy) if device is not None else 0
         there, self.places = 2 * most or tokens, Places(most)
         heads, attended_heads = (spec.num_heads, spec.head_dim), (spec.num_heads, spec.attended_head_dim)
@@ -114,7 +121,7 @@ class Activations:
         self.kv_rows = {
             rows.index: upload(f"kv rows {rows.index}", torch.from_numpy(rows.kv_rows)) for rows in plan.micro_batches
         }
-        self.sampled_rows = upload("sampled rows", torch.from_numpy(plan.sampled_rows))
+        self.logits_rows = upload("logits rows", torch.from_numpy(plan.logits_rows))
         self.unique = None
         if self.gathers_embedding:
             self.unique, token_ids = torch.unique(token_ids, return_inverse=True)
@@ -274,15 +281,15 @@ class Modules:
 
     def _keep_sampled(self, step: Step) -> None:
         activations = self._activations
-        first, last = numpy.searchsorted(activations.plan.sampled_rows, (step.start, step.stop)).tolist()
-        rows = activations.sampled_rows[first:last] - step.start
+        first, last = numpy.searchsorted(activations.plan.logits_rows, (step.start, step.stop)).tolist()
+        rows = activations.logits_rows[first:last] - step.start
         activations.sampled[first:last] = activations.hidden[step.start : step.stop].index_select(0, rows)
 
     def _logits(self, step: Step) -> None:
         activations, weights = self._activations, self._weights.unit_weights(step)
-        rows = activations.sampled_rows
-        for start in range(0, len(rows), LOGITS_ROWS):
-            block = slice(start, min(start + LOGITS_ROWS, len(rows)))
+        rows, most = activations.logits_rows, activations.logits_block_rows
+        for start in range(0, len(rows), most):
+            block = slice(start, min(start + most, len(rows)))
             if activations.places.in_parts:
                 chosen = activations.sampled[block]
             else:

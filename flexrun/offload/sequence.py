@@ -26,7 +26,11 @@ class TextDecoder(Protocol):
 
 @dataclass(eq=False, slots=True)
 class Group:
-    """One request in flight: its n sequences, and those that are done. ``stop_ids`` end a sequence."""
+    """One request in flight: its n sequences, and those that are done. ``stop_ids`` end a sequence.
+
+    max_tokens: 0 where the prompt is only scored. score_start: the first prompt position whose token is scored, by the
+    row before it; None: none is. prompt_logprobs: of the positions from there on, as they come.
+    """
 
     request: Request
     params: SamplingParams
@@ -38,6 +42,8 @@ class Group:
     done: list[CompletionOutput] = field(default_factory=list)
     start_seconds: float = 0.0
     first_token_seconds: float = 0.0
+    score_start: int | None = None
+    prompt_logprobs: list[dict[int, Logprob]] = field(default_factory=list)
 
     def output(self, now_seconds: float) -> RequestOutput:
         metrics = {
@@ -45,8 +51,14 @@ class Group:
             "seconds": now_seconds - self.start_seconds,
         }
         outputs = sorted(self.done, key=lambda completion: completion.index)
+        scored = None if self.score_start is None else [*[None] * self.score_start, *self.prompt_logprobs]
         return RequestOutput(
-            self.request.request_id, self.prompt_text, self.prompt_ids.tolist(), outputs, metrics=metrics
+            self.request.request_id,
+            self.prompt_text,
+            self.prompt_ids.tolist(),
+            outputs,
+            metrics=metrics,
+            prompt_logprobs=scored,
         )
 
 
@@ -54,7 +66,8 @@ class Sequence:
     """One choice of a request.
 
     cached_tokens: how many of prompt + output are in the KV cache. A sequence prefills until only its
-    newest token is not cached, then decodes one token a pass.
+    newest token is not cached, then decodes one token a pass. The last token of a prompt that is only
+    scored is not run: nothing is asked of what follows it.
     """
 
     __slots__ = (
@@ -93,14 +106,21 @@ class Sequence:
 
     @property
     def pending_tokens(self) -> int:
-        """Tokens known but not cached: 1 while decoding."""
-        return self.known_tokens - self.cached_tokens
+        """Tokens known, to be run, and not cached: 1 while decoding."""
+        return self.known_tokens - self.cached_tokens - (not self.group.max_tokens)
 
     def tokens(self, count: int) -> SequenceOf[int]:
         """The next ``count`` tokens to run."""
         if self.output_ids:
             return self.output_ids[-count:]
         return self.group.prompt_ids[self.cached_tokens : self.cached_tokens + count]
+
+    def scored(self, count: int) -> range:
+        """Of the next ``count`` tokens, the prompt positions whose rows score the tokens after them."""
+        start, group = self.cached_tokens, self.group
+        if group.score_start is None or self.row.choice_index:
+            return range(0)
+        return range(max(start, group.score_start - 1), min(start + count, len(group.prompt_ids) - 1))
 
     def certainly_ends(self) -> bool:
         """Whether the next token is the last, whatever it is."""
@@ -116,12 +136,7 @@ class Sequence:
         self.row.step += 1
         if chosen is not None:
             self.total_logprob += chosen.logprob
-            self.logprobs.append(
-                {
-                    entry.token_id: Logprob(entry.logprob, entry.rank, name_of(entry.token_id) if name_of else None)
-                    for entry in [*top, chosen]
-                }
-            )
+            self.logprobs.append(_reported(chosen, top, name_of))
         if token_id in self.group.stop_ids and len(self.output_ids) > params.min_tokens:
             if self._decoder is not None:
                 if not params.skip_special_tokens:
@@ -141,6 +156,14 @@ class Sequence:
             self._finish("length", None)
             return True
         return False
+
+    def score(self, chosen: TokenLogprob, top: list[TokenLogprob], name_of) -> None:
+        """Take the log-probability of the next prompt token that is scored. Arguments as for ``append``."""
+        self.group.prompt_logprobs.append(_reported(chosen, top, name_of))
+
+    def end(self) -> None:
+        """Of a prompt that is only scored: all of it is."""
+        self._finish("length", None)
 
     def _find_stop(self, new_characters: int) -> bool:
         """End at the earliest stop string that the newest characters completed."""
@@ -169,3 +192,10 @@ class Sequence:
             )
         )
         self.group.unfinished -= 1
+
+
+def _reported(chosen: TokenLogprob, top: list[TokenLogprob], name_of) -> dict[int, Logprob]:
+    return {
+        entry.token_id: Logprob(entry.logprob, entry.rank, name_of(entry.token_id) if name_of else None)
+        for entry in [*top, chosen]
+    }

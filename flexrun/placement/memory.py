@@ -17,6 +17,7 @@ from flexrun.placement.weights import WeightPlacement, compressed_bytes
 
 RING_BYTES = 4 << 30  # rings of models with huge layers need not hold three of them
 LOGITS_ROWS = 128  # rows of logits computed and sampled at once, so that a large vocabulary stays bounded
+FEWEST_LOGITS_ROWS = 16  # room for them where few sequences are in flight: scored prompts take many
 KV_SLOTS = 2  # staging slots on the device for KV that comes there to be attended
 HOST_KV_SLOTS = 4  # on the host for KV from disk: a write of few rows waits behind the reads that a disk has accepted
 
@@ -109,8 +110,7 @@ def workspace_bytes(spec: ModelSpec, policy: Policy) -> int:
     rows = min(policy.token_micro_batch, policy.tokens_per_pass)
     widest = max(spec.intermediate_size, spec.experts.shared_intermediate_size if spec.experts else 0)
     inside = rows * (2 * spec.hidden_size + max(spec.qkv_size, 3 * widest)) * spec.dtype_bytes
-    logits_rows = min(LOGITS_ROWS, policy.sequences_in_flight)
-    logits = logits_rows * (spec.vocab_size * 3 * 4 + spec.hidden_size * spec.dtype_bytes)
+    logits = logits_block_rows(policy) * (spec.vocab_size * 3 * 4 + spec.hidden_size * spec.dtype_bytes)
     elsewhere = hidden_rows_elsewhere(policy)
     through_pass = policy.tokens_per_pass * pass_row_bytes(spec) - elsewhere * device_row_bytes(spec)
     if elsewhere:  # rows that are sampled wait for the head
@@ -118,6 +118,11 @@ def workspace_bytes(spec: ModelSpec, policy: Policy) -> int:
     latent = LATENT_BUFFERS * LATENT_BYTES if spec.latent else 0
     routed = policy.tokens_per_pass * routed_row_bytes(spec) + expert_buffer_bytes(spec, expert_batch_rows(policy))
     return align_up(through_pass + latent + max(inside, logits) + routed)
+
+
+def logits_block_rows(policy: Policy) -> int:
+    """Rows that the head takes at once: all that are sampled, and more where prompts are scored."""
+    return min(LOGITS_ROWS, max(policy.sequences_in_flight, FEWEST_LOGITS_ROWS), policy.tokens_per_pass)
 
 
 def hidden_rows_elsewhere(policy: Policy) -> int:

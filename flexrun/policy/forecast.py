@@ -131,7 +131,7 @@ def drawn(workload: Workload, count: int) -> Workload:
     if count == len(workload):
         return workload
     rows = ((numpy.arange(count) + 0.5) * len(workload) / count).astype(numpy.int64)
-    return Workload(workload.prompt_tokens[rows], workload.max_tokens[rows])
+    return workload.rows(rows)
 
 
 def _combine(workload: Workload, large: Forecast, small: Forecast) -> Forecast:

@@ -134,10 +134,12 @@ def job_passes(
 
 @dataclass
 class _Prompt:
-    """A sequence whose prompt is under way: ``cached`` of its ``tokens`` are done."""
+    """A sequence whose prompt is under way: ``cached`` of its ``tokens`` are done. The ``scored`` ones before the last
+    take a row of the head each."""
 
     tokens: int
     limit: int
+    scored: int
     home: int
     cached: int = 0
 
@@ -149,7 +151,8 @@ class _Job:
         self.policy, self.places = policy, micro_batches
         self.most_rows = part_tokens(policy) or policy.tokens_per_pass  # of one micro-batch in a pass
         fits = workload.kv_tokens <= max(place.capacity_tokens for place in micro_batches)
-        self.rows = list(zip(workload.prompt_tokens[fits].tolist(), workload.max_tokens[fits].tolist()))
+        rows = workload.rows(fits)
+        self.rows = list(zip(rows.prompt_tokens.tolist(), rows.max_tokens.tolist(), rows.scored_tokens.tolist()))
         self.next_row = self.in_flight = 0
         self.free = [place.capacity_tokens for place in micro_batches]
         self.counts = [0] * len(micro_batches)
@@ -162,23 +165,23 @@ class _Job:
     def passes(self, most: int | None) -> Passes:
         counts, logits_rows, number = [], [], 0
         while (self.in_flight or self.next_row < len(self.rows)) and number != most:
-            pass_counts, sampled = self._one(number)
+            pass_counts, rows = self._one(number)
             counts.append(pass_counts)
-            logits_rows.append(sampled)
+            logits_rows.append(rows)
             number += 1
         table = numpy.array(counts, dtype=numpy.int64).reshape(number, len(COLUMNS), len(self.places))
         last = not self.in_flight and self.next_row == len(self.rows)
         return Passes(self.places, table.transpose(0, 2, 1), numpy.array(logits_rows, dtype=numpy.int64), last)
 
     def _one(self, number: int) -> tuple[list[list[int]], int]:
-        """COLUMNS of one pass, each by micro-batch, and how many tokens are sampled."""
+        """COLUMNS of one pass, each by micro-batch, and how many rows the head takes."""
         decoding, decoding_kv = self.decoding, self.decoding_kv
         table = [column[:] for column in (decoding, decoding_kv, decoding_kv, decoding, decoding_kv)]
         nothing = [0] * len(decoding)
         table += [nothing, nothing[:]]
         query, kv, pairs, single, single_kv, fresh, fresh_pairs = table
-        sampled = sum(decoding)
-        room = self.policy.tokens_per_pass - sampled
+        logits_rows = sum(decoding)
+        room = self.policy.tokens_per_pass - logits_rows
         under_way, self.prompts, done = self.prompts, deque(), []
         while under_way or room > 0:
             prompt = under_way.popleft() if under_way else self._admit()
@@ -197,6 +200,9 @@ class _Job:
                 elif not prompt.cached:
                     fresh[home] += count
                     fresh_pairs[home] += count * (count + 1) // 2
+                if prompt.scored:
+                    last = prompt.tokens - 1
+                    logits_rows += max(min(seen, last) - max(prompt.cached, last - prompt.scored), 0)
                 prompt.cached = seen
             (done if prompt.cached == prompt.tokens else self.prompts).append(prompt)
         for home, count in enumerate(decoding):
@@ -213,13 +219,13 @@ class _Job:
             decoding_kv[prompt.home] += prompt.tokens + 1
             last_tokens = prompt.tokens + prompt.limit - 1
             self.ends.setdefault(number + prompt.limit - 1, []).append((prompt.home, last_tokens))
-        return table, sampled + len(done)
+        return table, logits_rows + len(done)
 
     def _admit(self) -> _Prompt | None:
         """The next sequence, or None while it must wait."""
         if self.refused or self.in_flight >= self.policy.sequences_in_flight or self.next_row >= len(self.rows):
             return None
-        prompt, limit = self.rows[self.next_row]
+        prompt, limit, scored = self.rows[self.next_row]
         tokens, most = prompt + limit - 1, self.policy.attention_micro_batch
         fitting = [
             (count, -free, home)
@@ -234,7 +240,7 @@ class _Job:
         self.free[home] -= tokens
         self.next_row += 1
         self.in_flight += 1
-        return _Prompt(prompt, limit, home)
+        return _Prompt(prompt, limit, scored, home)
 
     def _release(self, home: int, tokens: int) -> None:
         self.counts[home] -= 1

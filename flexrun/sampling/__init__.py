@@ -1,7 +1,7 @@
 """How the next token is chosen: what a request asks for, and the draw itself."""
 
 from flexrun.sampling.params import UNSUPPORTED_OPTIONS, SamplingParams
-from flexrun.sampling.sampler import Sampled, SamplerRow, TokenLogprob, sample
+from flexrun.sampling.sampler import Sampled, SamplerRow, TokenLogprob, sample, score
 from flexrun.sampling.seeds import resolve_seed, uniforms
 
 __all__ = [
@@ -12,5 +12,6 @@ __all__ = [
     "TokenLogprob",
     "resolve_seed",
     "sample",
+    "score",
     "uniforms",
 ]

@@ -48,7 +48,7 @@ class SamplingParams:
     ignore_eos: go on past the model's end-of-sequence token.
     seed: makes the draw repeatable by itself; None (or -1) derives one from the job's seed.
     logprobs: number of likeliest alternatives reported a token; 0 reports the chosen token only.
-    prompt_logprobs: not run in this version; anything but None is refused.
+    prompt_logprobs: the same for every prompt token but the first; a prompt with max_tokens=0 is only scored.
     repetition_penalty: divides positive, multiplies negative logits of tokens in the prompt or output.
     presence_penalty, frequency_penalty: subtracted once, or once an occurrence, for tokens in the output.
     skip_special_tokens, include_stop_str_in_output: how the text is written out.
@@ -82,7 +82,9 @@ class SamplingParams:
         self._check_number("top_p", 0.0, 1.0, above_lowest=True, hint="1.0 keeps every token")
         self._check_number("min_p", 0.0, 1.0, hint="0.0 keeps every token")
         if self.max_tokens is not None:
-            self._check_whole("max_tokens", 1, hint="leave it null to generate up to the model's context")
+            scored = self.prompt_logprobs is not None
+            hint = "leave it null to generate up to the model's context; 0 needs prompt_logprobs"
+            self._check_whole("max_tokens", 0 if scored else 1, hint=hint)
         self._check_whole("min_tokens", 0)
         self._check_number("repetition_penalty", 0.0, math.inf, above_lowest=True, hint="1.0 means no penalty")
         self._check_number("presence_penalty", -2.0, 2.0)
@@ -90,14 +92,15 @@ class SamplingParams:
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
             if not isinstance(getattr(self, name), bool):
                 raise self._refusal(name, "must be true or false")
-        if self.prompt_logprobs is not None:
-            raise UnsupportedError("prompt_logprobs is not run in this version", "leave prompt_logprobs out")
-        if self.logprobs is not None:
-            self._check_whole("logprobs", 0, hint="give the number of alternatives; 0 reports the chosen token only")
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                self._check_whole(name, 0, hint="give the number of alternatives; 0 reports the token itself only")
         self._settle_seed()
         self._settle_stops()
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise self._refusal("min_tokens", f"is more than max_tokens={self.max_tokens}", "raise max_tokens")
+        if self.n > 1 and self.max_tokens == 0:
+            raise self._refusal("n", "with max_tokens=0 has nothing to choose", "leave n at 1")
         if self.n > 1 and self.greedy:
             raise self._refusal(
                 "n", "with greedy sampling would repeat one text", "set a temperature above 0, or leave n at 1"
@@ -115,12 +118,12 @@ class SamplingParams:
     def from_dict(cls, values: Mapping, where: str, defaults: SamplingParams | None = None) -> SamplingParams:
         """Build from JSON ``values`` over ``defaults``; ``where`` names the source in errors ("line 3").
 
-        A null keeps the default, except in ``max_tokens``, ``seed`` and ``logprobs``, where null is a value.
+        A null keeps the default, except in ``max_tokens``, ``seed`` and the log-probabilities, where null is a value.
         Raises RequestError for an unknown key (with the nearest name) or a bad value, UnsupportedError for
         options that flexrun does not run.
         """
         names = {field.name for field in dataclasses.fields(cls)}
-        nullable = {"max_tokens", "seed", "logprobs"}
+        nullable = {"max_tokens", "seed", "logprobs", "prompt_logprobs"}
         changes = {}
         for key, value in values.items():
             if key in UNSUPPORTED_OPTIONS:

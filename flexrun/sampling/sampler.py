@@ -82,11 +82,14 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplerRow]) -> Sampled:
     _require_finite(highest, range(len(rows)), "the model gave NaN or infinite logits")
     sampled = Sampled(token_ids, [None] * len(rows), [None] * len(rows))
     special = [row for row, state in enumerate(rows) if _is_special(state)]
-    scratch_elements = HOST_SCRATCH_ELEMENTS if logits.device.type == "cpu" else GPU_SCRATCH_ELEMENTS
-    chunk_rows = max(1, scratch_elements // logits.shape[1])
+    chunk_rows = max(1, _scratch_elements(logits) // logits.shape[1])
     for start in range(0, len(special), chunk_rows):
         _sample_special(logits, rows, special[start : start + chunk_rows], sampled)
     return sampled
+
+
+def _scratch_elements(logits: torch.Tensor) -> int:
+    return HOST_SCRATCH_ELEMENTS if logits.device.type == "cpu" else GPU_SCRATCH_ELEMENTS
 
 
 def _is_special(row: SamplerRow) -> bool:
@@ -137,26 +140,53 @@ def _report_logprobs(raw, states, members, chosen, sampled):
     if not asking:
         return
     position = torch.tensor(asking, device=raw.device)
-    raw, chosen = raw.index_select(0, position), chosen[position][:, None]
-    logprobs = raw.log_softmax(dim=-1)
-    ranks = (raw > raw.gather(1, chosen)).sum(dim=-1) + 1
-    width = min(max(states[position].params.logprobs for position in asking), raw.shape[1])
-    top_ids = ranked(raw, width) if width else chosen[:, :0]
-    table = zip(
-        asking,
-        chosen.squeeze(1).tolist(),
-        logprobs.gather(1, chosen).squeeze(1).tolist(),
-        ranks.tolist(),
-        top_ids.tolist(),
-        logprobs.gather(1, top_ids).tolist(),
-    )
-    for position, token_id, logprob, rank, ids, values in table:
-        count = states[position].params.logprobs
-        sampled.logprobs[members[position]] = TokenLogprob(token_id, logprob, rank)
-        sampled.top[members[position]] = [
-            TokenLogprob(top_id, value, place + 1)
-            for place, (top_id, value) in enumerate(zip(ids[:count], values[:count]))
-        ]
+    widths = [states[position].params.logprobs for position in asking]
+    for place, own, top in zip(asking, *logprobs_of(raw.index_select(0, position), chosen[position], widths)):
+        sampled.logprobs[members[place]], sampled.top[members[place]] = own, top
+
+
+@torch.inference_mode()
+def score(
+    logits: torch.Tensor, token_ids: torch.Tensor, widths: Sequence[int]
+) -> tuple[list[TokenLogprob], list[list[TokenLogprob]]]:
+    """Log-probabilities of given tokens, as ``logprobs_of``, in blocks that stay in the caches.
+
+    Raises ExecutionError where logits are NaN or infinite.
+    """
+    _require_finite(logits.max(dim=-1).values, range(len(logits)), "the model gave NaN or infinite logits")
+    own: list[TokenLogprob] = []
+    top: list[list[TokenLogprob]] = []
+    rows = max(1, _scratch_elements(logits) // logits.shape[1])
+    for start in range(0, len(logits), rows):
+        block = slice(start, start + rows)
+        for found, more in zip((own, top), logprobs_of(logits[block], token_ids[block], widths[block])):
+            found += more
+    return own, top
+
+
+def logprobs_of(
+    raw: torch.Tensor, token_ids: torch.Tensor, widths: Sequence[int]
+) -> tuple[list[TokenLogprob], list[list[TokenLogprob]]]:
+    """Of each row of logits, the entry of its token, and its ``widths`` likeliest (equals by lowest id).
+
+    raw: float32 [rows, vocab]. token_ids: int64 [rows], on the same device.
+    """
+    token_ids = token_ids[:, None]
+    chosen, total = raw.gather(1, token_ids), raw.logsumexp(dim=-1, keepdim=True)
+    ranks = (raw > chosen).sum(dim=-1) + 1
+    own = [
+        TokenLogprob(*entry)
+        for entry in zip(token_ids.squeeze(1).tolist(), (chosen - total).squeeze(1).tolist(), ranks.tolist())
+    ]
+    width = min(max(widths), raw.shape[1])
+    if not width:
+        return own, [[] for _ in own]
+    top_ids = ranked(raw, width)
+    table = zip(widths, top_ids.tolist(), (raw.gather(1, top_ids) - total).tolist())
+    return own, [
+        [TokenLogprob(*entry) for entry in zip(ids[:count], values, range(1, count + 1))]
+        for count, ids, values in table
+    ]
 
 
 def _require_finite(highest: torch.Tensor, members: Sequence[int], complaint: str):

@@ -95,7 +95,6 @@ def test_logprobs_false_overrides_a_default():
         ("response_format", {"type": "json_object"}),
         ("logit_bias", {"50": 1}),
         ("stream", True),
-        ("echo", True),
         ("best_of", 3),
         ("reasoning_effort", "high"),
         ("guided_json", {}),
@@ -191,3 +190,13 @@ def test_undecodable_lines(raw, code):
 
 def test_whole_surrogate_pairs_are_text():
     assert decode_line(b'{"prompt": "\\ud83d\\ude00"}') == {"prompt": "\U0001f600"}
+
+
+def test_an_echoed_prompt_is_scored_where_log_probabilities_are_wanted():
+    body = {"prompt": "x", "echo": True, "logprobs": 3, "max_tokens": 0}
+    prompt = parse_line(body, 1, SamplingParams())
+    assert prompt.echo and (prompt.params.prompt_logprobs, prompt.params.max_tokens) == (3, 0)
+    assert not parse_line({"prompt": "x", "echo": False}, 1, SamplingParams()).echo
+    assert parse_line({"prompt": "x", "echo": True}, 1, SamplingParams()).params.prompt_logprobs is None
+    with pytest.raises(RequestError, match="'echo'"):
+        parse_line({"messages": [{"role": "user", "content": "x"}], "echo": True}, 1, SamplingParams())

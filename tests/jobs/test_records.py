@@ -105,3 +105,25 @@ def test_errors_carry_code_message_and_line():
         "error": {"code": "context_length_exceeded", "message": "too long; shorten it", "line": 9},
     }
     assert record_line(record) == 9
+
+
+def test_an_echo_puts_the_prompt_before_the_answer():
+    values = {"prompt": "a bc", "echo": True, "logprobs": 1, "max_tokens": 1}
+    completion = CompletionOutput(0, " d", [9], logprobs=[{9: Logprob(-0.5, 1, " d")}], finish_reason="length")
+    output = output_of(completion)
+    output.prompt_logprobs = [None, {5: Logprob(-1.0, 2, " b"), 7: Logprob(-0.25, 1, " x")}, {6: Logprob(-2.0, 1, "c")}]
+    choice = record_of(values, output)["response"]["body"]["choices"][0]
+    assert choice["text"] == "a bc d" and "prompt_logprobs" not in choice
+    logprobs = choice["logprobs"]
+    assert logprobs["tokens"] == ["a", " b", "c", " d"] and logprobs["text_offset"] == [0, 1, 3, 4]
+    assert logprobs["token_logprobs"] == [None, -1.0, -2.0, -0.5]
+    assert logprobs["top_logprobs"][:2] == [None, {" x": -0.25, " b": -1.0}]
+
+
+def test_prompt_logprobs_are_vllms():
+    output = output_of(CompletionOutput(0, "", [], finish_reason="length"))
+    output.prompt_logprobs = [None, {5: Logprob(-1.0, 2, " b")}]
+    choice = record_of({"prompt": "a b", "prompt_logprobs": 0, "max_tokens": 0}, output)["response"]["body"]["choices"][
+        0
+    ]
+    assert choice["prompt_logprobs"] == [None, {"5": {"logprob": -1.0, "rank": 2, "decoded_token": " b"}}]

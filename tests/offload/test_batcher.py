@@ -196,7 +196,7 @@ def test_whatever_is_asked_every_pass_is_in_order(make_batcher, make_group, data
             assert batch.stop == row
             assert (shape.query_tokens, shape.query_kv_pairs) == (batch.stop - batch.start, pairs)
             assert shape.kv_tokens == int(batch.segments.kv_len.sum())
-        assert dict(zip(plan.sampled_rows.tolist(), plan.sampled, strict=True)) == sampled
+        assert dict(zip(plan.logits_rows.tolist(), plan.sampled, strict=True)) == sampled
         if running:
             assert plan.shape.tokens == per_pass, "a sequence waits although the pass has room"
         finish(batcher, plan)

@@ -43,15 +43,23 @@ class GapCounter(KVStore):
         return region
 
 
-def run_batcher(policy: Policy, places: tuple[KVMicroBatch, ...], workload: Workload) -> tuple[list[PassShape], int]:
-    """The shapes of a whole job, and the pass before which no gap had mattered yet."""
+def run_batcher(
+    policy: Policy, places: tuple[KVMicroBatch, ...], asked: list[tuple[int, int, int]]
+) -> tuple[list[PassShape], int]:
+    """The shapes of a whole job, and the pass before which no gap had mattered yet.
+
+    asked: of each sequence the tokens of its prompt, how many it generates, and how many of its prompt are scored.
+    """
     store = GapCounter(SMALL, places, MemoryTier(Tier.CPU, None), MemoryTier(Tier.GPU, None))
     batcher = Batcher(policy, store)
     groups = []
-    for row, (prompt, limit) in enumerate(zip(workload.prompt_tokens.tolist(), workload.max_tokens.tolist())):
-        params = SamplingParams(temperature=1.0, max_tokens=limit)
+    for row, (prompt, limit, scored) in enumerate(asked):
+        params = SamplingParams(temperature=1.0, max_tokens=limit, prompt_logprobs=0)
         ids = numpy.zeros(prompt, dtype=numpy.int64)
-        group = Group(Request(str(row), params=params), params, ids, None, frozenset(), limit, unfinished=1)
+        start = prompt - scored if scored else None
+        group = Group(
+            Request(str(row), params=params), params, ids, None, frozenset(), limit, unfinished=1, score_start=start
+        )
         groups.append((group, [Sequence(group, 0, 0, None)]))
     batcher.feed(iter(groups))
     shapes, exact = [], None
@@ -59,7 +67,8 @@ def run_batcher(policy: Policy, places: tuple[KVMicroBatch, ...], workload: Work
         if store.gaps and exact is None:
             exact = len(shapes)
         shapes.append(plan.shape)
-        for sequence in [each for each in plan.sampled if each.append(7, None, None, None)]:
+        assert len(plan.logits_rows) == plan.shape.logits_rows == len(plan.sampled) + len(plan.scored)
+        for sequence in [*plan.ended, *(each for each in plan.sampled if each.append(7, None, None, None))]:
             batcher.retire(sequence)
     assert batcher.in_flight == 0
     shapes[-1] = dataclasses.replace(shapes[-1], more=False)  # it does not look whether its source has more
@@ -80,12 +89,15 @@ def policies(draw, on_device: bool) -> Policy:
     )
 
 
-rows = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 12)), min_size=1, max_size=25)
+generating = st.tuples(st.integers(1, 40), st.integers(1, 12), st.just(0))
+scoring = st.tuples(st.integers(2, 40), st.sampled_from([0, 0, 3]), st.integers(1, 40)).map(
+    lambda row: (*row[:2], min(row[2], row[0] - 1))
+)
+rows = st.lists(generating, min_size=1, max_size=25) | st.lists(generating | scoring, min_size=1, max_size=25)
 
 
-def as_workload(lengths: list[tuple[int, int]]) -> Workload:
-    prompts, limits = zip(*lengths)
-    return Workload.of(prompts, limits)
+def as_workload(asked: list[tuple[int, int, int]]) -> Workload:
+    return Workload.of(*zip(*asked))
 
 
 @settings(deadline=None, derandomize=True, max_examples=120)
@@ -94,13 +106,13 @@ def test_a_planned_job_has_the_passes_of_the_batcher(drawn, lengths, spare):
     (on_device, policy), workload = drawn, as_workload(lengths)
     count = -(-policy.sequences_in_flight // policy.attention_micro_batch)
     places = kv_micro_batches(policy, count * workload.longest_tokens + spare, on_device=on_device)
-    real, exact = run_batcher(policy, places, workload)
+    real, exact = run_batcher(policy, places, lengths)
     planned_passes = list(job_passes(workload, policy, places))
     assert planned_passes[:exact] == real[:exact]
     for passes in (real, planned_passes):
         decoded = sum(part.decode_tokens for shape in passes for part in shape.micro_batches)
         assert sum(shape.tokens for shape in passes) == int(workload.kv_tokens.sum())
-        assert sum(shape.logits_rows for shape in passes) == int(workload.max_tokens.sum())
+        assert sum(shape.logits_rows for shape in passes) == int((workload.max_tokens + workload.scored_tokens).sum())
         assert decoded >= int((workload.max_tokens - 1).sum())
         assert [shape.more for shape in passes] == [True] * (len(passes) - 1) + [False]
 
@@ -110,7 +122,7 @@ def test_a_planned_job_has_the_passes_of_the_batcher(drawn, lengths, spare):
 def test_rows_of_one_length_leave_no_gaps_so_every_pass_is_exact(policy, count, prompt_tokens, max_tokens):
     workload = Workload.uniform(count, prompt_tokens, max_tokens)
     places = kv_micro_batches(policy, policy.sequences_in_flight * workload.longest_tokens, on_device=False)
-    real, exact = run_batcher(policy, places, workload)
+    real, exact = run_batcher(policy, places, [(prompt_tokens, max_tokens, 0)] * count)
     assert exact == len(real)
     assert list(job_passes(workload, policy, places)) == real
 

@@ -62,9 +62,15 @@ def test_greedy_with_several_choices_is_refused():
     assert SamplingParams(n=2, temperature=0.5).n == 2
 
 
-def test_prompt_logprobs_is_unsupported_by_name():
-    with pytest.raises(UnsupportedError, match="prompt_logprobs"):
-        SamplingParams(prompt_logprobs=0)
+def test_a_prompt_alone_can_only_be_scored():
+    assert SamplingParams(prompt_logprobs=0, max_tokens=0).max_tokens == 0
+    with pytest.raises(RequestError, match="max_tokens=0") as caught:
+        SamplingParams(max_tokens=0)
+    assert "prompt_logprobs" in caught.value.hint
+    with pytest.raises(RequestError, match="n=2"):
+        SamplingParams(prompt_logprobs=0, max_tokens=0, n=2)
+    with pytest.raises(RequestError, match="prompt_logprobs=-1"):
+        SamplingParams(prompt_logprobs=-1)
 
 
 def test_stops_are_normalised_and_params_hashable():
@@ -100,7 +106,7 @@ def test_from_dict_suggests_the_nearest_name_and_says_where():
         SamplingParams.from_dict({"top_p": 2}, "line 4")
 
 
-@pytest.mark.parametrize("option", ["logit_bias", "best_of", "prompt_logprobs"])
+@pytest.mark.parametrize("option", ["logit_bias", "best_of"])
 def test_from_dict_refuses_what_would_run_wrongly(option):
     with pytest.raises(UnsupportedError, match=f"line 9: {option}"):
         SamplingParams.from_dict({option: 2}, "line 9")
