@@ -27,4 +27,7 @@ def __getattr__(name: str):
         raise AttributeError(f"module 'flexrun' has no attribute {name!r}")
     import importlib
 
+    from flexrun.openmp import import_torch
+
+    import_torch()
     return getattr(importlib.import_module(_HOMES[name]), name)

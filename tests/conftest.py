@@ -5,6 +5,10 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
+from flexrun.openmp import import_torch
+
+import_torch()  # isort: split
+
 import gguf
 import pytest
 from tiny_families import save_checkpoint

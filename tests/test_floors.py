@@ -36,6 +36,7 @@ FLOORS = {
     "steps": 0,
     "native": 0,
     "machine": 0,
+    "openmp": 0,
     "disk_io": 0,
     "gguf_header": 0,
     "core": 0,
@@ -50,6 +51,7 @@ GROUND_ORDER = {  # inside floor 0
     "schedule": 4,
     "native": 2,
     "machine": 2,
+    "openmp": 2,
     "disk_io": 2,
     "gguf_header": 2,
 }

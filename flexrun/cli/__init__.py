@@ -15,6 +15,7 @@ from flexrun.cli import plan, profile, run
 from flexrun.cli.parser import Parser
 from flexrun.cli.style import print_error
 from flexrun.errors import ExecutionError, FlexrunError
+from flexrun.openmp import import_torch
 
 # A command is a module with add_flags(parser) and call(args) -> exit code.
 COMMANDS = {"run": run, "plan": plan, "profile": profile}
@@ -30,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as ending:  # argparse leaves this way after --help, --version and errors
         return int(ending.code or 0)
     args.command_line = command_line
+    import_torch()
     try:
         return args.call(args)
     except FlexrunError as error:
