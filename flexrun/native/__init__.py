@@ -21,6 +21,8 @@ _NORM = struct.Struct("@4P8q3fi").pack
 _GATED = struct.Struct("@3P5q2i").pack
 _ROPE = struct.Struct("@3P5qi").pack
 _ATTENTION = struct.Struct("@6P13q2fi").pack
+_GROUPWISE = struct.Struct("@2P4q4i").pack  # of groupwise.h
+_PRODUCT = struct.Struct("@3P3q").pack  # what follows the matrix
 _LAYOUT = 3  # of dispatch.c: a library of other sources would misread the structs
 
 
@@ -46,12 +48,18 @@ def _load():
             function = getattr(library, name)
             function.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
             function.restype = ctypes.c_int
+        if hasattr(library, "flexrun_multiply"):  # the others serve without it
+            library.flexrun_dequantise.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int]
+            library.flexrun_dequantise.restype = None
+            library.flexrun_multiply.argtypes = [ctypes.c_char_p, ctypes.c_int]
+            library.flexrun_multiply.restype = ctypes.c_int
         return library
     return None
 
 
 _library = _load()
 available = _library is not None
+multiplies_codes = hasattr(_library, "flexrun_multiply")  # dequantise and multiply below
 if available:
     instruction_set = _library.flexrun_select(None).decode()
     _rms_norm, _gated, _rope, _attend, _prefill = (
@@ -218,3 +226,39 @@ def attend(
     )
     kernel = _prefill if long else _attend
     return kernel(packed, segments_pointer, count, torch.get_num_threads()) == 0
+
+
+def _groupwise(codes, factors, rows: int, columns: int, bits: int, group: int, code: int) -> bytes:
+    shift, symmetric = group.bit_length() - 1, factors.shape[2] == 1
+    pointers = codes.data_ptr(), factors.data_ptr()
+    return _GROUPWISE(*pointers, rows, columns, codes.shape[1], factors.shape[1], shift, bits, symmetric, code)
+
+
+def dequantise(codes, factors, bits: int, group: int, out) -> bool:
+    """A compressed matrix brought back to ``out`` [rows, columns]; codes, factors: see flexrun.compress.groupwise."""
+    if not multiplies_codes or not codes.is_cpu or not out.is_contiguous():
+        return False
+    code = _code(out)
+    if code is None:
+        return False
+    matrix = _groupwise(codes, factors, *out.shape, bits, group, code)
+    _library.flexrun_dequantise(matrix, out.data_ptr(), torch.get_num_threads())
+    return True
+
+
+def multiply(x, codes, factors, bits: int, group: int, bias, out) -> bool:
+    """``out = x @ weights.T + bias`` with a compressed matrix: x [T, K], bias [N] or None, out [T, N] of one dtype."""
+    if not multiplies_codes or not codes.is_cpu or x.dim() != 2 or out.dim() != 2:
+        return False
+    code = _code(x, out)
+    if code is None or (bias is not None and (bias.dtype != x.dtype or not bias.is_contiguous())):
+        return False
+    product = _groupwise(codes, factors, out.shape[1], x.shape[1], bits, group, code) + _PRODUCT(
+        x.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        x.shape[0],
+        x.stride(0),
+        out.stride(0),
+    )
+    return _library.flexrun_multiply(product, torch.get_num_threads()) == 0

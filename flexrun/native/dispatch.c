@@ -14,6 +14,8 @@
 
 static const struct kernels *kernels = &kernels_portable;
 
+const struct kernels *flexrun_selected(void) { return kernels; }
+
 /* Use the named instruction set, or the best one for NULL. Returns its name, or NULL where this CPU lacks it. */
 EXPORT const char *flexrun_select(const char *name) {
     const struct kernels *found[4];

@@ -11,8 +11,9 @@
 #include "math.inc.h"
 #include "elementwise.inc.h"
 #include "attention.inc.h"
+#include "groupwise.inc.h"
 
-const struct kernels kernels_avx512 = {"avx512", attend_chunk, finish_rows, NULL, rms_norm_row, gated_row, rope_head};
+const struct kernels kernels_avx512 = {"avx512", attend_chunk, finish_rows, NULL, rms_norm_row, gated_row, rope_head, &groupwise};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -5,5 +5,6 @@
 #include "math.inc.h"
 #include "elementwise.inc.h"
 #include "attention.inc.h"
+#include "groupwise.inc.h"
 
-const struct kernels kernels_portable = {"portable", attend_chunk, finish_rows, NULL, rms_norm_row, gated_row, rope_head};
+const struct kernels kernels_portable = {"portable", attend_chunk, finish_rows, NULL, rms_norm_row, gated_row, rope_head, &groupwise};

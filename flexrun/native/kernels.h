@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+#include "groupwise.h"
+
 enum dtype { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum activation { SILU = 0, GELU_TANH = 1 };
 
@@ -88,12 +90,16 @@ struct kernels {
     void (*rms_norm_row)(const struct norm *, void *hidden, const void *branch, const void *weight, void *out);
     void (*gated_row)(const void *gate, const void *up, void *out, int64_t width, int activation, int dtype);
     void (*rope_head)(void *head, const float *cosine, const float *sine, int64_t half, int dtype);
+    const struct groupwise_kernels *groupwise;
 };
 
 extern const struct kernels kernels_portable;
 #if defined(__x86_64__)
 extern const struct kernels kernels_avx2, kernels_avx512, kernels_avx512_bf16;
 #endif
+
+/* Those of the instruction set in use. */
+const struct kernels *flexrun_selected(void);
 
 static inline int64_t element_bytes(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
 

@@ -3,6 +3,8 @@
 
 #define LANES 8
 #define ROW_TILE 2
+#define TILE_INPUTS 6
+#define PANEL_VECTORS 2
 typedef __m256 VEC;
 
 static inline VEC v_set1(float x) { return _mm256_set1_ps(x); }
@@ -49,4 +51,26 @@ static inline void v_store_bf16(uint16_t *p, VEC v) {
 static inline VEC v_load_f16(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
 static inline void v_store_f16(uint16_t *p, VEC v) {
     _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+static inline void v_transpose(VEC *r) {
+    VEC t[8];
+    for (int row = 0; row < 8; row += 2) {
+        t[row] = _mm256_unpacklo_ps(r[row], r[row + 1]);
+        t[row + 1] = _mm256_unpackhi_ps(r[row], r[row + 1]);
+    }
+    for (int half = 0; half < 8; half += 4)
+        for (int odd = 0; odd < 2; odd++) {
+            r[half + 2 * odd] = _mm256_shuffle_ps(t[half + odd], t[half + odd + 2], _MM_SHUFFLE(1, 0, 1, 0));
+            r[half + 2 * odd + 1] = _mm256_shuffle_ps(t[half + odd], t[half + odd + 2], _MM_SHUFFLE(3, 2, 3, 2));
+        }
+    for (int row = 0; row < 4; row++) {
+        VEC low = r[row], high = r[row + 4];
+        r[row] = _mm256_permute2f128_ps(low, high, 0x20);
+        r[row + 4] = _mm256_permute2f128_ps(low, high, 0x31);
+    }
+}
+typedef __m256i BITS_VEC;
+static inline __m256i v_pairs(const uint8_t *p) { return _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)p)); }
+static inline VEC v_field(__m256i v, int shift, int bits) {
+    return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(v, shift), _mm256_set1_epi32((1 << bits) - 1)));
 }

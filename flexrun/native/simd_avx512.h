@@ -3,6 +3,8 @@
 
 #define LANES 16
 #define ROW_TILE 4
+#define TILE_INPUTS 6
+#define PANEL_VECTORS 4
 typedef __m512 VEC;
 
 static inline VEC v_set1(float x) { return _mm512_set1_ps(x); }
@@ -44,4 +46,32 @@ static inline void v_store_bf16(uint16_t *p, VEC v) {
 static inline VEC v_load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 static inline void v_store_f16(uint16_t *p, VEC v) {
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+static inline void v_transpose(VEC *r) {
+    VEC t[16];
+    for (int row = 0; row < 16; row += 2) {
+        t[row] = _mm512_unpacklo_ps(r[row], r[row + 1]);
+        t[row + 1] = _mm512_unpackhi_ps(r[row], r[row + 1]);
+    }
+    for (int four = 0; four < 16; four += 4)
+        for (int odd = 0; odd < 2; odd++) {
+            r[four + 2 * odd] = _mm512_shuffle_ps(t[four + odd], t[four + odd + 2], _MM_SHUFFLE(1, 0, 1, 0));
+            r[four + 2 * odd + 1] = _mm512_shuffle_ps(t[four + odd], t[four + odd + 2], _MM_SHUFFLE(3, 2, 3, 2));
+        }
+    for (int row = 0; row < 4; row++) {
+        VEC a = _mm512_shuffle_f32x4(r[row], r[row + 4], 0x88), b = _mm512_shuffle_f32x4(r[row], r[row + 4], 0xdd);
+        VEC c = _mm512_shuffle_f32x4(r[row + 8], r[row + 12], 0x88), d = _mm512_shuffle_f32x4(r[row + 8], r[row + 12], 0xdd);
+        r[row] = _mm512_shuffle_f32x4(a, c, 0x88);
+        r[row + 8] = _mm512_shuffle_f32x4(a, c, 0xdd);
+        r[row + 4] = _mm512_shuffle_f32x4(b, d, 0x88);
+        r[row + 12] = _mm512_shuffle_f32x4(b, d, 0xdd);
+    }
+}
+static inline VEC v_load_u8(const uint8_t *p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
+typedef __m512i BITS_VEC;
+static inline __m512i v_pairs(const uint8_t *p) { return _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)p)); }
+static inline VEC v_field(__m512i v, int shift, int bits) {
+    return _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(v, shift), _mm512_set1_epi32((1 << bits) - 1)));
 }

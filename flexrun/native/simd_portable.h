@@ -4,6 +4,8 @@
 
 #define LANES 4
 #define ROW_TILE 2
+#define TILE_INPUTS 2
+#define PANEL_VECTORS 4
 typedef float VEC __attribute__((vector_size(16)));
 typedef int32_t IVEC __attribute__((vector_size(16)));
 typedef uint16_t HALVES __attribute__((vector_size(8)));
@@ -72,4 +74,22 @@ static inline VEC v_load_f16(const uint16_t *p) {
 static inline void v_store_f16(uint16_t *p, VEC v) {
     HALVES h = {float_to_half(v[0]), float_to_half(v[1]), float_to_half(v[2]), float_to_half(v[3])};
     memcpy(p, &h, sizeof h);
+}
+
+/* The square of vectors with its rows and columns exchanged. */
+static inline void v_transpose(VEC *rows) {
+    for (int row = 0; row < LANES; row++)
+        for (int column = 0; column < row; column++) {
+            float value = rows[row][column];
+            rows[row][column] = rows[column][row];
+            rows[column][row] = value;
+        }
+}
+/* Pairs of bytes, each byte in half of a lane; and ``bits`` of every lane from ``shift`` on, as numbers. */
+typedef IVEC BITS_VEC;
+static inline IVEC v_pairs(const uint8_t *p) {
+    return (IVEC){p[0] | p[1] << 16, p[2] | p[3] << 16, p[4] | p[5] << 16, p[6] | p[7] << 16};
+}
+static inline VEC v_field(IVEC v, int shift, int bits) {
+    return __builtin_convertvector((v >> shift) & ((1 << bits) - 1), VEC);
 }

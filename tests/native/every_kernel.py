@@ -15,6 +15,7 @@ sys.path[0:0] = [str(Path(__file__).parents[1])]
 from attention_oracle import make, oracle  # noqa: E402
 
 from flexrun import native  # noqa: E402
+from flexrun.compress.groupwise import GroupFormat, dequantise, quantise, split  # noqa: E402
 
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16")
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -61,6 +62,18 @@ def check_elementwise(dtype, width):
     assert native.apply_rope(random(5, 3, 2 * width), angle, angle) and out.isfinite().all()
 
 
+def check_compressed(dtype, bits, group, shape, rows):
+    form = GroupFormat(bits, group)
+    data = quantise(torch.randn(shape, generator=torch.Generator().manual_seed(rows)), form)
+    codes, factors = (part.clone() for part in split(data, shape, form))
+    back, out = torch.empty(shape, dtype=dtype), torch.empty(rows, shape[0], dtype=dtype)
+    x, bias = torch.ones(rows, shape[1], dtype=dtype), torch.zeros(shape[0], dtype=dtype)
+    assert native.dequantise(codes, factors, bits, group, back)
+    assert native.multiply(x, codes, factors, bits, group, bias, out)
+    expected = dequantise(data, shape, form, torch.float32).sum(1).expand_as(out)
+    torch.testing.assert_close(out.float(), expected, rtol=TOLERANCE[dtype], atol=10 * TOLERANCE[dtype])
+
+
 def plant(fault):
     query, keys, values, segments = tensors([1, 40], [300, 70], torch.bfloat16, 128)
     short = {"keys": keys, "values": values, "query": query}
@@ -83,6 +96,9 @@ def main():
                 check_attention(dtype, head_dim, ([70, 9], [3, 20], [-5, 9]), True, softcap=2.0)
             for dtype, width in product(TOLERANCE, (1, 15, 33)):
                 check_elementwise(dtype, width)
+            for dtype, bits, rows in product(TOLERANCE, (4, 8), (1, 7)):
+                for shape, group in product(((1, 1), (70, 70), (130, 300)), (32, 128)):
+                    check_compressed(dtype, bits, group, shape, rows)
         print(f"{name}: passed")
         runs += 1
     assert runs, "no instruction set ran"

@@ -1,0 +1,83 @@
+"""Compressed matrices by the kernels: the weights of torch's form bit for bit, products within rounding of float64."""
+
+import pytest
+import torch
+
+from flexrun import native
+from flexrun.compress.groupwise import GroupFormat, dequantise, quantise, split
+
+FORMS = [
+    GroupFormat(4, 32),
+    GroupFormat(4, 64),
+    GroupFormat(4, 128, True),
+    GroupFormat(8, 64),
+    GroupFormat(8, 32, True),
+]
+SHAPES = [(1, 1), (16, 64), (70, 70), (130, 300), (64, 576)]
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+forms = pytest.mark.parametrize("form", FORMS, ids=str)
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@forms
+@shapes
+def test_weights_are_those_of_the_torch_form(instruction_set, dtype, form, shape):
+    data = quantise(random(*shape), form)
+    out = torch.empty(shape, dtype=dtype)
+    assert native.dequantise(*split(data, shape, form), form.bits, form.group, out)
+    assert torch.equal(out, dequantise(data, shape, form, dtype))
+
+
+@forms
+@shapes
+@pytest.mark.parametrize("rows", [1, 2, 5, 6, 7, 13])
+def test_products(instruction_set, dtype, form, shape, rows):
+    data = quantise(random(*shape), form)
+    x, bias = random(rows, shape[1], seed=1).to(dtype), random(shape[0], seed=2).to(dtype)
+    wide = torch.full((rows, shape[0] + 5), 7.0, dtype=dtype)
+    out = wide[:, 2 : shape[0] + 2]
+    assert native.multiply(x, *split(data, shape, form), form.bits, form.group, bias, out)
+    weights = dequantise(data, shape, form, torch.float32).double()
+    expected = x.double() @ weights.t() + bias.double()
+    size = x.double().abs() @ weights.abs().t() + bias.double().abs()  # errors grow with what was added up
+    error = (out.double() - expected).abs()
+    assert (error <= TOLERANCE[dtype] * expected.abs() + 2e-6 * size).all()
+    assert (wide[:, :2] == 7).all() and (wide[:, shape[0] + 2 :] == 7).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_row_does_not_depend_on_the_others_nor_on_threads(instruction_set, dtype, bits, threads):
+    form, shape = GroupFormat(bits, 64), (200, 320)
+    parts = split(quantise(random(*shape), form), shape, form)
+    x = random(201, 320, seed=1).to(dtype)  # more than are multiplied at once
+    whole, alone = torch.empty(201, 200, dtype=dtype), torch.empty(1, 200, dtype=dtype)
+    assert native.multiply(x, *parts, bits, 64, None, whole)
+    torch.set_num_threads(1)
+    for row in (0, 5, 7, 191, 192, 200):
+        assert native.multiply(x[row : row + 1], *parts, bits, 64, None, alone)
+        assert torch.equal(alone[0], whole[row])
+
+
+def test_strided_rows_of_x(instruction_set, dtype):
+    form, shape = GroupFormat(4, 32), (48, 96)
+    parts = split(quantise(random(*shape), form), shape, form)
+    wide = random(9, 200, seed=1).to(dtype)
+    strided, plain = torch.empty(9, 48, dtype=dtype), torch.empty(9, 48, dtype=dtype)
+    assert native.multiply(wide[:, 50:146], *parts, 4, 32, None, strided)
+    assert native.multiply(wide[:, 50:146].contiguous(), *parts, 4, 32, None, plain)
+    assert torch.equal(strided, plain)
+
+
+def test_what_the_kernels_do_not_take_is_left_to_torch(instruction_set):
+    form, shape = GroupFormat(4, 32), (16, 32)
+    parts = split(quantise(random(*shape), form), shape, form)
+    x, out = random(2, 32), torch.empty(2, 16)
+    assert not native.multiply(x.double(), *parts, 4, 32, None, out.double())
+    assert not native.multiply(x, *parts, 4, 32, None, out.bfloat16())
+    assert not native.multiply(x, *parts, 4, 32, torch.zeros(16).bfloat16(), out)
+    assert not native.dequantise(*parts, 4, 32, torch.empty(32, 32)[:, :16])
