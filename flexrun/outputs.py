@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,8 @@ class Request:
     """One request, given as ``token_ids``, ``prompt`` or ``messages``; where ids come with a text, the ids count.
 
     params: the request's SamplingParams; None takes the engine's defaults. score_start: first prompt token whose
-    log-probability is wanted where not all are (from 1; None: what params say).
+    log-probability is wanted where not all are (from 1; None: what params say). partial: tokens that an earlier run
+    generated, by choice, which this one goes on from.
     """
 
     request_id: str
@@ -22,6 +24,7 @@ class Request:
     messages: list[dict[str, Any]] | None = None
     params: Any = None
     score_start: int | None = None
+    partial: Mapping[int, Sequence[int]] | None = None
 
 
 @dataclass(frozen=True, slots=True)

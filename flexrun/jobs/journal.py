@@ -1,17 +1,20 @@
 """Keeps finished answers safe while the job runs, and finds out after a stop what is left to do.
 
-Beside OUTPUT stand OUTPUT.manifest.json (what the job was; kept) and OUTPUT.lock (only while it runs).
+Beside OUTPUT stand OUTPUT.manifest.json (what the job was; kept), OUTPUT.tokens (answers under way; see token_log.py;
+until all is answered) and OUTPUT.lock (only while it runs).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
 import sys
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,6 +22,7 @@ import numpy as np
 
 from flexrun.errors import ConfigError, ExecutionError
 from flexrun.jobs.files import FileLock, WrittenRecords, read_records, replace_file, rewrite_records, sync_directory
+from flexrun.jobs.token_log import KEY_BYTES, Partial, TokenLog
 
 SYNC_RECORDS = 256
 SYNC_SECONDS = 2.0
@@ -27,11 +31,15 @@ _UNCOMPARED_KEYS = ("flexrun_version",)
 
 @dataclass(frozen=True)
 class Recovered:
-    """What an earlier run left. ``lines``: int64, sorted, the input lines that need no work; the counts are records."""
+    """What an earlier run left. ``lines``: int64, sorted, the input lines that need no work; the counts are records.
+
+    partial: tokens of the answers that were under way.
+    """
 
     lines: np.ndarray
     answered_count: int
     failed_count: int
+    partial: Partial = field(default_factory=dict)
 
     def __contains__(self, line: int) -> bool:
         position = int(np.searchsorted(self.lines, line))
@@ -60,6 +68,7 @@ class Journal:
         self._lock: FileLock | None = None
         self._answers: BinaryIO | None = None
         self._failures: BinaryIO | None = None
+        self._tokens: TokenLog | None = None
         self._unsynced = 0
         self._sync_error: OSError | None = None
         self._wake, self._stopping = threading.Event(), False
@@ -84,7 +93,7 @@ class Journal:
         Raises ConfigError where the manifest is missing or differs.
         """
         present = [path for path in self._paths() if path.exists() and path.stat().st_size]
-        if not self._resume or not present:
+        if not self._resume or not (present or self._beside("tokens").exists()):
             return Recovered(np.zeros(0, dtype=np.int64), 0, 0)
         self._check_manifest(manifest)
         lines, answered_count, failed_count = [], 0, 0
@@ -99,10 +108,16 @@ class Journal:
                 lines.append(records.lines)
                 failed_count += int((~records.answered).sum())
             answered_count += int(records.answered.sum())
-        return Recovered(np.unique(np.concatenate(lines)), answered_count, failed_count)
+        done = np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *lines]))
+        partial = {} if self._streams else self._token_log(manifest).read()
+        partial = {line: choices for line, choices in partial.items() if line not in done}
+        return Recovered(done, answered_count, failed_count, partial)
 
-    def start(self, manifest: Mapping[str, Any]) -> None:
-        """Open the files for appending (emptied unless resuming) and write the manifest."""
+    def start(self, manifest: Mapping[str, Any], kept: Collection[int] = ()) -> None:
+        """Open the files for appending (emptied unless resuming) and write the manifest.
+
+        kept: lines whose tokens of an earlier run are gone on with.
+        """
         if self._streams:
             # Opened by name, not by number, so that /dev/null and named pipes work as they do in a shell.
             self._answers = sys.stdout.buffer if str(self._output) == "-" else open(self._output, "wb")  # noqa: SIM115
@@ -113,6 +128,8 @@ class Journal:
             # After the files were emptied: a manifest must never stand beside the answers of another job.
             text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
             replace_file(self._beside("manifest.json"), lambda file: file.write(text.encode()))
+            self._tokens = self._token_log(manifest)
+            self._tokens.start(kept)
             self._syncer = threading.Thread(target=self._sync_loop, name="journal-sync", daemon=True)
             self._syncer.start()
 
@@ -120,11 +137,30 @@ class Journal:
         """Write one record. Raises ExecutionError where the file system refuses (disk full, ...)."""
         file = self._answers if record["error"] is None else self._failures
         data = json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace") + b"\n"
+        with self._writing():
+            file.write(data)
+            file.flush()
+        self._unsynced += 1
+        if self._unsynced >= SYNC_RECORDS:
+            self._wake.set()
+
+    @property
+    def keeps_tokens(self) -> bool:
+        """Whether answers under way outlive the run: not those of a job that writes to a stream."""
+        return self._tokens is not None
+
+    def append_tokens(self, entries: Iterable[tuple[int, int, int]], live: Callable[[], Collection[int]]) -> None:
+        """Keep (line, choice, token) of one pass. live: gives the lines under way. Raises as ``append``."""
+        with self._writing():
+            self._tokens.append(entries, live)
+        self._unsynced += 1
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
         try:
             if self._sync_error is not None:
                 raise self._sync_error
-            file.write(data)
-            file.flush()
+            yield
         except BrokenPipeError:
             raise
         except OSError as error:
@@ -132,13 +168,15 @@ class Journal:
                 f"cannot write {self._output}: {error.strerror or error}",
                 "free some space, then go on with --resume; nothing that was written is lost",
             ) from error
-        self._unsynced += 1
-        if self._unsynced >= SYNC_RECORDS:
-            self._wake.set()
 
-    def finish(self, preserve_order: bool = False) -> None:
-        """Make everything durable; with ``preserve_order`` put the records into the order of the input, atomically."""
+    def finish(self, preserve_order: bool = False, *, keep_tokens: bool = False) -> None:
+        """Make everything durable; with ``preserve_order`` put the records into the order of the input, atomically.
+
+        keep_tokens: answers are still under way, for a resume to go on with.
+        """
         self.close(keep_lock=True)
+        if self._tokens is not None and not keep_tokens:
+            self._tokens.remove()
         if preserve_order and not self._streams:
             for path in self._paths():
                 records: WrittenRecords = read_records(path)
@@ -152,6 +190,8 @@ class Journal:
         if self._syncer is not None:
             self._syncer.join()
             self._syncer = None
+        if self._tokens is not None:
+            self._tokens.close()
         for file in {self._answers, self._failures} - {None}:
             if not file.closed and file is not sys.stdout.buffer:
                 file.flush()
@@ -173,6 +213,11 @@ class Journal:
     def _beside(self, ending: str) -> Path:
         return self._output.with_name(f"{self._output.name}.{ending}")
 
+    def _token_log(self, manifest: Mapping[str, Any]) -> TokenLog:
+        compared = {key: value for key, value in manifest.items() if key not in _UNCOMPARED_KEYS}
+        key = hashlib.blake2b(json.dumps(compared, sort_keys=True).encode(), digest_size=KEY_BYTES).digest()
+        return TokenLog(self._beside("tokens"), key)
+
     def _open(self, path: Path) -> BinaryIO:
         file = open(path, "ab" if self._resume else "wb")  # noqa: SIM115 - closed by close()
         sync_directory(path.parent)
@@ -188,6 +233,7 @@ class Journal:
             try:
                 for file in {self._answers, self._failures}:
                     os.fsync(file.fileno())
+                self._tokens.sync()
             except OSError as error:
                 self._sync_error = error
 

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, BinaryIO, TextIO
 
 import numpy as np
@@ -26,8 +27,10 @@ from flexrun.jobs.progress import PLAIN_SECONDS, Progress
 from flexrun.jobs.records import answer_record, error_record
 from flexrun.jobs.signals import StopSignals
 from flexrun.jobs.source import open_source
+from flexrun.jobs.token_log import Partial
 from flexrun.outputs import Request, RequestOutput
 from flexrun.sampling import SamplingParams
+from flexrun.workload import Workload
 
 LOAD_ROWS = 32  # lines read and tokenised at a time, ahead of the engine
 STRICT_SHOWN = 10
@@ -100,6 +103,7 @@ class _Job:
     def __init__(self, config: JobConfig, log: TextIO):
         self.config, self.log = config, log
         self.in_flight: dict[str, tuple[PromptLine, int]] = {}  # custom_id -> (line, expected tokens)
+        self.partial: Partial = {}  # what an earlier run generated of lines that are not sent yet
         self.finish_reasons: Counter[str] = Counter()
         self.errors: Counter[str] = Counter()
         self.answered = self.prompt_tokens = self.generated_tokens = 0
@@ -120,8 +124,9 @@ class _Job:
             recovered = journal.recover(manifest, config.retry_errors)
             rows = index.order(config.order)
             rows = rows[~np.isin(index.lines[rows], recovered.lines)]
+            self.partial = recovered.partial
             engine = self._answer(lambda: build_llm(model), index, rows, recovered, journal, manifest)
-            journal.finish(config.preserve_order and not self.interrupted)
+            journal.finish(config.preserve_order and not self.interrupted, keep_tokens=self.interrupted)
             return self._summary(index, rows, recovered, engine, time.perf_counter() - started)
 
     def _check(self, source: BinaryIO, model: Any) -> JobIndex:
@@ -171,9 +176,9 @@ class _Job:
         started = time.perf_counter()
         with closing(build_llm()) if len(rows) else nullcontext() as llm:
             if llm is not None:
-                llm.prepare(index.workload(rows))  # refuses what does not fit while nothing is written yet
+                llm.prepare(self._workload(index, rows))  # refuses what does not fit while nothing is written yet
             self.seconds["load"] = time.perf_counter() - started
-            journal.start(manifest)
+            journal.start(manifest, recovered.partial.keys())
             self._write_refusals(index, recovered, journal)
             if llm is None:
                 return None
@@ -204,7 +209,14 @@ class _Job:
                 Progress(len(index), total_tokens, done_requests=done_requests, enabled=self.config.progress)
             ) as bar,
             stop,
-            closing(llm.generate_iter(self._requests(index, rows, stop), index.workload(rows), bar.advance)) as outputs,
+            closing(
+                llm.generate_iter(
+                    self._requests(index, rows, stop),
+                    self._workload(index, rows),
+                    bar.advance,
+                    partial(self._keep_tokens, journal, stop) if journal.keeps_tokens else None,
+                )
+            ) as outputs,
         ):
             try:
                 for output in outputs:
@@ -218,6 +230,30 @@ class _Job:
         if self.in_flight and not self.interrupted:
             raise ExecutionError(f"the engine ended without an answer to {len(self.in_flight):,} requests")
 
+    def _workload(self, index: JobIndex, rows: np.ndarray) -> Workload:
+        """What is left to do: what an earlier run generated is prefilled."""
+        workload = index.workload(rows)
+        if not self.partial:
+            return workload
+        begun = [
+            len(self.partial.get(line, {}).get(choice, ()))
+            for line, choices in zip(index.lines[rows].tolist(), index.choices[rows].tolist())
+            for choice in range(choices)
+        ]
+        begun = np.minimum(begun, workload.max_tokens - 1)
+        return Workload(workload.prompt_tokens + begun, workload.max_tokens - begun, workload.scored_tokens)
+
+    def _keep_tokens(self, journal: Journal, stop: StopSignals, sampled: list[tuple[str, int, int]]) -> None:
+        """After each pass. Answers with log-probabilities are not kept: a resume generates them again."""
+        entries = [
+            (prompt.line, choice, token)
+            for prompt, choice, token in ((self.in_flight[name][0], choice, token) for name, choice, token in sampled)
+            if prompt.params.logprobs is None and prompt.params.prompt_logprobs is None
+        ]
+        journal.append_tokens(entries, lambda: [*(prompt.line for prompt, _ in self.in_flight.values()), *self.partial])
+        if stop.requested:
+            raise _Stopped
+
     def _requests(self, index: JobIndex, rows: np.ndarray, stop: StopSignals) -> Iterator[Request]:
         for start in range(0, len(rows), LOAD_ROWS):
             chunk = rows[start : start + LOAD_ROWS]
@@ -226,7 +262,8 @@ class _Job:
                     # The engine asks for more once it has handed out what is finished: the moment to stop.
                     raise _Stopped
                 self.in_flight[prompt.custom_id] = prompt, int(expected_tokens)
-                yield Request(prompt.custom_id, token_ids, prompt.prompt, prompt.messages, prompt.params)
+                begun = self.partial.pop(prompt.line, None)
+                yield Request(prompt.custom_id, token_ids, prompt.prompt, prompt.messages, prompt.params, partial=begun)
         self.all_sent = True
 
     def _record(self, prompt: PromptLine, output: RequestOutput, journal: Journal) -> int:
@@ -301,7 +338,7 @@ class _Job:
         return report
 
     def _announce_stop(self) -> None:
-        self._say("stopping once the next answer is written; press Ctrl-C again to stop at once")
+        self._say("stopping after this pass; press Ctrl-C again to stop at once")
 
     def _say(self, text: str) -> None:
         print(text, file=self.log, flush=True)

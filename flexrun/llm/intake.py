@@ -126,7 +126,10 @@ class Intake:
         return Workload.of(*zip(*rows)) if rows else Workload.of((), ())
 
     def group(self, request: Request, prompt_ids: list[int] | None = None) -> tuple[Group, list[TextInTheMaking]]:
-        """A request as its group and its n sequences. Raises FlexrunError where it cannot be served."""
+        """A request as its group and those of its n sequences that are to be run.
+
+        Raises FlexrunError where it cannot be served.
+        """
         params = request.params or SamplingParams()
         ids = numpy.array(self.encode(request) if prompt_ids is None else prompt_ids, dtype=numpy.int64)
         stops = set(params.stop_token_ids)
@@ -159,7 +162,14 @@ class Intake:
                 decoder = self._files.tokenizer.incremental_decoder(
                     skip_special_tokens=params.skip_special_tokens, prompt_ids=ids[-8:].tolist()
                 )
-            sequences.append(TextInTheMaking(group, choice, seed, decoder))
+            sequence = TextInTheMaking(group, choice, seed, decoder)
+            begun = (request.partial or {}).get(choice, ())
+            if any(sequence.append(token, None, None, None) for token in begun):
+                continue  # an earlier run ended it
+            if not sequence.pending_tokens:  # only scored, and nothing before its only token says how likely that is
+                sequence.end()
+                continue
+            sequences.append(sequence)
         return group, sequences
 
 

@@ -171,12 +171,14 @@ class LLM:
         requests: Iterable[Request],
         workload: Workload | None = None,
         on_pass: Callable[[int, int], None] | None = None,
+        on_tokens: Callable[[list[tuple[str, int, int]]], None] | None = None,
     ) -> Iterator[RequestOutput]:
         """Outputs in completion order; requests are drawn as slots free up, so the pile may be endless.
 
         workload: what the requests will ask for, to size the run by; without it each is taken to be as long as
         max_model_len allows. A bad request yields an output with ``error`` set. on_pass: called after each pass with
-        the prompt tokens it prefilled and the tokens it generated.
+        the prompt tokens it prefilled and the tokens it generated; on_tokens: with (request id, choice, token) of the
+        latter.
         Raises ConfigError while another iterator of this LLM is neither exhausted nor closed.
         """
         if self._generating:
@@ -189,7 +191,7 @@ class LLM:
         name_of = self.tokenizer and (lambda token: self.tokenizer.decode([token], skip_special_tokens=False))
         start_seconds = time.perf_counter()
         self._generating = True
-        outputs = self._engine.run(self._groups(iter(requests)), name_of, on_pass)
+        outputs = self._engine.run(self._groups(iter(requests)), name_of, on_pass, on_tokens)
         try:
             for output in outputs:
                 self._answered.add(output)
@@ -205,8 +207,7 @@ class LLM:
         for request in requests:
             try:
                 group, sequences = self._intake.group(request)
-                if not sequences[0].pending_tokens:  # nothing before its only token says how likely that is
-                    sequences[0].end()
+                if not sequences:
                     yield group.output(time.perf_counter())
                     continue
                 if group.score_start is not None and part_tokens(self._engine.policy):

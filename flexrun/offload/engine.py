@@ -133,10 +133,12 @@ class Engine:
         source: Iterator[tuple[Group, list[Sequence]] | RequestOutput],
         name_of: Callable[[int], str] | None = None,
         on_pass: Callable[[int, int], None] | None = None,
+        on_tokens: Callable[[list[tuple[str, int, int]]], None] | None = None,
     ) -> Iterator[RequestOutput]:
         """Outputs in completion order, as ``source`` is drawn from whenever a slot is free (see Batcher.feed).
 
-        on_pass: called after each pass with the prompt tokens it prefilled and the tokens it generated.
+        on_pass: called after each pass with the prompt tokens it prefilled and the tokens it generated. on_tokens: the
+        same with (request id, choice, token) of each of these; what it raises ends the run.
         """
         self._batcher.feed(source)
         try:
@@ -153,6 +155,13 @@ class Engine:
                     self.totals.add(plan, now - start_seconds)
                     if on_pass is not None:
                         on_pass(plan.prefill_tokens, len(plan.sampled))
+                    if on_tokens is not None:
+                        on_tokens(
+                            [
+                                (sequence.group.request.request_id, sequence.row.choice_index, sequence.output_ids[-1])
+                                for sequence in plan.sampled
+                            ]
+                        )
                 refused = self._batcher.take_refused()
                 if plan is None and not refused:
                     return

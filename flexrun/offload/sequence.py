@@ -111,9 +111,13 @@ class Sequence:
 
     def tokens(self, count: int) -> SequenceOf[int]:
         """The next ``count`` tokens to run."""
-        if self.output_ids:
-            return self.output_ids[-count:]
-        return self.group.prompt_ids[self.cached_tokens : self.cached_tokens + count]
+        place = self.cached_tokens - len(self.group.prompt_ids)
+        if place >= 0:
+            return self.output_ids[place : place + count]
+        prompt = self.group.prompt_ids[self.cached_tokens : self.cached_tokens + count]
+        if len(prompt) == count:
+            return prompt
+        return [*prompt, *self.output_ids[: count - len(prompt)]]
 
     def scored(self, count: int) -> range:
         """Of the next ``count`` tokens, the prompt positions whose rows score the tokens after them."""

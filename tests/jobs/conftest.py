@@ -32,6 +32,7 @@ class CountingLLM:
     """Runs ``slots`` requests at once, one token each a pass; the answer is the sum of the prompt's ids, counted up.
 
     Its own end comes after ``sum(ids) % 5 + 1`` tokens. fail_ids: requests it refuses. on_pass: called every pass.
+    generated: tokens it made itself, not those that an earlier run had begun with.
     """
 
     def __init__(self, slots=4, fail_ids=(), on_pass=None):
@@ -42,26 +43,39 @@ class CountingLLM:
     def prepare(self, workload):
         self.prepared_for = workload
 
-    def generate_iter(self, requests, workload, on_pass=None):
+    def generate_iter(self, requests, workload, on_pass=None, on_tokens=None):
         assert (workload.prompt_tokens == self.prepared_for.prompt_tokens).all()
         requests = iter(requests)
         running = {}
         while True:
             while len(running) < self.slots and (request := next(requests, None)) is not None:
                 self.seen.append(request)
-                running[request.request_id] = request, 0
+                running[request.request_id] = request, len((request.partial or {}).get(0, ()))
             self.most_in_flight = max(self.most_in_flight, len(running))
             if not running:
                 return
             if self.on_pass is not None:
                 self.on_pass(self)
-            finished = []
+            finished, sampled = [], []
             for request_id, (request, count) in list(running.items()):
                 running[request_id] = request, count + 1
+                assert (
+                    list((request.partial or {}).get(0, ()))
+                    == [self._token(request, step) for step in range(count)][: len((request.partial or {}).get(0, ()))]
+                )
+                if request_id not in self.fail_ids and count < self._length(request):
+                    self.generated += 1
+                    sampled += [(request_id, choice, self._token(request, count)) for choice in range(request.params.n)]
                 if request_id in self.fail_ids or count + 1 >= self._length(request):
                     del running[request_id]
                     finished.append(request)
+            if on_tokens is not None:
+                on_tokens(sampled)
             yield from map(self._output, finished)
+
+    @staticmethod
+    def _token(request, step):
+        return (sum(request.token_ids) + step) % VOCAB_SIZE
 
     def _length(self, request):
         return min(request.params.max_tokens, sum(request.token_ids) % 5 + 1)
@@ -70,8 +84,7 @@ class CountingLLM:
         if request.request_id in self.fail_ids:
             return RequestOutput.refused(request, RequestError("the engine refused it", "ask again", "engine_error"))
         length = self._length(request)
-        token_ids = [(sum(request.token_ids) + step) % VOCAB_SIZE for step in range(length)]
-        self.generated += length
+        token_ids = [self._token(request, step) for step in range(length)]
         logprobs = None
         if request.params.logprobs is not None:
             logprobs = [

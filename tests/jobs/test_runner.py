@@ -204,11 +204,53 @@ def test_a_crashed_job_resumes_to_exactly_the_same_answers(run, make_llm, tmp_pa
     llm = make_llm()
     summary, records = run(None, llm, resume=True)
     assert {request.request_id for request in llm.seen} == {f"id-{number}" for number in range(60)} - answered
+    assert not (tmp_path / "out.jsonl.tokens").exists()
     assert {key: text_of(record) for key, record in by_id(records).items() if record["error"] is None} == {
         key: text_of(record) for key, record in by_id(uninterrupted).items() if record["error"] is None
     }
     assert len(records) == 61 and summary["requests"]["left"] == 0
     assert summary["requests"]["failed_before"] == 1 and summary["requests"]["failed"] == 0
+
+
+def test_no_token_is_generated_twice_however_often_a_job_stops(run, make_llm, tmp_path):
+    lines = [{"prompt": "w " * (3 + number % 7), "custom_id": f"id-{number}", "max_tokens": 5} for number in range(40)]
+    whole = make_llm()
+    _, uninterrupted = run(lines, whole)
+    os.remove(tmp_path / "out.jsonl")
+    generated, started = 0, False
+    while True:
+        llm = make_llm(on_pass=crash_after(3))
+        try:
+            _, records = run(None, llm, resume=started)
+            break
+        except Crash:
+            started = True
+        finally:
+            generated += llm.generated
+    assert generated == whole.generated
+    assert {key: text_of(record) for key, record in by_id(records).items()} == {
+        key: text_of(record) for key, record in by_id(uninterrupted).items()
+    }
+
+
+def test_answers_with_log_probabilities_are_generated_again(run, make_llm):
+    lines = [{"prompt": "w " * 9, "logprobs": 1, "max_tokens": 5, "custom_id": f"id-{number}"} for number in range(9)]
+    first, second = make_llm(on_pass=crash_after(2)), make_llm()
+    with pytest.raises(Crash):
+        run(lines, first)
+    _, records = run(None, second, resume=True)
+    assert all(not request.partial for request in second.seen)
+    assert all(record["response"]["body"]["choices"][0]["logprobs"]["tokens"] for record in records)
+
+
+def test_what_is_left_is_planned_as_it_is(run, make_llm):
+    lines = [{"prompt": "w " * 9, "max_tokens": 5, "n": 2, "temperature": 1.0, "custom_id": "a"}]
+    with pytest.raises(Crash):
+        run(lines, make_llm(on_pass=crash_after(2)))
+    llm = make_llm()
+    run(None, llm, resume=True)
+    assert llm.prepared_for.prompt_tokens.tolist() == [12, 12]  # nine words, BOS, and two tokens generated
+    assert llm.prepared_for.max_tokens.tolist() == [3, 3]
 
 
 def test_resuming_a_finished_job_builds_no_engine(run, tmp_path, model):
