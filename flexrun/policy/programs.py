@@ -28,6 +28,7 @@ PASS_TOKENS = (512, USUAL_PASS_TOKENS, 8192, 32768, 131072)
 LP_MICRO_BATCHES = 4  # assumed beside a device while only fractions are solved
 KIND_PASSES = 60  # passes looked at to see what kinds a job has
 CPU_ROWS, GPU_ROWS = 512, 2048  # of one linear-layer call: enough to reach the matmul rate
+CPU_EXPERT_ROWS = 256  # of one call of an expert: its inner rows, the widest there are, stay in the cache
 PRICED_BYTES = 8 << 30
 DOUBLING_COST, AWAY_COST, FEWER_SLOTS_COST = 0.004, 0.0005, 0.0001
 PURE_TRIED, PURE_WITHIN = 8, 3.0  # free programs, within this factor of the best, whose pure forms are solved
@@ -161,11 +162,13 @@ class Programs:
     def discrete(self, sequences: int, tokens: int, **bits: int) -> Policy:
         """The discrete part of a policy; what the user fixed wins."""
         micro_batches = min(LP_MICRO_BATCHES, sequences) if self.budgets.on_device else 1
-        rows = GPU_ROWS if self.budgets.on_device and self.hardware.gpu else CPU_ROWS
+        on_gpu = self.budgets.on_device and self.hardware.gpu
+        rows = GPU_ROWS if on_gpu else CPU_ROWS
         fields = {
             "sequences_in_flight": sequences,
             "tokens_per_pass": tokens,
             "token_micro_batch": min(rows, tokens),
+            **({} if on_gpu else {"expert_batch": CPU_EXPERT_ROWS}),
             "attention_micro_batch": -(-sequences // micro_batches),
             **bits,
             **self.fixed,
