@@ -47,6 +47,7 @@ class Policy:
         part, as few parts as fit two at a time, whose rows come from the host and go back; a micro-batch is then given
         at most the rows of one part.
     weight_bits, kv_bits: 16 keeps the model's dtype, 8 and 4 are group-wise compressed.
+    keep: matrices of other bits, as "PATTERN=BITS"; see compress.WeightBits.
     cpu_attention_share: share of host-resident KV micro-batches attended in place on the CPU
         (the rest is copied to the GPU and attended there). Meaningless without a GPU.
     half_batches: where the CPU attends beside a GPU, run each pass as two halves that take turns: the CPU attends one
@@ -66,6 +67,7 @@ class Policy:
     weight_bits: int = 16
     kv_bits: int = 16
     half_batches: bool = False
+    keep: tuple[str, ...] = ()
 
     def __post_init__(self):
         for name in ("sequences_in_flight", "tokens_per_pass", "attention_micro_batch", "token_micro_batch"):
@@ -80,6 +82,9 @@ class Policy:
             raise ConfigError(f"policy cpu_attention_share={self.cpu_attention_share} is outside [0, 1]")
         if not isinstance(self.half_batches, bool):
             raise ConfigError(f"policy half_batches={self.half_batches!r} must be true or false")
+        if isinstance(self.keep, str) or not all(isinstance(rule, str) for rule in self.keep):
+            raise ConfigError(f"policy keep={self.keep!r} must be a list of texts, each PATTERN=BITS")
+        object.__setattr__(self, "keep", tuple(self.keep))
         for name in ("weight_bits", "kv_bits"):
             if getattr(self, name) not in (16, 8, 4):
                 raise ConfigError(f"policy {name}={getattr(self, name)!r} must be 16, 8 or 4")
@@ -92,7 +97,6 @@ class Policy:
         for asked, what, remedy in (
             (self.hidden.disk > 0, "keeps hidden states on disk", "set hidden.disk to 0"),
             (self.hidden.gpu < 1 and not on_device, "keeps hidden states off the CPU", "set hidden.gpu to 1"),
-            (self.weight_bits < 16, f"stores weights in {self.weight_bits} bits", "set weight_bits to 16"),
             (latents_on_cpu, "attends latent KV on the CPU beside a GPU", "set cpu_attention_share to 0"),
             (self.kv_bits < 16, f"stores KV cache in {self.kv_bits} bits", "set kv_bits to 16"),
         ):

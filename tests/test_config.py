@@ -61,7 +61,6 @@ def test_the_attention_share_is_a_fraction(share):
     ("planned", "named"),
     [
         ({"hidden": Placement(0.5, 0.3, 0.2)}, "hidden states on disk"),
-        ({"weight_bits": 4}, "weights in 4 bits"),
         ({"kv_bits": 8}, "KV cache in 8 bits"),
     ],
 )

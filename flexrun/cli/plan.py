@@ -40,6 +40,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="FIELD=VALUE",
         help="keep a field of the policy",
     )
+    policy.add_argument("--weight-bits", type=int, choices=(4, 8, 16), help="compress the matrices; default: do not")
+    policy.add_argument(
+        "--keep", metavar="RULES", help="other bits for some of them, as in layers.0.*=16,*.down_proj=8"
+    )
     policy.add_argument("--policy", metavar="FILE", help="do not search: forecast this policy")
     policy.add_argument(
         "--all-features",
@@ -54,9 +58,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def call(args: argparse.Namespace) -> int:
+    from flexrun.config import Policy
     from flexrun.llm.machine_profile import settle_hardware
     from flexrun.llm.model_files import read_model_plan
     from flexrun.llm.planning import as_budgets, plan_of, search_plan
+    from flexrun.placement import weight_bits_of
     from flexrun.policy.explain import format_plan, plan_document
     from flexrun.policy.features import PLANNABLE, RUNNABLE
 
@@ -71,10 +77,12 @@ def call(args: argparse.Namespace) -> int:
     hardware = settle_hardware(args.hardware, args.cache_dir, say=lambda text: print(text, file=sys.stderr))
     budgets = as_budgets({"gpu": args.gpu_memory, "cpu": args.cpu_memory, "disk": args.disk_memory}, hardware)
     if args.policy is not None:
-        plan = plan_of(args.policy, model.spec, hardware, workload, budgets)
+        policy = dataclasses.replace(Policy.from_json(args.policy), **_fixed(args))
+        plan = plan_of(policy, model.spec, hardware, workload, budgets)
     else:
         features = PLANNABLE if args.all_features else RUNNABLE
         plan = search_plan(model.spec, hardware, workload, budgets, fixed=_fixed(args), features=features)
+    weight_bits_of(plan.policy).check(model.spec.tensors_by_layer())
     if args.json:
         document = {"model_name": model.name, "hardware": hardware.name, **plan_document(plan)}
         print(json.dumps(document, indent=2))
@@ -129,6 +137,10 @@ def _fixed(args: argparse.Namespace) -> dict:
         except ValueError as error:
             hint = 'write for example tokens_per_pass=4096 or weights={"gpu":0,"cpu":1,"disk":0}'
             raise ConfigError(f"cannot read --fix {text!r}", hint) from error
+    if args.weight_bits is not None:
+        values["weight_bits"] = args.weight_bits
+    if args.keep is not None:
+        values["keep"] = args.keep.split(",")
     if args.max_num_seqs is not None:
         values["sequences_in_flight"] = args.max_num_seqs
     checked = dataclasses.replace(strict_dataclass(Policy, values, "--fix"))

@@ -39,6 +39,7 @@ ENGINE_FLAGS = (
     "device",
     "threads",
     "hardware",
+    "weight_bits",
 )
 
 
@@ -85,6 +86,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--disk-memory", metavar="SIZE", help="budget of disk for both; default: what is free there")
     engine.add_argument("--disk-dir", metavar="DIR", help="where weights and KV cache are streamed from")
     engine.add_argument("--max-num-seqs", type=int, metavar="COUNT", help="sequences in flight")
+    engine.add_argument("--weight-bits", type=int, choices=(4, 8, 16), help="compress the matrices; default: do not")
+    engine.add_argument(
+        "--keep", metavar="RULES", help="other bits for some of them, as in layers.0.*=16,*.down_proj=8"
+    )
     engine.add_argument("--threads", type=int, metavar="COUNT", help="threads that compute")
 
     job = parser.add_argument_group("job")
@@ -129,10 +134,12 @@ def call(args: argparse.Namespace) -> int:
             "tokenizer": args.tokenizer,
             "chat_template": template,
             "seed": args.seed,
+            **({"weight_bits": [args.weight_bits, args.keep]} if args.weight_bits or args.keep else {}),
         },
     )
     model = {name: getattr(args, name) for name in MODEL_FLAGS}
     engine = {name: getattr(args, name) for name in ENGINE_FLAGS}
+    engine["keep"] = None if args.keep is None else args.keep.split(",")
     progress = sys.stderr.isatty() if args.progress is None else args.progress
     summary = run_job(
         config,

@@ -104,7 +104,7 @@ def quantise(matrix: Tensor, form: GroupFormat, *, clip: bool = False, name: str
     shape = tuple(matrix.shape)
     data = torch.zeros(form.nbytes(shape), dtype=torch.uint8)
     codes, factors = split(data, shape, form)
-    for rows, tiles, together in _parts(shape):
+    for rows, tiles, together in _parts(shape, _BLOCK_ELEMENTS):
         chosen, found = _quantised(matrix[rows].float(), form, clip, name)
         missing = _up(len(found), TILE_ROWS) - len(found)
         chosen = torch.nn.functional.pad(chosen, (0, 0, 0, 0, 0, missing))
@@ -119,21 +119,29 @@ def dequantise(
     data: Tensor, shape: tuple[int, int], form: GroupFormat, dtype: torch.dtype, out: Tensor | None = None
 ) -> Tensor:
     """The matrix [rows, columns] in ``dtype``, by torch alone, on the device of ``data``: the oracle of the kernels."""
-    codes, factors = split(data, shape, form)
     out = torch.empty(shape, dtype=dtype, device=data.device) if out is None else out
-    for rows, tiles, together in _parts(shape):
-        by_group = factors[tiles].view(-1, form.group_count(shape[1]), together, form.factor_count, TILE_ROWS)
-        own = by_group.float().permute(0, 2, 4, 1, 3).flatten(0, 2)  # [rows, groups, 1 or 2]
-        weights = _weights(_unpacked(codes[tiles], form, together), own, form)
-        out[rows] = weights[: rows.stop - rows.start, : shape[1]]
+    for rows, weights in dequantised_parts(data, shape, form, dtype):
+        out[rows] = weights
     return out
 
 
-def _parts(shape: tuple[int, int]) -> Iterator[tuple[slice, slice, int]]:
+def dequantised_parts(
+    data: Tensor, shape: tuple[int, int], form: GroupFormat, dtype: torch.dtype, elements: int = _BLOCK_ELEMENTS
+) -> Iterator[tuple[slice, Tensor]]:
+    """The same part by part, of ``elements`` or one panel: which rows, and these rows in ``dtype``."""
+    codes, factors = split(data, shape, form)
+    for rows, tiles, together in _parts(shape, elements):
+        by_group = factors[tiles].view(-1, form.group_count(shape[1]), together, form.factor_count, TILE_ROWS)
+        own = by_group.float().permute(0, 2, 4, 1, 3).flatten(0, 2)  # [rows, groups, 1 or 2]
+        weights = _weights(_unpacked(codes[tiles], form, together), own, form)
+        yield rows, weights[: rows.stop - rows.start, : shape[1]].to(dtype)
+
+
+def _parts(shape: tuple[int, int], elements: int) -> Iterator[tuple[slice, slice, int]]:
     """Rows, tiles, and tiles of a panel, worked on at a time."""
     tiles = _tiles(shape[0])
     whole = tiles - tiles % PANEL_TILES
-    step = max(_BLOCK_ELEMENTS // (PANEL_TILES * TILE_ROWS * max(shape[1], 1)), 1) * PANEL_TILES
+    step = max(elements // (PANEL_TILES * TILE_ROWS * max(shape[1], 1)), 1) * PANEL_TILES
     starts = [*range(0, whole, step), *([whole] if whole < tiles else [])]
     for start, stop in zip(starts, [*starts[1:], tiles]):
         rows = slice(start * TILE_ROWS, min(stop * TILE_ROWS, shape[0]))

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from flexrun.core import DTYPES, nearest_name
 from flexrun.errors import ConfigError
-from flexrun.hardware import profile_compute, profile_contention, profile_cuda, profile_lanes
+from flexrun.hardware import profile_compressed, profile_compute, profile_contention, profile_cuda, profile_lanes
 from flexrun.hardware.effort import MIB, Bench, Effort, Shape
 from flexrun.hardware.identity import cpu_cache_bytes, fingerprint, machine_name
 from flexrun.hardware.profile_lanes import ScratchFile, arena, copy_call
@@ -93,8 +93,8 @@ def measure(
 
 def _stages(effort: Effort, dtypes: Sequence[str] | None, has_gpu: bool) -> int:
     """How often ``advance`` is called, if no shape is left out."""
-    cpu = len(dtypes or CPU_DTYPES) * (len(effort.shapes) + 1) + 1
-    gpu = len(dtypes or GPU_DTYPES) * (len(effort.shapes) + 1) + 2
+    cpu = len(dtypes or CPU_DTYPES) * (len(effort.shapes) + 1) + 2
+    gpu = len(dtypes or GPU_DTYPES) * (len(effort.shapes) + 1) + 3
     return 4 + cpu + (gpu if has_gpu else 0)
 
 
@@ -117,7 +117,8 @@ def _processor(bench: Bench, dtypes: Sequence[str], memory_bytes: int, noise: di
         noise[f"{label} prefill attention {dtype}"] = prefill_spread
     # The overhead hardly depends on the dtype where it matters, which is with the fastest one.
     row_seconds, element_seconds = profile_compute.sampling_costs(bench, dtypes[-1])
-    return Processor(rates, overhead_seconds, row_seconds, element_seconds)
+    brought_back = profile_compressed.dequantise_bytes_per_second(bench, dtypes[-1], rates[dtypes[-1]])
+    return Processor(rates, overhead_seconds, row_seconds, element_seconds, brought_back)
 
 
 def _measure_gpu(bench: Bench, record: dict, dtypes: Sequence[str]) -> None:

@@ -112,7 +112,7 @@ class Processor:
 
     rates: by dtype name. step_overhead_seconds: fixed cost of one step (launches, interpreter). row_overhead_seconds:
     of one sampled row. sample_element_seconds: of one logit (cast, argmax or draw). dequantise_bytes_per_second: 4-
-    and 8-bit weights, a byte of the dtype they become (0: such weights do not run here).
+    and 8-bit weights, a byte of the dtype they become, beside reading their own bytes (0: not known).
     """
 
     rates: dict[str, Rates]

@@ -15,6 +15,7 @@ from flexrun.core import Lane, parse_bytes
 from flexrun.errors import ConfigError, FlexrunError, RequestError
 from flexrun.hardware import Hardware
 from flexrun.llm.accelerator import Accelerator
+from flexrun.llm.given_policy import given_policy
 from flexrun.llm.intake import Intake, Prompt, as_chat_requests, as_request_error, as_requests
 from flexrun.llm.lengths import Lengths
 from flexrun.llm.machine_profile import settle_hardware
@@ -54,6 +55,7 @@ class LLM:
     lane_bandwidths: bytes a second (as for the budgets) that lanes are held to: disk_read, disk_write, and of an
         emulated accelerator h2d and d2h; {"h2d": "2GiB"} emulates a slow link. Default: FLEXRUN_LANE_BANDWIDTHS in the
         environment, else none. Plans do not know of it: name a hardware with those rates.
+    weight_bits, keep: in place of the policy's: bits of the matrices, and of some of them (``["*.down_proj=8"]``).
     seed: seeds every request that brings none. trace: path of a Chrome trace written on close().
 
     Raises ConfigError, CheckpointError, UnsupportedError or BudgetError, each naming its remedy.
@@ -81,6 +83,8 @@ class LLM:
         direct_io: bool = True,
         hardware: Hardware | str | Path | None = None,
         lane_bandwidths: Mapping[str, int | str] | None = None,
+        weight_bits: int | None = None,
+        keep: Sequence[str] | None = None,
         log: Callable[[str], None] | None = None,
     ):
         self._accelerator = Accelerator.of(device, gpu_memory, lane_bandwidths)
@@ -93,9 +97,7 @@ class LLM:
             else open_model(model, tokenizer=tokenizer, dtype=dtype, max_model_len=max_model_len, cache_dir=cache_dir)
         )
         self.spec, self.tokenizer, self.max_model_len = self.files.spec, self.files.tokenizer, self.files.max_model_len
-        self._policy = None if policy in (None, "auto") else policy
-        if isinstance(self._policy, (str, Path)):
-            self._policy = Policy.from_json(self._policy)
+        self._policy, self._fixed, self._bits = given_policy(self.spec, policy, weight_bits, keep)
         self._cpu_budget = parse_bytes(cpu_memory) if cpu_memory is not None else None
         self._disk_budget = parse_bytes(disk_memory) if disk_memory is not None else None
         self._hardware, self._log = hardware, log
@@ -249,9 +251,8 @@ class LLM:
         on_cpu = layout.on_device and any(place.attend_lane is Lane.CPU for place in layout.micro_batches)
         layout.policy.check_runnable(on_device=layout.on_device, latents_on_cpu=on_cpu and self.spec.latent is not None)
         if self._packed is None:
-            self._packed = open_packed(
-                self.files.reader, self.spec, self._packed_dir, name=cache_stem(self.files), progress=self._progress
-            )
+            name, places = cache_stem(self.files), (self.files.reader, self.spec, self._packed_dir)
+            self._packed = open_packed(*places, name=name, progress=self._progress, bits=self._bits)
         self._engine = Engine(
             self.spec,
             self._packed,
@@ -285,14 +286,14 @@ class LLM:
         """What is free changes, so it is looked at before each plan; the packed weights are part of the budget."""
         if self._disk_budget is not None:
             return self._disk_budget
-        held = packed_bytes(self.spec, self._packed_dir, name=cache_stem(self.files))
+        held = packed_bytes(self.spec, self._packed_dir, name=cache_stem(self.files), bits=self._bits)
         return free_disk_bytes(self._packed_dir) + held
 
     def _settle(self, workload: Workload, budgets: Budgets) -> Plan:
         """The plan of the policy that was given, or the best one."""
         hardware = self._settled_hardware()
         if self._policy is None:
-            fixed = {}
+            fixed = dict(self._fixed)
             if self._max_num_seqs is not None:
                 fixed["sequences_in_flight"] = min(self._max_num_seqs, len(workload))
             plan = search(self.spec, hardware, workload, budgets, fixed=fixed)

@@ -31,8 +31,11 @@ _ACTIVATIONS_INTO = {
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias``: x [T, K], weight [N, K], bias [N] -> [T, N], all of one dtype.
 
-    weight may be what ``pack_matrix`` made of it. out: memory that the result may take; it can come in its own.
+    weight may be what ``pack_matrix`` made of it, or a compressed matrix, which multiplies by itself.
+    out: memory that the result may take; it can come in its own.
     """
+    if not isinstance(weight, Tensor):
+        return weight.multiply(x, bias, out)
     if weight.is_mkldnn or (weight.dtype is torch.float32 and weight.is_cpu and can_pack(torch.float32)):
         return _onednn_linear(x, weight, bias)
     if out is None:

@@ -107,6 +107,8 @@ def _stack(weights: Mapping[str, Tensor], experts: list[int], name: str) -> Tens
     """The matrices of ``experts`` as one strided tensor [experts, outputs, inputs], or None if they lie otherwise."""
     matrices = [weights[f"expert.{expert}.{name}.weight"] for expert in experts]
     first = matrices[0]
+    if not all(isinstance(matrix, Tensor) for matrix in matrices):
+        return None  # compressed ones multiply by themselves
     if len(matrices) == 1:
         return first.unsqueeze(0)
     distance = matrices[1].storage_offset() - first.storage_offset()

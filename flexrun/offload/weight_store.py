@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from flexrun.compress import GroupwiseMatrix
 from flexrun.core import DTYPES, Tier, align_up
 from flexrun.disk_io import Block, DirectFile, RowFile, blocks_of
 from flexrun.models.spec import ModelSpec
@@ -21,6 +22,7 @@ from flexrun.steps import Step, StepKind
 from flexrun.weights.packed import PackedWeights
 
 TOKEN_EMBEDDING = "token_embedding.weight"
+Weight = Tensor | GroupwiseMatrix
 CHUNK_BYTES = 16 << 20  # of one copy to the device: full speed, and nothing waits long behind it
 
 
@@ -28,9 +30,9 @@ CHUNK_BYTES = 16 << 20  # of one copy to the device: full speed, and nothing wai
 class _Unit:
     """One unit's tensors: resident on the compute device, and those that come from disk or from host RAM."""
 
-    resident: dict[str, Tensor] = field(default_factory=dict)
+    resident: dict[str, Weight] = field(default_factory=dict)
     from_disk: list[PlacedTensor] = field(default_factory=list)
-    from_host: list[tuple[PlacedTensor, Tensor]] = field(default_factory=list)
+    from_host: list[tuple[PlacedTensor, Weight]] = field(default_factory=list)
     disk_bytes: int = 0
     experts: set[int] = field(default_factory=set)
     is_last_of_layer: bool = False
@@ -113,7 +115,7 @@ class WeightStore:
                         self._load_through_host(placed, arena.data[offset:], pool)
                     else:
                         reads += [pool.submit(block.read) for block in self._blocks(placed, arena.data[offset:])]
-                    value = arena.view(offset, placed.tensor.shape, self._dtype_of(placed))
+                    value = self._view(arena, offset, placed)
                 self._register(placed, value)
             for read in reads:
                 read.result()
@@ -124,11 +126,18 @@ class WeightStore:
     def _dtype_of(self, placed: PlacedTensor) -> torch.dtype:
         return DTYPES[placed.tensor.dtype] if placed.tensor.dtype else self._dtype
 
+    def _view(self, buffer: Buffer, offset: int, placed: PlacedTensor) -> Weight:
+        """A tensor over the bytes of a buffer, or a compressed matrix."""
+        shape, dtype = placed.tensor.shape, self._dtype_of(placed)
+        if placed.form is None:
+            return buffer.view(offset, shape, dtype)
+        return GroupwiseMatrix(buffer.data[offset : offset + placed.nbytes], shape, placed.form, dtype)
+
     def _is_packed(self, placed: PlacedTensor) -> bool:
         """Matrices that only a matmul ever reads; an embedding is read by rows as well, a router cast to float32."""
         tensor = placed.tensor
         is_matrix = len(tensor.shape) == 2 and tensor.module != "embedding" and "router" not in tensor.name
-        return self._pack is not None and is_matrix and placed.tier is Tier.CPU
+        return self._pack is not None and is_matrix and placed.form is None and placed.tier is Tier.CPU
 
     def _load_packed(self, placed: PlacedTensor, pool: ThreadPoolExecutor) -> Tensor:
         nbytes = align_up(placed.nbytes)
@@ -156,7 +165,7 @@ class WeightStore:
         entry = self.packed.entry(placed.layer, placed.tensor.name)
         return blocks_of(self._files[entry.file], entry.offset, entry.nbytes, target)
 
-    def _register(self, placed: PlacedTensor, value: Tensor | None) -> None:
+    def _register(self, placed: PlacedTensor, value: Weight | None) -> None:
         name = placed.tensor.name
         if placed.tensor.module == "embedding":
             if value is not None:
@@ -209,7 +218,7 @@ class WeightStore:
         offset = step.offset + unit.disk_bytes
         for placed, value in unit.from_host:
             if _is_moved(placed, chosen):
-                parts += self._copies(offset, value.view(-1).view(torch.uint8))
+                parts += self._copies(offset, _bytes_of(value))
             offset += align_up(placed.nbytes)
         return parts or [_nothing]
 
@@ -233,7 +242,7 @@ class WeightStore:
         chunks = zip(target.split(CHUNK_BYTES), source.split(CHUNK_BYTES))
         return [partial(self._accelerator.copy, *chunk) for chunk in chunks]
 
-    def unit_weights(self, step: Step) -> dict[str, Tensor]:
+    def unit_weights(self, step: Step) -> dict[str, Weight]:
         """Packed names and tensors of the unit that a compute step uses, streamed ones viewed in their ring."""
         unit = self._units[step.unit]
         if not unit.from_disk and not unit.from_host:
@@ -242,7 +251,7 @@ class WeightStore:
         ring = self.host_ring if self._compute_tier is Tier.CPU else self.device_ring
         offset = step.offset
         for placed in [*unit.from_disk, *(item for item, _ in unit.from_host)]:
-            weights[_weight_name(placed)] = ring.view(offset, placed.tensor.shape, self._dtype_of(placed))
+            weights[_weight_name(placed)] = self._view(ring, offset, placed)
             offset += align_up(placed.nbytes)
         return weights
 
@@ -259,6 +268,10 @@ class WeightStore:
         if self._packed_bytes:
             self._host.release("weights", self._packed_bytes)
             self._packed_bytes = 0
+
+
+def _bytes_of(value: Weight) -> Tensor:
+    return value.data if isinstance(value, GroupwiseMatrix) else value.view(-1).view(torch.uint8)
 
 
 def _is_moved(placed: PlacedTensor, chosen: Sequence[int] | None) -> bool:

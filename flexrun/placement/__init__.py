@@ -28,7 +28,9 @@ from flexrun.placement.weights import (
     compressed_bytes,
     expert_number,
     place_weights,
+    stored_bytes,
     unit_of,
+    weight_bits_of,
 )
 from flexrun.placement.work import build_scheduler, model_work
 
@@ -58,7 +60,9 @@ __all__ = [
     "place_weights",
     "ring_bytes",
     "rotary_positions",
+    "stored_bytes",
     "unit_of",
     "waiting_hidden_bytes",
+    "weight_bits_of",
     "workspace_bytes",
 ]

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, field
 
 from flexrun.attention import LATENT_BUFFERS, LATENT_BYTES
+from flexrun.compress import DEQUANTISE_BYTES
 from flexrun.config import Policy
 from flexrun.core import PAGE_BYTES, Lane, Tier, align_up
 from flexrun.models.rope import rope_table_bytes
@@ -117,7 +118,8 @@ def workspace_bytes(spec: ModelSpec, policy: Policy) -> int:
         through_pass += policy.sequences_in_flight * spec.hidden_size * spec.dtype_bytes
     latent = LATENT_BUFFERS * LATENT_BYTES if spec.latent else 0
     routed = policy.tokens_per_pass * routed_row_bytes(spec) + expert_buffer_bytes(spec, expert_batch_rows(policy))
-    return align_up(through_pass + latent + max(inside, logits) + routed)
+    brought_back = DEQUANTISE_BYTES if policy.weight_bits < 16 or policy.keep else 0
+    return align_up(through_pass + latent + max(inside, logits) + routed + brought_back)
 
 
 def logits_block_rows(policy: Policy) -> int:

@@ -11,6 +11,7 @@ from functools import cached_property, lru_cache
 
 import numpy
 
+from flexrun.compress import GroupFormat, WeightBits
 from flexrun.config import Placement, Policy
 from flexrun.core import PAGE_BYTES, Tier
 from flexrun.errors import BudgetError
@@ -28,20 +29,26 @@ STAYS, BY_ROWS, MOVES = range(3)  # how a tensor is placed: with the compute dev
 
 @dataclass(frozen=True)
 class PlacedTensor:
-    """A packed tensor, its layer (-1: embedding, num_layers: head) and its tier; ``nbytes`` unpadded."""
+    """A packed tensor, its layer (-1: embedding, num_layers: head) and its tier; ``nbytes`` unpadded.
+
+    form: how it is compressed, None where it is in its dtype.
+    """
 
     tensor: PackedTensor
     layer: int
     tier: Tier
     nbytes: int
+    form: GroupFormat | None = None
 
 
 class _Columns:
     """The tensors of a model in order of use: bytes as stored, how each is placed, and the unit it moves with."""
 
-    def __init__(self, spec: ModelSpec, bits: int, small_bytes: int):
+    def __init__(self, spec: ModelSpec, bits: WeightBits, small_bytes: int):
         self.rows = tuple(spec.tensors_by_layer())
-        self.nbytes = numpy.array([stored_bytes(spec, tensor, bits) for _, tensor in self.rows], dtype=numpy.int64)
+        self.forms = [bits.of(layer, tensor) for layer, tensor in self.rows]
+        sizes = [stored_bytes(spec, tensor, form) for (_, tensor), form in zip(self.rows, self.forms)]
+        self.nbytes = numpy.array(sizes, dtype=numpy.int64)
         self.padded = -(-self.nbytes // PAGE_BYTES) * PAGE_BYTES
         ways, units, keys, experts = [], [], {}, {}
         experts_a_unit = _experts_a_unit(spec)
@@ -100,7 +107,7 @@ class _Columns:
 
 
 @lru_cache(maxsize=16)
-def _columns(spec: ModelSpec, bits: int, small_bytes: int) -> _Columns:
+def _columns(spec: ModelSpec, bits: WeightBits, small_bytes: int) -> _Columns:
     return _Columns(spec, bits, small_bytes)
 
 
@@ -116,8 +123,10 @@ class WeightPlacement:
     def tensors(self) -> tuple[PlacedTensor, ...]:
         columns = self._columns
         return tuple(
-            PlacedTensor(tensor, layer, TIERS[tier], nbytes)
-            for (layer, tensor), tier, nbytes in zip(columns.rows, self._tiers.tolist(), columns.nbytes.tolist())
+            PlacedTensor(tensor, layer, TIERS[tier], nbytes, form)
+            for (layer, tensor), tier, nbytes, form in zip(
+                columns.rows, self._tiers.tolist(), columns.nbytes.tolist(), columns.forms
+            )
         )
 
     def bytes_on(self, tier: Tier) -> int:
@@ -177,7 +186,7 @@ def place_weights(spec: ModelSpec, policy: Policy, *, on_device: bool) -> Weight
             f"the policy places {fractions.gpu:.0%} of the weights on a GPU, but there is no GPU memory",
             "give --gpu-memory, or a policy with weights.gpu = 0",
         )
-    return _placed(_columns(spec, policy.weight_bits, SMALL_TENSOR_BYTES), fractions, on_device)
+    return _placed(_columns(spec, weight_bits_of(policy), SMALL_TENSOR_BYTES), fractions, on_device)
 
 
 @lru_cache(maxsize=64)
@@ -222,11 +231,14 @@ def _diffused(sizes: list[int], head: int, fractions: Placement, rest: int) -> n
     return numpy.array(tiers)
 
 
-def stored_bytes(spec: ModelSpec, tensor: PackedTensor, bits: int) -> int:
-    """Bytes of a tensor as it is stored: matrices in ``bits`` bits with their group scales, the rest in the dtype."""
-    if bits == 16 or len(tensor.shape) < 2 or tensor.module == "embedding":
-        return tensor.elements * tensor.dtype_bytes(spec.torch_dtype)
-    return compressed_bytes(tensor.elements, bits)
+def weight_bits_of(policy: Policy) -> WeightBits:
+    """Which matrices a policy compresses."""
+    return WeightBits(policy.weight_bits, policy.keep)
+
+
+def stored_bytes(spec: ModelSpec, tensor: PackedTensor, form: GroupFormat | None) -> int:
+    """Bytes of a tensor as it is stored."""
+    return tensor.elements * tensor.dtype_bytes(spec.torch_dtype) if form is None else form.nbytes(tensor.shape)
 
 
 def compressed_bytes(elements: int, bits: int) -> int:

@@ -18,7 +18,8 @@ from flexrun.core import Lane, Tier
 from flexrun.errors import ConfigError
 from flexrun.hardware import Hardware, LinearWork, Processor, Transfer
 from flexrun.models.spec import ModelSpec
-from flexrun.placement import LOGITS_ROWS, WeightPlacement, kv_bytes_per_token, part_tokens
+from flexrun.placement import LOGITS_ROWS, WeightPlacement, kv_bytes_per_token, part_tokens, weight_bits_of
+from flexrun.policy.compressed import compressed_part
 from flexrun.policy.passes import COLUMNS, Passes
 from flexrun.steps import ATTENDS, MicroBatchShape, PassShape, Step, StepKind, chosen_share, experts_moved_share
 
@@ -49,7 +50,7 @@ class StepCosts:
         self.kv_bytes = kv_bytes_per_token(spec, policy.kv_bits) / spec.num_layers
         experts = spec.experts
         self._share_per_token = experts.experts_per_token / experts.num_experts if experts else 1.0
-        self._rates = self.device.rates_of(spec.dtype)
+        self._rates, self._bits = self.device.rates_of(spec.dtype), weight_bits_of(policy)
         self._work = lru_cache(maxsize=None)(lambda part, layer: LinearWork.of(spec.linear_shapes(part, layer)))
         self._absorption = LinearWork.of(spec.decode_absorption_shapes)
         self._expansion = LinearWork.of(spec.prefill_expansion_shapes)
@@ -128,16 +129,22 @@ class StepCosts:
         return [(full, rows), *([(1, rest)] if rest else [])]
 
     def _linear_seconds(self, part: str, layer: int, tokens: int, plain: float) -> float:
-        work = self._work(part, layer)
+        work, compressed = self._work(part, layer), compressed_part(self.spec, self._bits, part, layer)
         seconds = sum(
-            count * (self._matmul_seconds(rows, work, plain) + self.device.step_overhead_seconds)
+            count * (self._matmul_seconds(rows, work, plain, compressed) + self.device.step_overhead_seconds)
             for count, rows in self._chunks(tokens)
         )
-        return seconds + self.dequantise_seconds(work.weight_elements)
+        return seconds + self._brought_back_seconds(compressed)
 
-    def _matmul_seconds(self, rows: float, work: LinearWork, plain: float) -> float:
-        """plain: share of the weights in the layout of the checkpoint; see Rates.plain_weight_share."""
+    def _matmul_seconds(
+        self, rows: float, work: LinearWork, plain: float, compressed: tuple[float, float] | None = None
+    ) -> float:
+        """plain: share of the weights in the layout of the checkpoint; see Rates.plain_weight_share. compressed: see
+        compressed_part; a CPU multiplies straight from the codes, a GPU by weights brought back before."""
         dtype_bytes = self.spec.dtype_bytes
+        if compressed and self.device is self.hardware.cpu:
+            stored, elements = compressed
+            return self._rates.linear_seconds(rows, work, dtype_bytes, stored) + self.dequantise_seconds(elements)
         seconds = self._rates.linear_seconds(rows, work, dtype_bytes, plain=True) if plain else 0.0
         if plain < 1:
             packed = self._rates.linear_seconds(rows, work, dtype_bytes)
@@ -157,17 +164,19 @@ class StepCosts:
         return 1.0 if self.on_device else self.placement.moved_share
 
     def dequantise_seconds(self, elements: float) -> float:
-        """Bringing compressed weights back to the dtype, once a module and pass."""
-        if self.policy.weight_bits == 16:
+        """Bringing so many compressed weights back to the dtype."""
+        if not elements:
             return 0.0
-        speed = self.device.dequantise_bytes_per_second
-        if not speed:
+        if not (speed := self.device.dequantise_bytes_per_second):
             raise ConfigError(
-                f"{self.hardware.name}: no dequantise_bytes_per_second, so weights of {self.policy.weight_bits} bits "
-                "cannot be planned",
-                "set weight_bits to 16, or give the hardware file that number",
+                f"{self.hardware.name}: no dequantise_bytes_per_second, so compressed weights cannot be planned",
+                "set weight_bits to 16, measure again, or give the hardware file that number",
             )
         return elements * self.spec.dtype_bytes / speed
+
+    def _brought_back_seconds(self, compressed: tuple[float, float] | None) -> float:
+        on_gpu = self.device is not self.hardware.cpu  # there once a module and pass
+        return self.dequantise_seconds(compressed[1]) if compressed and on_gpu else 0.0
 
     def embed_seconds(self, tokens: int) -> float:
         moved = 2 * tokens * self.spec.hidden_size * self.spec.dtype_bytes
@@ -198,17 +207,18 @@ class StepCosts:
         hit = chosen_share(self._share_per_token, tokens)
         rows = max(tokens * self._share_per_token / hit, 1.0)
         work = self._work("expert", 0)
-        one = self._matmul_seconds(rows, work, self._plain_share) + self.device.step_overhead_seconds
-        return experts * hit * (one + self.dequantise_seconds(work.weight_elements))
+        compressed = compressed_part(self.spec, self._bits, "expert", 0)
+        one = self._matmul_seconds(rows, work, self._plain_share, compressed) + self.device.step_overhead_seconds
+        return experts * hit * (one + self._brought_back_seconds(compressed))
 
     def logits_seconds(self, rows: int, plain: float) -> float:
         """Head and sampling, in blocks of LOGITS_ROWS rows."""
         if not rows:
             return self.device.step_overhead_seconds
-        work = self._work("head", 0)
+        work, compressed = self._work("head", 0), compressed_part(self.spec, self._bits, "head", 0)
         full, rest = divmod(rows, LOGITS_ROWS)
-        seconds = sum(
-            count * self._matmul_seconds(block, work, plain)
+        seconds = self._brought_back_seconds(compressed) + sum(
+            count * self._matmul_seconds(block, work, plain, compressed)
             for count, block in ((full, LOGITS_ROWS), (1, rest))
             if count and block
         )

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from flexrun.core import Lane, Tier, format_bytes
-from flexrun.placement import kv_bytes_per_token
+from flexrun.placement import kv_bytes_per_token, weight_bits_of
 from flexrun.policy.forecast import Forecast
 from flexrun.policy.layout import Layout
 from flexrun.policy.programs import PRICED_BYTES
@@ -134,8 +134,8 @@ def _policy_words(layout: Layout) -> list[str]:
     away = [place.attend_lane for place in micro_batches if place.home is not Tier.GPU]
     if layout.on_device and away:
         places.append(f"{away.count(Lane.CPU) / len(away):.0%} of the KV off the GPU attended on the CPU")
-    if policy.weight_bits < 16 or policy.kv_bits < 16:
-        places.append(f"weights in {policy.weight_bits} bits, KV in {policy.kv_bits} bits")
+    if policy.weight_bits < 16 or policy.kv_bits < 16 or policy.keep:
+        places.append(f"weights in {weight_bits_of(policy)} bits, KV in {policy.kv_bits} bits")
     return [", ".join(words), "; ".join(places)]
 
 

@@ -22,24 +22,31 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from flexrun.compress import GroupFormat, WeightBits, quantise
 from flexrun.core import DTYPES, PAGE_BYTES, align_up, format_bytes
 from flexrun.errors import BudgetError, CheckpointError, ExecutionError, UnsupportedError
 from flexrun.models.spec import ModelSpec
 from flexrun.weights.checkpoint import CheckpointReader, check_tensors
 
 FORMAT_VERSION = 1
+COMPRESSED_VERSION = 1  # of the layout of compressed matrices
+PLAIN = WeightBits()
 MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
 class PackedEntry:
-    """Where one tensor lies: ``file`` in the cache folder, page-aligned ``offset``, unpadded ``nbytes``."""
+    """Where one tensor lies: ``file`` in the cache folder, page-aligned ``offset``, unpadded ``nbytes``.
+
+    form: how it is compressed, None where it is in its dtype.
+    """
 
     file: str
     offset: int
     nbytes: int
     shape: tuple[int, ...]
     crc32: int
+    form: GroupFormat | None = None
 
 
 class PackedWeights:
@@ -75,19 +82,30 @@ class PackedWeights:
 
 
 def open_packed(
-    reader: CheckpointReader, spec: ModelSpec, cache_dir: Path, *, name: str, progress: bool = True
+    reader: CheckpointReader,
+    spec: ModelSpec,
+    cache_dir: Path,
+    *,
+    name: str,
+    progress: bool = True,
+    bits: WeightBits = PLAIN,
 ) -> PackedWeights:
     """The packed cache of a checkpoint in ``spec.dtype``: reused where valid, written where not.
 
-    A changed checkpoint has another fingerprint and so another folder; older folders of the same model and
-    dtype are removed. Two processes at once share one lock: the second waits and reuses.
+    bits: which matrices are compressed, from float32 and one by one. A changed checkpoint, or other bits, have another
+    fingerprint and so another folder; older folders of the same model, dtype and bits of most matrices are removed.
+    Two processes at once share one lock: the second waits and reuses.
     Raises CheckpointError for a bad checkpoint before anything is written, BudgetError where the disk is short,
     ExecutionError where it fails or others fill it meanwhile.
     """
     cache_dir = Path(cache_dir)
     cache_dir.mkdir(parents=True, exist_ok=True)
-    key = hashlib.sha256(f"{reader.fingerprint()}:{spec.dtype}:{FORMAT_VERSION}:{_layout(spec)}".encode()).hexdigest()
-    stem = f"{name}-{spec.dtype}"
+    bits.check(spec.tensors_by_layer())
+    identity = f"{reader.fingerprint()}:{spec.dtype}:{FORMAT_VERSION}:{_layout(spec)}"
+    if bits != PLAIN:
+        identity += f":{bits!r}:{COMPRESSED_VERSION}"
+    key = hashlib.sha256(identity.encode()).hexdigest()
+    stem = _stem(spec, name, bits)
     folder = cache_dir / f"{stem}-{key[:16]}"
     with _lock(cache_dir / f"{stem}.lock"):
         packed = _load(folder, key)
@@ -109,17 +127,21 @@ def open_packed(
             like = glob.escape(stem)
             for stale in [*cache_dir.glob(f".{like}-*.partial"), *cache_dir.glob(f"{like}-????????????????")]:
                 shutil.rmtree(stale, ignore_errors=True)
-            _write_or_nothing(reader, spec, folder, key, progress)
+            _write_or_nothing(reader, spec, folder, key, bits, progress)
             packed = _load(folder, key)
             if packed is None:
                 raise CheckpointError(f"{folder}: the packed cache just written cannot be read back", "check the disk")
     return packed
 
 
-def packed_bytes(spec: ModelSpec, cache_dir: Path, *, name: str) -> int:
+def packed_bytes(spec: ModelSpec, cache_dir: Path, *, name: str, bits: WeightBits = PLAIN) -> int:
     """What the cache of a model takes on disk already, also an outdated one, which would be replaced."""
-    folders = Path(cache_dir).glob(f"{glob.escape(f'{name}-{spec.dtype}')}-????????????????")
+    folders = Path(cache_dir).glob(f"{glob.escape(_stem(spec, name, bits))}-????????????????")
     return sum(file.stat().st_size for folder in folders for file in folder.glob("*.bin"))
+
+
+def _stem(spec: ModelSpec, name: str, bits: WeightBits) -> str:
+    return f"{name}-{spec.dtype}" + ("" if bits == PLAIN else f"-w{bits.bits}")
 
 
 def _layout(spec: ModelSpec) -> str:
@@ -148,8 +170,9 @@ def _load(folder: Path, key: str) -> PackedWeights | None:
         if document["sha256"] != _digest(body) or body["key"] != key:
             return None
         entries = {}
-        for layer, name, file, offset, nbytes, shape, crc32 in body["tensors"]:
-            entries[layer, name] = PackedEntry(file, offset, nbytes, tuple(shape), crc32)
+        for layer, name, file, offset, nbytes, shape, crc32, *form in body["tensors"]:
+            compressed = GroupFormat(*form) if form else None
+            entries[layer, name] = PackedEntry(file, offset, nbytes, tuple(shape), crc32, compressed)
         for file, size in body["files"].items():
             if (folder / file).stat().st_size != size:
                 return None
@@ -162,10 +185,12 @@ def _digest(body: dict) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def _write_or_nothing(reader: CheckpointReader, spec: ModelSpec, folder: Path, key: str, progress: bool) -> None:
+def _write_or_nothing(
+    reader: CheckpointReader, spec: ModelSpec, folder: Path, key: str, bits: WeightBits, progress: bool
+) -> None:
     partial = folder.with_name(f".{folder.name}.partial")
     try:
-        _write(reader, spec, folder, partial, key, progress)
+        _write(reader, spec, folder, partial, key, bits, progress)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)  # its room may be what others now lack
         raise ExecutionError(
@@ -174,10 +199,21 @@ def _write_or_nothing(reader: CheckpointReader, spec: ModelSpec, folder: Path, k
         ) from error
 
 
-def _write(reader: CheckpointReader, spec: ModelSpec, folder: Path, partial: Path, key: str, progress: bool) -> None:
+def _write(
+    reader: CheckpointReader,
+    spec: ModelSpec,
+    folder: Path,
+    partial: Path,
+    key: str,
+    bits: WeightBits,
+    progress: bool,
+) -> None:
     dtype = DTYPES[spec.dtype]
-    stored, names = spec.tensors_by_layer(), reader.names()
-    total_bytes = sum(align_up(tensor.elements * tensor.dtype_bytes(dtype)) for _, tensor in stored)
+    stored, names = [(*row, bits.of(*row)) for row in spec.tensors_by_layer()], reader.names()
+    total_bytes = sum(
+        align_up(tensor.elements * tensor.dtype_bytes(dtype) if form is None else form.nbytes(tensor.shape))
+        for _, tensor, form in stored
+    )
     free_bytes = shutil.disk_usage(folder.parent).free
     if total_bytes > free_bytes:
         raise BudgetError(
@@ -189,13 +225,13 @@ def _write(reader: CheckpointReader, spec: ModelSpec, folder: Path, partial: Pat
     bar = tqdm(total=total_bytes, unit="B", unit_scale=True, desc="packing weights", disable=not progress, leave=False)
     with bar, contextlib.ExitStack() as stack:
         out, current = None, None
-        for layer, tensor in stored:
+        for layer, tensor, form in stored:
             file_name = _file_name(layer, spec.num_layers)
             if file_name != current:
                 stack.close()  # syncs and closes the previous layer's file
                 out, current = stack.enter_context(_synced(partial / file_name)), file_name
             sources = [spec.find_source(source, names) for source in tensor.sources]
-            kept = DTYPES[tensor.dtype] if tensor.dtype else dtype
+            kept = DTYPES[tensor.dtype] if tensor.dtype else dtype if form is None else torch.float32
             part = tensor.part
             values = [
                 reader.read(source, kept) if part is None else reader.read_part(source, part, kept)
@@ -203,11 +239,14 @@ def _write(reader: CheckpointReader, spec: ModelSpec, folder: Path, partial: Pat
             ]
             value = tensor.build(values, kept)
             del values
+            if form is not None:
+                value = quantise(value, form, name=sources[0])
             data = value.view(torch.uint8).numpy().reshape(-1).data
             offset = out.tell()
             out.write(data)
             out.write(b"\0" * (align_up(len(data), PAGE_BYTES) - len(data)))
-            rows.append([layer, tensor.name, file_name, offset, len(data), list(tensor.shape), zlib.crc32(data)])
+            row = [layer, tensor.name, file_name, offset, len(data), list(tensor.shape), zlib.crc32(data)]
+            rows.append(row if form is None else [*row, form.bits, form.group, form.symmetric])
             files[file_name] = out.tell()
             bar.update(align_up(len(data)))
     body = {"key": key, "dtype": spec.dtype, "files": files, "tensors": rows}

@@ -83,6 +83,22 @@ def test_greedy_tokens_are_the_same_under_any_policy(run, assert_same_but_for_ti
     check()
 
 
+@pytest.mark.parametrize(("name", "examples"), [("llama", 16), ("mixtral", 10), ("deepseek_v3", 6), ("gpt_oss", 6)])
+def test_greedy_tokens_of_compressed_weights_are_the_same_too(run, name, examples):
+    greedy = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
+
+    @settings(PROPERTY, max_examples=examples)
+    @given(engines(cpu_attention="deepseek" not in name), lengths, st.sampled_from([(4, ()), (8, ()), (4, ("*=8",))]))
+    def check(engine, lengths, bits):
+        asked = prompts(tuple(lengths), 1)
+        weights = {"weight_bits": bits[0], "keep": bits[1]}
+        expected = [output.outputs[0].token_ids for output in run(name, asked, greedy, policy=IN_RAM, **weights)]
+        found = [output.outputs[0].token_ids for output in run(name, asked, greedy, **engine, **weights)]
+        assert found == expected
+
+    check()
+
+
 def test_latents_attended_on_the_cpu_beside_a_device_are_refused(run):
     (prompt,) = prompts((9,))
     with pytest.raises(UnsupportedError, match="attends latent KV on the CPU beside a GPU") as caught:

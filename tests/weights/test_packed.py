@@ -14,7 +14,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from flexrun.compress import WeightBits, quantise
 from flexrun.core import PAGE_BYTES
 from flexrun.errors import BudgetError, CheckpointError, ExecutionError
 from flexrun.models.families import spec_from_config
@@ -260,3 +262,50 @@ def test_two_processes_at_once_share_one_cache(model, cache):
     assert [worker.returncode for worker in workers] == [0, 0], answers
     assert answers[0][0] == answers[1][0], "the second waited and reused what the first wrote"
     assert len(list(cache.glob("m-float32-????????????????"))) == 1
+
+
+# Compressed ----------------------------------------------------------------------------------------------
+
+
+def pack_compressed(folder, cache_dir, bits):
+    with open_checkpoint(folder) as reader:
+        spec = spec_from_config(reader.config, "float32")
+        return spec, open_packed(reader, spec, cache_dir, name="m", progress=False, bits=bits)
+
+
+def test_compressed_matrices_are_those_quantised_from_the_checkpoint(model, cache):
+    bits = WeightBits(4, ("layers.0.*=8",))
+    spec, weights = pack_compressed(model, cache, bits)
+    _, again = pack_compressed(model, cache, bits)
+    plain = pack(model, cache)
+    assert again.folder == weights.folder != plain.folder and plain.folder.exists()
+    weights.verify()
+    for (layer, name), entry in weights.entries.items():
+        before = plain.entry(layer, name)
+        tensor = next(each for place, each in spec.tensors_by_layer() if (place, each.name) == (layer, name))
+        assert entry.form == bits.of(layer, tensor) and entry.offset % PAGE_BYTES == 0
+        data = read(weights, entry)
+        if entry.form is None:
+            assert data == read(plain, before)
+            continue
+        assert entry.form.bits == (8 if layer == 0 else 4)
+        matrix = torch.frombuffer(bytearray(read(plain, before)), dtype=torch.float32).view(tensor.shape)
+        assert data == quantise(matrix, entry.form).numpy().tobytes()
+
+
+def test_other_bits_are_packed_again(model, cache):
+    first = pack_compressed(model, cache, WeightBits(4))[1]
+    second = pack_compressed(model, cache, WeightBits(4, ("*.down_proj=8",)))[1]
+    assert second.folder != first.folder and not first.folder.exists()
+    assert pack_compressed(model, cache, WeightBits(8))[1].folder != second.folder and second.folder.exists()
+
+
+def test_weights_that_are_no_numbers_are_refused_by_name(model, cache):
+    file = next(model.glob("*.safetensors"))
+    tensors = load_file(file)
+    name = next(each for each in tensors if each.endswith("layers.1.mlp.down_proj.weight"))
+    tensors[name][3, 5] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.down_proj\.weight holds NaN"):
+        pack_compressed(model, cache, WeightBits(4))
+    assert not list(cache.glob("m-float32-w4-*"))

@@ -1,0 +1,32 @@
+"""What a user decides about the policy before one is searched: all of it, or the bits of the weights alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flexrun.compress import WeightBits
+from flexrun.config import Policy
+from flexrun.models.spec import ModelSpec
+from flexrun.placement import weight_bits_of
+
+
+def given_policy(
+    spec: ModelSpec, policy: Policy | str | Path | None, weight_bits: int | None, keep: Sequence[str] | None
+) -> tuple[Policy | None, dict[str, Any], WeightBits]:
+    """(the policy, or None for the best one; fields of it that are decided; the bits of the weights).
+
+    weight_bits, keep: where given, in place of the policy's own. Raises ConfigError for a rule that fits no matrix.
+    """
+    if policy == "auto":
+        policy = None
+    if isinstance(policy, (str, Path)):
+        policy = Policy.from_json(policy)
+    given = {"weight_bits": weight_bits, "keep": None if keep is None else tuple(keep)}
+    fixed = {name: value for name, value in given.items() if value is not None}
+    decided = dataclasses.replace(policy or Policy(), **fixed)
+    bits = weight_bits_of(decided)
+    bits.check(spec.tensors_by_layer())
+    return None if policy is None else decided, fixed, bits
