@@ -67,5 +67,8 @@ setup(
         "lm-eval": ["lm-eval"],
         "triton": ["triton"],
     },
-    entry_points={"console_scripts": ["flexrun = flexrun.cli:main"]},
+    entry_points={
+        "console_scripts": ["flexrun = flexrun.cli:main"],
+        "lm_eval.models": ["flexrun = flexrun.evals.lm_eval_adapter:FlexrunLM"],
+    },
 )

@@ -98,13 +98,13 @@ class Intake:
         room = self._files.max_model_len - prompt_tokens
         if prompt_tokens < 1:
             raise RequestError("the prompt is empty", "give at least one token", "empty_prompt")
-        if room < (params.max_tokens != 0):
+        if room < (1 if params.max_tokens != 0 else -1):  # the last token of what is only scored is not run
             raise RequestError(
                 f"the prompt has {prompt_tokens} tokens; with one to generate the limit is {self._files.max_model_len}",
                 "shorten the prompt or raise --max-model-len",
                 "context_length_exceeded",
             )
-        return room if params.max_tokens is None else min(params.max_tokens, room)
+        return room if params.max_tokens is None else min(params.max_tokens, max(room, 0))
 
     def lengths(self, request: Request) -> tuple[list[int] | None, int]:
         """(token ids, longest total) of a request; (None, 0) where it will be refused."""

@@ -110,3 +110,13 @@ def test_scored_tokens_are_planned_as_rows_of_the_head(open_llm):
     workload = llm._intake.workload([Request("a", [7] * 30, params=params, score_start=20)])
     assert (workload.prompt_tokens, workload.max_tokens, workload.scored_tokens) == (29, 1, 9)
     assert planned.kv_tokens >= 29 and llm.summary()["prompt_tokens"] == 29 + 19 + 9
+
+
+def test_a_text_one_token_longer_than_the_context_is_scored_whole(open_llm, reference):
+    llm = open_llm("llama", max_model_len=20)
+    asked = prompts((21, 20, 22))
+    longest, shorter, refused = llm.score(asked, use_tqdm=False)
+    assert refused.error is not None and refused.error.code == "context_length_exceeded"
+    for prompt, score in ((asked[0], longest), (asked[1], shorter)):
+        own = reference("llama", prompt)[torch.arange(len(prompt) - 1), torch.tensor(prompt[1:])]
+        assert numpy.allclose(score.token_logprobs, own, atol=1e-4)

@@ -1,0 +1,1 @@
+"""Benchmark harnesses on flexrun: each adapter hands a whole task to one run of the engine."""
