@@ -26,7 +26,7 @@ from flexrun.hardware.effort import MIB, Bench
 from flexrun.hardware.rates import Transfer
 from flexrun.hardware.timing import Reading
 
-DISK_THREADS = 3  # requests in flight, as in offload.executor
+DISK_THREADS = 8  # requests in flight, as in offload.executor
 SPARE_BYTES = 256 * MIB  # left free on the disk
 LEAST_FILE_BYTES = 16 * MIB
 

@@ -25,7 +25,14 @@ from flexrun.offload.sequence import Group, Sequence
 from flexrun.offload.tiers import MemoryTier
 from flexrun.offload.weight_store import WeightStore
 from flexrun.outputs import RequestOutput
-from flexrun.placement import MemoryAccount, WeightPlacement, build_scheduler, kv_micro_batches, rotary_positions
+from flexrun.placement import (
+    MemoryAccount,
+    WeightPlacement,
+    build_scheduler,
+    kv_micro_batches,
+    micro_batch_sequences,
+    rotary_positions,
+)
 from flexrun.sampling import sample, score
 from flexrun.weights.packed import PackedWeights
 
@@ -122,7 +129,16 @@ class Engine:
         if any(place.home is Tier.DISK for place in places):
             self.tiers[Tier.DISK] = MemoryTier(Tier.DISK, disk_budget_bytes)
             self.tiers[Tier.DISK].reserve("weights", account.bytes_by_kind[Tier.DISK]["weights"])
-        return KVStore(spec, places, host, device, self.tiers.get(Tier.DISK), folder, direct=direct)
+        return KVStore(
+            spec,
+            places,
+            host,
+            device,
+            self.tiers.get(Tier.DISK),
+            folder,
+            max_sequences=micro_batch_sequences(self.policy),
+            direct=direct,
+        )
 
     @property
     def events(self) -> list[Event] | None:

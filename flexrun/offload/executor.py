@@ -27,9 +27,9 @@ from flexrun.offload.weight_store import WeightStore
 from flexrun.schedule import Scheduler
 from flexrun.steps import Step, StepKind
 
-# Requests in flight. Reads are large: three fill an SSD. New rows of KV are a page each, which waits behind all reads
-# that the disk has accepted, so that many must wait together.
-THREADS = {Lane.DISK_READ: 3, Lane.DISK_WRITE: 8}
+# Requests in flight. Three reads fill an idle machine's disk; beside busy cores, where a thread takes a while to come
+# to the next one, only more of them do. Writes are small and wait behind all reads that the disk has accepted.
+THREADS = {Lane.DISK_READ: 8, Lane.DISK_WRITE: 8}
 WEIGHTS = (StepKind.READ_WEIGHTS, StepKind.COPY_WEIGHTS)
 
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from flexrun.attention import Segments
 from flexrun.core import DTYPES, Lane, Tier, align_up
 from flexrun.models.spec import ModelSpec
-from flexrun.offload.kv_file import GAP_BYTES, KVFile, Pages, cover, pages_of
+from flexrun.offload.kv_file import GAP_BYTES, Blocks, KVFile, blocks_of_pass, cover
 from flexrun.offload.tiers import Buffer, MemoryTier
-from flexrun.placement import HOST_KV_SLOTS, KV_SLOTS, KVMicroBatch
+from flexrun.placement import HOST_KV_SLOTS, KV_SLOTS, KVMicroBatch, kv_block_bytes
 from flexrun.steps import Step
 
 
@@ -64,10 +64,10 @@ class TokenSpace:
 
 @dataclass(frozen=True, slots=True)
 class _Moves:
-    """What a pass moves of every layer's slab of one micro-batch; pages: of one that lives on disk."""
+    """What a pass moves of every layer's slab of one micro-batch; blocks: of one that lives on disk."""
 
     cached_runs: list[tuple[int, int]]
-    pages: Pages | None
+    blocks: Blocks | None
 
 
 class KVStore:
@@ -87,10 +87,11 @@ class KVStore:
         disk: MemoryTier | None = None,
         folder: Path | None = None,
         *,
+        max_sequences: int = 1,
         direct: bool = True,
     ):
-        """``disk`` and ``folder``: where micro-batches whose home is the disk live. Raises BudgetError or ConfigError
-        where a tier is too small or the folder cannot be written."""
+        """``disk`` and ``folder``: where micro-batches whose home is the disk live, of at most ``max_sequences``
+        sequences each. Raises BudgetError or ConfigError where a tier is too small or the folder cannot be written."""
         self.micro_batches = micro_batches
         self._spec = spec
         self._dtype = DTYPES[spec.dtype]
@@ -103,11 +104,16 @@ class KVStore:
         self._moves: dict[int, tuple[Segments, _Moves]] = {}  # of each micro-batch, for the pass at hand
         self._host_slots: Buffer | None = None
         self._device_slots: Buffer | None = None
+        self._tails: Buffer | None = None  # of each slab on disk: a block for each of its sequences
+        self._tail_places: dict[int, dict[int, int]] = {}  # micro-batch -> start of a region -> its place among them
+        self._tails_bytes = max_sequences * kv_block_bytes(spec)  # of one slab
         self.file: KVFile | None = None
         on_disk = [index for index, place in enumerate(micro_batches) if place.home is Tier.DISK]
         self._disk_places = {index: place for place, index in enumerate(on_disk)}
         if on_disk:  # first: a full disk shows before any memory is filled
-            self.file = KVFile(folder, self._slot_bytes, len(on_disk) * spec.num_layers, disk, direct=direct)
+            self._tail_places = {index: {} for index in on_disk}
+            slabs, block_bytes = len(on_disk) * spec.num_layers, kv_block_bytes(spec)
+            self.file = KVFile(folder, self._slot_bytes, slabs, block_bytes, disk, direct=direct)
         try:
             self._allocate(host, device)
         except BaseException:
@@ -124,6 +130,8 @@ class KVStore:
                 self._slabs[-1] = [self._view(buffer, layer * slab_bytes, micro_batch) for layer in range(layers)]
         if self.file is not None:
             self._host_slots = self._buffer(host, "kv_staging", HOST_KV_SLOTS * self._slot_bytes)
+            slabs = len(self._disk_places) * layers
+            self._tails = self._buffer(host, "kv_tails", slabs * self._tails_bytes)
         if any(place.home is not Tier.GPU and place.attend_lane is Lane.GPU for place in self.micro_batches):
             self._device_slots = self._buffer(device, "kv_staging", KV_SLOTS * self._slot_bytes)
 
@@ -150,12 +158,16 @@ class KVStore:
             start = self._spaces[index].allocate(tokens)
             if start is not None:
                 self._regions[index][start] = tokens
+                if index in self._tail_places:
+                    places = self._tail_places[index]
+                    places[start] = min(set(range(len(places) + 1)) - set(places.values()))
                 return Region(index, start, tokens)
         return None
 
     def release(self, region: Region) -> None:
         self._spaces[region.micro_batch].release(region.start, region.capacity)
         del self._regions[region.micro_batch][region.start]
+        self._tail_places.get(region.micro_batch, {}).pop(region.start, None)
 
     @property
     def sequences(self) -> list[int]:
@@ -195,10 +207,11 @@ class KVStore:
         """WRITE_KV: the rows that this pass adds to ``segments``, out of the host slot ``step.offset``."""
         return self.file.write_parts(*self._moved(step, segments))
 
-    def _moved(self, step: Step, segments: Segments) -> tuple[int, Pages, int]:
+    def _moved(self, step: Step, segments: Segments) -> tuple[int, Blocks, int, int]:
         slab = self._disk_places[step.micro_batch] * self._spec.num_layers + step.layer
         address = self._host_slots.data.data_ptr() + step.offset * self._slot_bytes
-        return slab, self._moves_of(step.micro_batch, segments).pages, address
+        tails = self._tails.data.data_ptr() + slab * self._tails_bytes
+        return slab, self._moves_of(step.micro_batch, segments).blocks, address, tails
 
     # What a pass moves --------------------------------------------------------------------------------
 
@@ -212,19 +225,17 @@ class KVStore:
         if known is None or known[0] is not segments:
             start, stop = segments.kv_start, segments.kv_start + segments.kv_len
             middle = stop - segments.query_len
-            cached, new = numpy.stack([start, middle], axis=1), numpy.stack([middle, stop], axis=1)
-            runs = [(first, last) for first, last in cover(cached, 1, GAP_BYTES // self._row_bytes).tolist()]
-            pages = None
-            if micro_batch in self._disk_places:
-                present = set(start.tolist())
-                rooms = [(at, at + room) for at, room in self._regions[micro_batch].items() if at not in present]
-                absent = numpy.array(rooms, dtype=numpy.int64).reshape(-1, 2)
-                pages = pages_of(*(tokens * self._row_bytes for tokens in (cached, new, absent)))
-            self._moves[micro_batch] = known = (segments, _Moves(runs, pages))
+            runs = cover(numpy.stack([start, middle], axis=1), 1, GAP_BYTES // self._row_bytes)
+            blocks = None
+            if micro_batch in self._tail_places:
+                places = [self._tail_places[micro_batch][at] for at in start.tolist()]
+                rows = numpy.stack([start, middle, stop], axis=1) * self._row_bytes
+                blocks = blocks_of_pass(rows, places, kv_block_bytes(self._spec))
+            self._moves[micro_batch] = known = (segments, _Moves([(*run,) for run in runs.tolist()], blocks))
         return known[1]
 
     def close(self) -> None:
-        self._slabs, self._host_slots, self._device_slots = [], None, None
+        self._slabs, self._host_slots, self._device_slots, self._tails = [], None, None, None
         for buffer in self._buffers:
             buffer.close()
         if self.file is not None:

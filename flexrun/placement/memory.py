@@ -21,6 +21,8 @@ LOGITS_ROWS = 128  # rows of logits computed and sampled at once, so that a larg
 FEWEST_LOGITS_ROWS = 16  # room for them where few sequences are in flight: scored prompts take many
 KV_SLOTS = 2  # staging slots on the device for KV that comes there to be attended
 HOST_KV_SLOTS = 4  # on the host for KV from disk: a write of few rows waits behind the reads that a disk has accepted
+KV_BLOCK_BYTES = 16 << 10  # at most: a disk takes as long for less, and RAM holds so much of every sequence and layer
+KV_BLOCK_TOKENS = 16  # enough
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,11 @@ def kv_micro_batches(policy: Policy, kv_tokens: int, *, on_device: bool) -> tupl
     on_device_ones = (KVMicroBatch(Tier.GPU, capacity_tokens, Lane.GPU),) * on_gpu
     places = on_device_ones + homes(Tier.CPU, on_host) + homes(Tier.DISK, on_disk)
     return places[0::2] + places[1::2] if policy.half_batches and on_device else places
+
+
+def micro_batch_sequences(policy: Policy) -> int:
+    """Most sequences of one attention micro-batch."""
+    return min(policy.attention_micro_batch, policy.sequences_in_flight)
 
 
 def rotary_positions(micro_batches: tuple[KVMicroBatch, ...]) -> int:
@@ -162,6 +169,13 @@ def kv_bytes_per_token(spec: ModelSpec, bits: int = 16) -> int:
     return spec.num_layers * compressed_bytes(spec.kv_elements_per_token, bits)
 
 
+def kv_block_bytes(spec: ModelSpec) -> int:
+    """What is written at once, at least, of KV that lives on disk, a power of two of pages: the last rows of each
+    sequence wait in RAM until they fill it."""
+    wanted = min(KV_BLOCK_TOKENS * spec.kv_bytes_per_token, KV_BLOCK_BYTES)
+    return PAGE_BYTES << max(-(-wanted // PAGE_BYTES) - 1, 0).bit_length()
+
+
 def least_ring_bytes(placement: WeightPlacement, *, in_parts: bool = False) -> tuple[int, int]:
     """(host, device) bytes that the streaming rings must have.
 
@@ -229,6 +243,8 @@ def memory_account(
         kinds[Tier.CPU]["embedding_rows"] = align_up(policy.tokens_per_pass * row_bytes)
     if kv[Tier.DISK]:
         kinds[Tier.CPU]["kv_staging"] = HOST_KV_SLOTS * slot_bytes
+        slabs = spec.num_layers * sum(micro_batch.home is Tier.DISK for micro_batch in micro_batches)
+        kinds[Tier.CPU]["kv_tails"] = slabs * micro_batch_sequences(policy) * kv_block_bytes(spec)
     if on_device:
         lanes = {micro_batch.attend_lane for micro_batch in micro_batches if micro_batch.home is not Tier.GPU}
         if Lane.GPU in lanes:

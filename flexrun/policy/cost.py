@@ -20,11 +20,11 @@ from flexrun.hardware import Hardware, LinearWork, Processor, Transfer
 from flexrun.models.spec import ModelSpec
 from flexrun.placement import LOGITS_ROWS, WeightPlacement, kv_bytes_per_token, part_tokens, weight_bits_of
 from flexrun.policy.compressed import compressed_part
+from flexrun.policy.kv_writes import row_write_seconds
 from flexrun.policy.passes import COLUMNS, Passes
 from flexrun.steps import ATTENDS, MicroBatchShape, PassShape, Step, StepKind, chosen_share, experts_moved_share
 
 ROW_READ_SECONDS = 4e-6  # one embedding row out of the page cache
-PAGE_WRITE_SECONDS = 25e-6  # one page of new KV rows of a decoding sequence, several being written at once
 SEQUENCE_SECONDS = 22e-6  # planning one sequence's part of a pass
 PASS_SECONDS = 1.2e-3  # planning a pass, apart from its sequences
 TOKEN_SECONDS = 30e-6  # appending one sampled token and making its text
@@ -262,8 +262,8 @@ class StepCosts:
         return self.write_kv_seconds(step.bytes, micro_batch.decode_tokens)
 
     def write_kv_seconds(self, nbytes: float, decode_tokens: float) -> float:
-        """New rows of one layer to disk. A decoding sequence adds a row to a place of its own: a request each."""
-        return self.hardware.disk_write.seconds(nbytes) + decode_tokens * PAGE_WRITE_SECONDS
+        """New rows of one layer to disk. Those of a decoding sequence are a request whenever they fill a block."""
+        return self.hardware.disk_write.seconds(nbytes) + decode_tokens * row_write_seconds(self.spec, self.kv_bytes)
 
     # Sums of a pass -----------------------------------------------------------------------------------
 

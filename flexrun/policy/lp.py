@@ -24,13 +24,16 @@ from flexrun.placement import (
     KV_SLOTS,
     WeightPlacement,
     device_row_bytes,
+    kv_block_bytes,
     kv_bytes_per_token,
+    micro_batch_sequences,
     offloaded_query_bytes,
     workspace_bytes,
 )
-from flexrun.policy.cost import PAGE_WRITE_SECONDS, StepCosts
+from flexrun.policy.cost import StepCosts
 from flexrun.policy.features import Features
 from flexrun.policy.kinds import PassKind
+from flexrun.policy.kv_writes import row_write_seconds
 from flexrun.policy.layout import Budgets
 
 GIB = 1 << 30
@@ -149,7 +152,8 @@ class _Program:
         host_kv = kv["cpu_to_gpu"] + kv["cpu_on_cpu"]
         disk_kv = kv["disk_to_gpu"] + kv["disk_on_cpu"]
         host = weight_bytes * weights["cpu"] + kv_bytes * host_kv + host_ring * weights["disk"]
-        host += HOST_KV_SLOTS * slot * disk_kv
+        tails = self.micro_batches * micro_batch_sequences(policy) * spec.num_layers * kv_block_bytes(spec)
+        host += (HOST_KV_SLOTS * slot + tails) * disk_kv
         if budgets.on_device:
             streams = weights["cpu"] + weights["disk"]
             device = weight_bytes * weights["gpu"] + kv_bytes * kv["gpu"] + device_ring * streams + fixed_work
@@ -191,7 +195,8 @@ class _Program:
         on_cpu = kv["cpu_on_cpu"] + kv["disk_on_cpu"]
         on_disk = kv["disk_to_gpu"] + kv["disk_on_cpu"]
         read = moved_bytes * weights["disk"] + there_bytes * on_disk
-        written_seconds = new_bytes / disk_write + layers * whole.decode_tokens * PAGE_WRITE_SECONDS
+        written_seconds = new_bytes / disk_write
+        written_seconds += layers * whole.decode_tokens * row_write_seconds(spec, costs.kv_bytes)
         lanes = {
             Lane.DISK_READ.value: read * (1 / disk_read),
             Lane.DISK_WRITE.value: written_seconds * on_disk,

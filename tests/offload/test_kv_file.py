@@ -1,4 +1,4 @@
-"""KV on disk: only the pages that a pass needs move, nobody's rows are lost, and no file outlives its process."""
+"""KV on disk: only whole blocks move, nobody's rows are lost, and no file outlives its process."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from flexrun import disk_io
 from flexrun.core import PAGE_BYTES, Tier
 from flexrun.errors import BudgetError, ConfigError, ExecutionError
 from flexrun.offload import kv_file
-from flexrun.offload.kv_file import KVFile, cover, pages_of
+from flexrun.offload.kv_file import KVFile, blocks_of_pass, cover
+from flexrun.offload.kv_store import TokenSpace
 from flexrun.offload.tiers import Buffer, MemoryTier
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=200)
 
 
-def ranges(*pairs: tuple[int, int]) -> numpy.ndarray:
-    return numpy.array(pairs, dtype=numpy.int64).reshape(-1, 2)
+def ranges(*rows: tuple[int, ...]) -> numpy.ndarray:
+    return numpy.array(rows, dtype=numpy.int64).reshape(len(rows), -1 if rows else 2)
 
 
 def touched(requests: list[list[tuple[int, int]]]) -> list[int]:
@@ -35,7 +36,11 @@ def touched(requests: list[list[tuple[int, int]]]) -> list[int]:
     return [page for part in requests for start, size in part for page in range(start, start + size, PAGE_BYTES)]
 
 
-# Which pages ----------------------------------------------------------------------------------------------
+def read_pages(blocks) -> list[int]:
+    return touched([requests for requests, _ in blocks.reads])
+
+
+# Which blocks ----------------------------------------------------------------------------------------------
 
 
 @PROPERTY
@@ -55,41 +60,53 @@ def test_a_cover_is_the_units_touched_and_small_gaps_between_them(starts, unit, 
     assert all(later - earlier > gap for earlier, later in zip(covered[:-1, 1].tolist(), covered[1:, 0].tolist()))
 
 
-def test_neighbours_are_read_together_and_only_pages_of_new_rows_are_written():
+def test_neighbours_are_read_together_and_only_full_blocks_are_written():
     page, gap = PAGE_BYTES, kv_file.GAP_BYTES
     far = 10 * page + gap
-    cached = ranges((0, 2 * page + 10), (6 * page, 9 * page), (far + page, far + 2 * page))
-    new = ranges((2 * page + 10, 2 * page + 20), (9 * page, 9 * page + 1), (far + 2 * page - 1, far + 2 * page + 1))
-    pages = pages_of(cached, new, ranges())
-    assert touched(pages.reads) == [*range(0, 9 * page, page), far + page]
-    assert touched(pages.writes) == [2 * page, 9 * page, far + page, far + 2 * page]
-    assert pages.patches == []
+    rows = [
+        (0, 2 * page + 10, 2 * page + 20),  # fills no block
+        (6 * page, 9 * page, 9 * page + 1),
+        (far + page, far + 2 * page - 5, far + 4 * page + 1),
+    ]
+    blocks = blocks_of_pass(ranges(*rows), [2, 0, 1], page)
+    assert read_pages(blocks) == list(range(0, 9 * page, page))
+    assert touched(blocks.writes) == [far + page, far + 2 * page, far + 3 * page]
+    assert [tail for _, tails in blocks.reads for tail in tails] == [(2, 2 * page, 2 * page + 10)]
+    assert blocks.cached == [(1, far + page, far + 2 * page - 5)]
+    assert blocks.kept == [
+        (2, 2 * page, 2 * page + 20),
+        (0, 9 * page, 9 * page + 1),
+        (1, far + 4 * page, far + 4 * page + 1),
+    ]
 
 
-def test_large_ranges_are_read_in_blocks_and_dealt_out_evenly():
-    size = 9 * kv_file.REQUEST_BYTES + PAGE_BYTES
-    pages = pages_of(ranges((0, size)), ranges((size, size + 1)), ranges())
-    requests = [request for part in pages.reads for request in part]
+def test_a_block_of_two_sequences_is_the_second_ones():
+    page = PAGE_BYTES
+    rows = [(0, page + 50, page + 100), (page + 100, page + 100, 3 * page + 7)]
+    blocks = blocks_of_pass(ranges(*rows), [0, 1], page)
+    assert touched(blocks.writes) == [page, 2 * page], "the first one ends in a block that the second one fills"
+    assert blocks.kept == [(0, page, page + 100), (1, 3 * page, 3 * page + 7)]
+    rows = [(0, page + 100, page + 100), (page + 100, 3 * page + 7, 3 * page + 8)]
+    again = blocks_of_pass(ranges(*rows), [0, 1], page)
+    (requests, tails), *others = again.reads
+    assert (read_pages(again), others) == ([0, page, 2 * page], [])
+    assert requests == [(0, 3 * page)] and tails == [(0, page, page + 100)], "put in after the block is read"
+    assert again.cached == [(1, 3 * page, 3 * page + 7)]
+
+
+def test_large_ranges_are_read_in_requests_and_dealt_out_evenly():
+    size = 9 * kv_file.REQUEST_BYTES + 16 * PAGE_BYTES
+    blocks = blocks_of_pass(ranges((0, size, size + 1)), [0], 4 * PAGE_BYTES)
+    requests = [request for part, _ in blocks.reads for request in part]
     assert max(nbytes for _, nbytes in requests) == kv_file.REQUEST_BYTES
     assert sum(nbytes for _, nbytes in requests) == size
-    many = pages_of(
-        ranges(), ranges(*((place * 9 * PAGE_BYTES, place * 9 * PAGE_BYTES + 5) for place in range(100))), ranges()
+    full = [(place * 9 * PAGE_BYTES, place * 9 * PAGE_BYTES + 5) for place in range(100)]
+    many = blocks_of_pass(
+        ranges(*((start, at, start + PAGE_BYTES) for start, at in full)), list(range(100)), PAGE_BYTES
     )
     assert 3 <= len(many.writes) <= kv_file.PARTS + 1
     assert len(touched(many.writes)) == 100
     assert max(map(len, many.writes)) <= 2 * min(map(len, many.writes)) + 12
-
-
-def test_pages_shared_with_absent_sequences_are_patched():
-    page = PAGE_BYTES
-    new = ranges((page + 100, 4 * page + 50), (4 * page + 3000, 4 * page + 4000))
-    absent = ranges((0, page + 100), (4 * page + 50, 4 * page + 3000), (6 * page, 7 * page))
-    pages = pages_of(ranges(), new, absent)
-    assert touched(pages.writes) == [2 * page, 3 * page]
-    assert pages.patches == [
-        (page, [(page + 100, 2 * page)]),
-        (4 * page, [(4 * page, 4 * page + 50), (4 * page + 3000, 4 * page + 4000)]),
-    ]
 
 
 # The file -------------------------------------------------------------------------------------------------
@@ -104,7 +121,7 @@ def open_file(tmp_path):
 
     def build(slabs: int = 3, limit: int | None = None, **options) -> tuple[KVFile, MemoryTier]:
         tier = MemoryTier(Tier.DISK, limit)
-        opened.append(KVFile(tmp_path, SLAB - 100, slabs, tier, **options))
+        opened.append(KVFile(tmp_path, SLAB - 100, slabs, PAGE_BYTES, tier, **options))
         return opened[-1], tier
 
     yield build
@@ -124,13 +141,12 @@ def test_what_is_written_is_read_back_slab_by_slab(open_file, tmp_path, direct):
     assert direct or not file.direct
     assert list(tmp_path.iterdir()) == []
     image = Buffer.outside_budget(SLAB)
-    everything = ranges((0, SLAB))
-    pages = pages_of(everything, everything, ranges())
+    fills, reads = (blocks_of_pass(ranges((0, cached, SLAB)), [0], PAGE_BYTES) for cached in (0, SLAB))
     for slab in (2, 0, 1):
         image.data.fill_(slab + 1)
-        do(file.write_parts(slab, pages, image.data.data_ptr()))
+        do(file.write_parts(slab, fills, image.data.data_ptr(), 0))
     for slab in range(3):
-        do(file.read_parts(slab, pages, image.data.data_ptr()))
+        do(file.read_parts(slab, reads, image.data.data_ptr(), 0))
         assert torch.all(image.data == slab + 1)
     assert file.read_bytes == file.written_bytes == 3 * SLAB
     file.close()
@@ -141,48 +157,45 @@ def test_what_is_written_is_read_back_slab_by_slab(open_file, tmp_path, direct):
 @PROPERTY
 @given(st.data())
 def test_a_run_of_passes_loses_no_row(tmp_path_factory, data):
-    """Sequences side by side in one slab, any of them in a pass: afterwards every row is there."""
-    row_bytes = data.draw(st.sampled_from([48, 512, 1000, 4096, 6000]))
-    rooms = data.draw(st.lists(st.integers(1, 12), min_size=1, max_size=5))
-    starts = [sum(rooms[:place]) for place in range(len(rooms))]
-    file = KVFile(tmp_path_factory.getbasetemp(), sum(rooms) * row_bytes, 1, MemoryTier(Tier.DISK, None))
-    expected, lengths, value = bytearray(file.slab_bytes), [0] * len(rooms), 0
-    image = Buffer.outside_budget(file.slab_bytes)
+    """Sequences side by side in one slab, any of them in a pass, others in the room of those that ended: every pass
+    finds all rows of its sequences."""
+    row_bytes = data.draw(st.sampled_from([48, 512, 1000, 4096, 6000, 20000]))
+    block_bytes = data.draw(st.sampled_from([PAGE_BYTES, 4 * PAGE_BYTES]))
+    tokens = data.draw(st.integers(1, 60))
+    file = KVFile(tmp_path_factory.getbasetemp(), tokens * row_bytes, 1, block_bytes, MemoryTier(Tier.DISK, None))
+    image, kept = Buffer.outside_budget(file.slab_bytes), Buffer.outside_budget(6 * block_bytes)
+    address, tails, space = image.data.data_ptr(), kept.data.data_ptr(), TokenSpace(tokens)
+    running: dict[int, tuple[int, int, bytes]] = {}  # place among the tails -> first row, rows of room, what it has
+    value = 0
     try:
-        for _ in range(data.draw(st.integers(1, 5))):
-            grown = {
-                place: data.draw(st.integers(1, rooms[place] - lengths[place]))
-                for place in range(len(rooms))
-                if lengths[place] < rooms[place] and data.draw(st.booleans())
-            }
+        for _ in range(data.draw(st.integers(1, 8))):
+            for place in [place for place in running if data.draw(st.integers(0, 5)) == 0]:
+                start, room, _ = running.pop(place)
+                space.release(start, room)
+            for place in set(range(6)) - set(running):
+                room = data.draw(st.integers(1, 20))
+                if data.draw(st.booleans()) and (start := space.allocate(room)) is not None:
+                    running[place] = (start, room, b"")
+            grown = {}
+            for place, (start, room, had) in running.items():
+                length = len(had) // row_bytes
+                if length < room and data.draw(st.booleans()):
+                    grown[place] = (start, start + length, start + length + data.draw(st.integers(1, room - length)))
             if not grown:
                 continue
-            cached = ranges(*((starts[place], starts[place] + lengths[place]) for place in grown))
-            new = ranges(*((start, start + count) for (_, start), count in zip(cached.tolist(), grown.values())))
-            absent = ranges(
-                *((starts[place], starts[place] + rooms[place]) for place in set(range(len(rooms))) - set(grown))
-            )
-            pages = pages_of(cached * row_bytes, new * row_bytes, absent * row_bytes)
+            blocks = blocks_of_pass(ranges(*grown.values()) * row_bytes, list(grown), block_bytes)
             image.data.fill_(255)  # another slab's leavings
-            do(file.read_parts(0, pages, image.data.data_ptr()))
+            parts = file.read_parts(0, blocks, address, tails)
+            do(data.draw(st.permutations(parts)))
             found = image.data.numpy().tobytes()
-            for start, stop in (cached * row_bytes).tolist():
-                assert found[start:stop] == expected[start:stop]
-            for start, stop in (new * row_bytes).tolist():
+            for place, (start, cached, stop) in grown.items():
+                first, room, had = running[place]
+                assert found[start * row_bytes : cached * row_bytes] == had
                 value = value % 250 + 1
-                expected[start:stop] = bytes([value]) * (stop - start)
-                image.data[start:stop] = value
-            do(file.write_parts(0, pages, image.data.data_ptr()))
-            for place, count in grown.items():
-                lengths[place] += count
-        whole = pages_of(ranges((0, file.slab_bytes)), ranges(), ranges())
-        do(file.read_parts(0, whole, image.data.data_ptr()))
-        found = image.data.numpy().tobytes()
-        for start, length in zip(starts, lengths):
-            assert (
-                found[start * row_bytes : (start + length) * row_bytes]
-                == expected[start * row_bytes : (start + length) * row_bytes]
-            )
+                new = bytes([value]) * ((stop - cached) * row_bytes)
+                image.data[cached * row_bytes : stop * row_bytes] = value
+                running[place] = (first, room, had + new)
+            do(data.draw(st.permutations(file.write_parts(0, blocks, address, tails))))
     finally:
         file.close()
 
@@ -208,7 +221,7 @@ def test_a_full_disk_is_named_before_anything_runs(open_file, tmp_path, monkeypa
 
     monkeypatch.setattr(disk_io.os, "posix_fallocate", refuse)  # others took what was free a moment ago
     with pytest.raises(BudgetError, match="No space left on device"):
-        KVFile(tmp_path, SLAB, 1, tier)
+        KVFile(tmp_path, SLAB, 1, PAGE_BYTES, tier)
     assert tier.used_bytes == 0
 
 
@@ -217,30 +230,30 @@ def test_a_limit_on_file_sizes_is_named(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
     try:
         with pytest.raises(BudgetError, match=r"KV cache needs 6\.0 MiB .*File too large"):
-            KVFile(tmp_path, SLAB, 256, MemoryTier(Tier.DISK, None))
+            KVFile(tmp_path, SLAB, 256, PAGE_BYTES, MemoryTier(Tier.DISK, None))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"absent: cannot keep KV cache there: No such file"):
-        KVFile(tmp_path / "absent", SLAB, 1, MemoryTier(Tier.DISK, None))
+        KVFile(tmp_path / "absent", SLAB, 1, PAGE_BYTES, MemoryTier(Tier.DISK, None))
 
 
 def test_failing_and_short_requests_are_named(open_file, tmp_path, monkeypatch):
     file, _ = open_file()
-    image, everything = Buffer.outside_budget(SLAB), ranges((0, SLAB))
-    pages = pages_of(everything, everything, ranges())
+    image = Buffer.outside_budget(SLAB)
+    fills, reads = (blocks_of_pass(ranges((0, cached, SLAB)), [0], PAGE_BYTES) for cached in (0, SLAB))
 
     def fail(*_):
         raise OSError(errno.EIO, "Input/output error")
 
-    for name, parts in (("preadv", file.read_parts), ("pwritev", file.write_parts)):
+    for name, parts, blocks in (("preadv", file.read_parts, reads), ("pwritev", file.write_parts, fills)):
         for stand_in, told in ((fail, "failed: Input/output error"), (lambda *_: 0, "short ")):
             with monkeypatch.context() as patch:
                 patch.setattr(disk_io.os, name, stand_in)
                 with pytest.raises(ExecutionError, match=rf"KV cache in {tmp_path}: .*{told}"):
-                    do(parts(1, pages, image.data.data_ptr()))
+                    do(parts(1, blocks, image.data.data_ptr(), 0))
     assert file.read_bytes == file.written_bytes == 0
 
 
@@ -249,7 +262,7 @@ import sys, time
 from flexrun.core import Tier
 from flexrun.offload.kv_file import KVFile
 from flexrun.offload.tiers import MemoryTier
-file = KVFile(sys.argv[1], 64 << 20, 4, MemoryTier(Tier.DISK, None))
+file = KVFile(sys.argv[1], 64 << 20, 4, 4096, MemoryTier(Tier.DISK, None))
 print("ready", flush=True)
 time.sleep(60)
 """

@@ -16,6 +16,7 @@ from flexrun.placement import (
     KV_SLOTS,
     compressed_bytes,
     device_row_bytes,
+    kv_block_bytes,
     kv_bytes_per_token,
     kv_micro_batches,
     memory_account,
@@ -122,9 +123,18 @@ def test_every_micro_batch_has_one_home_and_its_bytes_there(sequences, micro_bat
     }
     for tier, slots in ((Tier.CPU, HOST_KV_SLOTS), (Tier.GPU, KV_SLOTS)):
         assert told.bytes_by_kind[tier].get("kv_staging", 0) == (slots * slot if staged[tier] else 0)
+    tails = sum(place.home is Tier.DISK for place in places) * min(micro_batch, sequences) * kv_block_bytes(SPEC)
+    assert told.bytes_by_kind[Tier.CPU].get("kv_tails", 0) == SPEC.num_layers * tails
     attends_beside = on_device and any(place.attend_lane is Lane.CPU for place in elsewhere)
     offloaded = told.bytes_by_kind[Tier.CPU].get("offloaded_query", 0)
     assert offloaded == (offloaded_query_bytes(SPEC, policy) if attends_beside else 0)
+
+
+def test_a_block_takes_16_rows_or_16_kib():
+    for kv_heads, pages in ((1, 1), (2, 2), (3, 4), (4, 4), (64, 4)):  # 256 bytes a token and head
+        spec = dataclasses.replace(SPEC, num_kv_heads=kv_heads, head_dim=64, dtype="bfloat16")
+        assert spec.kv_bytes_per_token == 256 * kv_heads
+        assert kv_block_bytes(spec) == pages * PAGE_BYTES
 
 
 # Hidden rows -------------------------------------------------------------------------------------------

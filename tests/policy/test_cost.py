@@ -13,7 +13,8 @@ from flexrun.core import Lane, Tier
 from flexrun.hardware import Hardware, LinearWork
 from flexrun.models.spec import ModelSpec
 from flexrun.placement import build_scheduler, part_tokens
-from flexrun.policy.cost import PAGE_WRITE_SECONDS, StepCosts
+from flexrun.policy.cost import StepCosts
+from flexrun.policy.kv_writes import BLOCK_WRITE_SECONDS
 from flexrun.policy.layout import Budgets, Layout
 from flexrun.policy.passes import job_passes
 from flexrun.steps import MicroBatchShape, PassShape, Step, StepKind
@@ -155,8 +156,9 @@ def test_kv_on_disk_is_read_before_and_written_after():
     costs, (one, four) = costs_of(layout, LAPTOP), (planned("llama").kv_bytes_per_token * count for count in (1, 4))
     seconds = costs.lane_seconds(decoding(4, 100, home=Tier.DISK))
     assert seconds[Lane.DISK_READ] == pytest.approx(6 * LAPTOP.disk_read.seconds(400 * one - four))
-    pages = 4 * PAGE_WRITE_SECONDS
-    assert seconds[Lane.DISK_WRITE] == pytest.approx(6 * (LAPTOP.disk_write.seconds(four) + pages))
+    assert one == 4096, "four rows fill a block"
+    requests = 4 * BLOCK_WRITE_SECONDS / 4
+    assert seconds[Lane.DISK_WRITE] == pytest.approx(6 * (LAPTOP.disk_write.seconds(four) + requests))
 
 
 def test_streamed_weights_take_the_links_at_their_rate():
