@@ -1,0 +1,82 @@
+"""How well a model predicts a text, under one setting or several side by side."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+from flexrun.errors import ConfigError
+
+LLM_FLAGS = (
+    "tokenizer",
+    "dtype",
+    "gpu_memory",
+    "cpu_memory",
+    "disk_memory",
+    "disk_dir",
+    "cache_dir",
+    "max_num_seqs",
+    "device",
+    "threads",
+    "hardware",
+)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="NAME", help="directory, .gguf file or known model name")
+    parser.add_argument("--text", required=True, metavar="FILE", help="plain text, UTF-8")
+    parser.add_argument("--context", type=int, default=1024, metavar="TOKENS", help="the text is cut to such pieces")
+    parser.add_argument("--limit", type=int, metavar="TOKENS", help="only the first tokens of the text")
+    parser.add_argument(
+        "--setting",
+        action="append",
+        default=[],
+        metavar="WORDS",
+        help='"weight-bits=4 keep=*.down_proj=8" or "policy=FILE"; may be given repeatedly: a row each',
+    )
+    parser.add_argument("--json", action="store_true", help="the results as JSON on stdout")
+
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--tokenizer", metavar="PATH", help="tokenizer directory or file, if not the model's own")
+    machine.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    machine.add_argument("--cache-dir", metavar="DIR", help="where fetched models and packed weights are kept")
+    machine.add_argument("--disk-dir", metavar="DIR", help="where weights and KV cache are streamed from")
+    machine.add_argument("--hardware", metavar="FILE", help="profile to plan by; default: this machine, measured once")
+    machine.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    machine.add_argument("--gpu-memory", metavar="SIZE", help="budget; on cpu, an emulated accelerator")
+    machine.add_argument("--cpu-memory", metavar="SIZE", help="budget of host memory, for example 8GiB")
+    machine.add_argument("--disk-memory", metavar="SIZE", help="budget of disk; default: what is free there")
+    machine.add_argument("--max-num-seqs", type=int, metavar="COUNT", help="pieces in flight")
+    machine.add_argument("--threads", type=int, metavar="COUNT", help="threads that compute")
+
+
+def call(args: argparse.Namespace) -> int:
+    from flexrun.evals.perplexity import Setting, compare, format_table
+    from flexrun.llm import LLM, open_model
+
+    settings = [Setting.parse(text) for text in args.setting or [""]]
+    given = {name: getattr(args, name) for name in LLM_FLAGS}
+    files = open_model(args.model, tokenizer=args.tokenizer, dtype=args.dtype, cache_dir=args.cache_dir)
+    try:
+        token_ids = _token_ids(files.tokenizer, args.text)[: args.limit]
+    finally:
+        files.close()
+    results = []
+    for result in compare(partial(LLM, args.model, **given), settings, token_ids, args.context):
+        results.append(result)
+        print(f"{result.setting or 'as stored'}: {result.perplexity:.4f}", file=sys.stderr, flush=True)
+    print(json.dumps([each.document() for each in results], indent=2) if args.json else format_table(results))
+    return 0
+
+
+def _token_ids(tokenizer, path: str) -> list[int]:
+    if tokenizer is None:
+        raise ConfigError("the model has no tokenizer", "name one with --tokenizer")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"text {path} cannot be read: {error}", "give a file of plain UTF-8 text") from error
+    return tokenizer.encode(text)
