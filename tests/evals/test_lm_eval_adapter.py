@@ -2,67 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
-import sysconfig
-import venv
 from pathlib import Path
 
 import numpy
 import pytest
-import tokenizers
-import transformers
 
-PINNED = "lm-eval==0.4.13"
-ROOT = Path(__file__).parents[2]
 WORDS = ["the", "river", "ran", "past", "old", "stones", "and", "seven", "grey", "herons", "stood", "near", "a", "mill"]
-
-
-@pytest.fixture(scope="module")
-def python(tmp_path_factory) -> str:
-    """An interpreter with the harness in it: this one, or one of an environment made for the test."""
-    if importlib.util.find_spec("lm_eval"):
-        return sys.executable
-    if os.environ.get("FLEXRUN_TEST_HARNESSES") != "1":
-        pytest.skip("lm-eval is not installed; FLEXRUN_TEST_HARNESSES=1 lets the test install it, in two minutes")
-    folder = tmp_path_factory.mktemp("harness") / "env"
-    venv.create(folder, with_pip=True)
-    (site,) = folder.glob("lib/python*/site-packages")
-    (site / "tested.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    made = str(folder / "bin" / "python")
-    subprocess.run([made, "-m", "pip", "install", "-q", "-c", str(ROOT / "constraints.txt"), PINNED], check=True)
-    return made
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    """A tiny Llama over bytes, with a tokenizer that both backends read."""
-    folder = tmp_path_factory.mktemp("bytes-llama")
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocab = {"<end>": 0, **{letter: number + 1 for number, letter in enumerate(alphabet)}}
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    backend.add_special_tokens(["<end>"])
-    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>").save_pretrained(folder)
-    transformers.set_seed(1)
-    config = transformers.LlamaConfig(
-        vocab_size=len(vocab),
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=0,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 def write_task(folder: Path, name: str, rows: list[dict], **settings) -> None:
@@ -117,22 +63,15 @@ def tasks(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_three_kinds_of_requests_equal_the_hugging_face_backend(python, model, tasks, tmp_path):
-    samples = {}
+def test_three_kinds_of_requests_equal_the_hugging_face_backend(python_with, bytes_model, tasks, run_offline, tmp_path):
+    python, samples = python_with("lm_eval", "lm-eval==0.4.13"), {}
     backends = {
         "flexrun": (["-m", "flexrun.evals.lm_eval_adapter"], f"cpu_memory=1GiB,cache_dir={tmp_path}"),
-        "hf": (["-m", "lm_eval"], "max_length=256"),
+        "hf": (["-m", "lm_eval"], ""),
     }
     for name, (module, arguments) in backends.items():
-        command = [
-            python,
-            *module,
-            "run",
-            "--model",
-            name,
-            "--model_args",
-            f"pretrained={model},dtype=float32,{arguments}",
-        ]
+        arguments = f"pretrained={bytes_model},dtype=float32,max_length=256,{arguments}".rstrip(",")
+        command = [python, *module, "run", "--model", name, "--model_args", arguments]
         command += [
             "--tasks",
             "bytes_choices,bytes_answers,bytes_rolling",
@@ -142,16 +81,12 @@ def test_three_kinds_of_requests_equal_the_hugging_face_backend(python, model, t
             "cpu",
         ]
         command += ["--batch_size", "4", "--log_samples", "--output_path", str(tmp_path / name)]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-        environment["HF_HOME"] = str(tmp_path / "hf-home")
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
-        assert done.returncode == 0, done.stderr[-3000:]
+        run_offline(command, tmp_path)
         for file in sorted((tmp_path / name).rglob("samples_*.jsonl")):
             task = file.name.split("_2")[0].removeprefix("samples_")
             for row in map(json.loads, file.read_text().splitlines()):
                 samples.setdefault((task, row["doc_id"]), {})[name] = row
     assert len(samples) == 12 + 5 + 4
-    greedy = 0
     for (task, _), pair in samples.items():
         ours, theirs = pair["flexrun"]["resps"], pair["hf"]["resps"]
         if task == "bytes_answers":
@@ -161,6 +96,5 @@ def test_three_kinds_of_requests_equal_the_hugging_face_backend(python, model, t
             one, other = (numpy.ravel(value[0]).tolist() for value in (one, other))
             assert abs(float(one[0]) - float(other[0])) < 1e-3
             assert [str(value) for value in one[1:]] == [str(value) for value in other[1:]]
-            greedy += str(one[1:]).count("True")
     answers = [pair["flexrun"]["resps"][0][0] for (task, _), pair in samples.items() if task == "bytes_answers"]
     assert any(answers), "no answer has any text: nothing was compared"
