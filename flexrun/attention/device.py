@@ -48,13 +48,15 @@ class _Tables:
 
     packed: None where the segments do not lie as the flash kernel wants them. decode: int64 [3, sequences]: query row,
     first KV row and length of the sequences of one query row, shortest first; decode_lengths: the lengths on the host.
-    others: the segments of several query rows.
+    others: the segments of several query rows. unseeing: int64 rows, of either kind, of segments without KV; None where
+    there are none.
     """
 
     packed: tuple[_Packed, ...] | None
     decode: Tensor
     decode_lengths: list[int]
     others: list[tuple[int, int, int, int]]
+    unseeing: Tensor | None
 
 
 def prepare(segments: Segments, upload: Upload) -> None:
@@ -63,17 +65,19 @@ def prepare(segments: Segments, upload: Upload) -> None:
 
 
 def _tables(segments: Segments, upload: Upload) -> _Tables:
-    single = segments.query_len == 1
-    order = numpy.flatnonzero(single)
+    single, empty = segments.query_len == 1, segments.kv_len == 0
+    order = numpy.flatnonzero(single & ~empty)
     order = order[numpy.argsort(segments.kv_len[order], kind="stable")]
     columns = (segments.query_start, segments.kv_start, segments.kv_len)
     decode = numpy.stack([column[order] for column in columns])
-    others = [row for row, alone in zip(segments.rows, single.tolist()) if not alone]
+    others = [row for row, left_out in zip(segments.rows, (single | empty).tolist()) if not left_out]
+    unseeing = [numpy.arange(row, row + count) for row, count, *_ in segments.table[:, empty].T.tolist()]
     return _Tables(
         _packed(segments, single, upload),
         upload("decode", torch.from_numpy(decode)),
         decode[2].tolist(),
         others,
+        upload("unseeing", torch.from_numpy(numpy.concatenate(unseeing))) if unseeing else None,
     )
 
 
@@ -100,9 +104,13 @@ def _pack(segments: Segments, mask: numpy.ndarray, number: int, upload: Upload) 
 
 
 def attend_on_device(
-    query, keys, values, segments: Segments, scale: float, window: int, softcap: float, sinks, out
+    query, keys, values, segments: Segments, scale: float, window: int, softcap: float, sinks, out, lse=None
 ) -> bool:
-    """See ``attend``; the tensors are checked. False, with nothing done, for segments over parts of sequences."""
+    """See ``attend``; the tensors are checked. False, with nothing done, for segments over the first part of sequences.
+
+    Rows in front of a last part (it begins behind them) see nothing of it, as the kernels' causal masks end in the last
+    row and column.
+    """
     if (segments.query_position != segments.kv_len - segments.query_len).any() or not len(segments):
         return False
     if "_device_tables" not in segments.__dict__:
@@ -110,9 +118,13 @@ def attend_on_device(
     tables: _Tables = segments.__dict__["_device_tables"]
     if tables.packed is not None and not softcap and _flash_applies(query):
         for part in tables.packed:
-            _attend_packed(query, keys, values, part, scale, window, sinks, out)
+            _attend_packed(query, keys, values, part, scale, window, sinks, out, lse)
         return True
-    _attend_decoding(query, keys, values, tables, scale, window, softcap, sinks, out)
+    if tables.unseeing is not None:
+        out.index_fill_(0, tables.unseeing, 0.0)
+        if lse is not None:
+            lse[tables.unseeing] = float("-inf") if sinks is None else sinks
+    _attend_decoding(query, keys, values, tables, scale, window, softcap, sinks, out, lse)
     for query_start, query_len, kv_start, kv_len in tables.others:
         rows, kv_rows = slice(query_start, query_start + query_len), slice(kv_start, kv_start + kv_len)
         attend_segment(
@@ -125,6 +137,7 @@ def attend_on_device(
             softcap=softcap,
             sinks=sinks,
             out=out[rows],
+            lse=None if lse is None else lse[rows],
         )
     return True
 
@@ -152,7 +165,7 @@ def _varlen() -> ModuleType:
     return importlib.import_module("torch.nn.attention.varlen")
 
 
-def _attend_packed(query, keys, values, part: _Packed, scale, window, sinks, out) -> None:
+def _attend_packed(query, keys, values, part: _Packed, scale, window, sinks, out, lse) -> None:
     """window counts the row itself, the kernel's left border does not."""
     varlen = _varlen()
     result = varlen.varlen_attn_out(
@@ -168,10 +181,17 @@ def _attend_packed(query, keys, values, part: _Packed, scale, window, sinks, out
         window_size=(window - 1 if window else -1, 0),
         enable_gqa=query.shape[1] != keys.shape[1],
         seqused_k=part.kv_lengths,
-        return_aux=None if sinks is None else varlen.AuxRequest(lse=True),
+        return_aux=None if sinks is None and lse is None else varlen.AuxRequest(lse=True),
     )
-    if sinks is not None:  # the kernel knows none; its log-sum-exp is [heads, rows]
-        out[part.rows].mul_(sink_share(result[1].t(), sinks))
+    if sinks is None and lse is None:
+        return
+    total = result[1].t()  # it is [heads, rows], and infinite for rows that see nothing
+    total = total.masked_fill(total.isinf(), float("-inf"))
+    if sinks is not None:  # the kernel knows none
+        out[part.rows].mul_(sink_share(total, sinks))
+        total = torch.logaddexp(total, sinks)
+    if lse is not None:
+        lse[part.rows] = total
 
 
 def like_lengths(lengths: list[int], row_elements: int) -> list[slice]:
@@ -185,7 +205,7 @@ def like_lengths(lengths: list[int], row_elements: int) -> list[slice]:
     return [*groups, slice(start, len(lengths))] if lengths else []
 
 
-def _attend_decoding(query, keys, values, tables: _Tables, scale, window, softcap, sinks, out) -> None:
+def _attend_decoding(query, keys, values, tables: _Tables, scale, window, softcap, sinks, out, lse) -> None:
     """Sequences of one query row each, gathered group by group; the group of query heads stands for positions."""
     num_heads, head_dim = query.shape[1:]
     num_kv_heads = keys.shape[1]
@@ -201,14 +221,19 @@ def _attend_decoding(query, keys, values, tables: _Tables, scale, window, softca
         key, value = (slab.index_select(0, kv_rows).view(batch).transpose(1, 2) for slab in (keys, values))
         grouped = query.index_select(0, rows).view(count, num_kv_heads, num_heads // num_kv_heads, head_dim)
         mask = visible[:, None, None]
-        if softcap or sinks is not None:
+        if softcap or sinks is not None or lse is not None:
             scores = (grouped.float() @ key.float().transpose(-1, -2)).mul_(scale)
             if softcap:
                 scores.div_(softcap).tanh_().mul_(softcap)
             scores.masked_fill_(~mask, float("-inf"))
             result = scores.softmax(-1) @ value.float()
+            total = scores.logsumexp(-1)
             if sinks is not None:
-                result *= sink_share(scores.logsumexp(-1), sinks.view(num_kv_heads, -1))
+                by_head = sinks.view(num_kv_heads, -1)
+                result *= sink_share(total, by_head)
+                total = torch.logaddexp(total, by_head)
+            if lse is not None:
+                lse.index_copy_(0, rows, total.flatten(1))
             result = result.to(query.dtype)
         else:
             result = scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scale)

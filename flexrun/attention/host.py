@@ -39,8 +39,7 @@ def attend(
     """
     _check(query, keys, values, segments, out, lse, sinks)
     if query.is_cuda:
-        whole = lse is None and attend_on_device(query, keys, values, segments, scale, window, softcap, sinks, out)
-        if not whole:
+        if not attend_on_device(query, keys, values, segments, scale, window, softcap, sinks, out, lse):
             _attend_each(query, keys, values, segments, scale, window, softcap, sinks, out, lse)
         return out
     if not native.available:
