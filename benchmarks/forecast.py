@@ -42,13 +42,15 @@ def weights_on_disk(sequences: int) -> dict:
     return {"sequences_in_flight": sequences, "attention_micro_batch": sequences, "weights": placement}
 
 
-def three_tiers(sequences: int, share: float, gpu: float = 0.2, cpu: float = 0.4) -> dict:
-    """Weights on all tiers, KV in RAM in two micro-batches, of which ``share`` are attended on the CPU's own lane."""
+def three_tiers(sequences: int, share: float, gpu: float = 0.2, cpu: float = 0.4, newest: float = 0.0) -> dict:
+    """Weights on all tiers, KV in RAM in two micro-batches, of which ``share`` are attended on the CPU's own lane, but
+    for the ``newest`` share of each sequence's tokens."""
     policy = {
         "sequences_in_flight": sequences,
         "attention_micro_batch": sequences // 2,
         "weights": {"gpu": gpu, "cpu": cpu, "disk": round(1 - gpu - cpu, 6)},
         "cpu_attention_share": share,
+        "kv_device_tokens_share": newest,
     }
     return {"policy": policy, "gpu_memory": "3GiB"}
 
@@ -66,6 +68,7 @@ CASES = (
     Case("three tiers, KV on the accelerator", True, 32, 64, 16, {"gpu_memory": "1GiB", "cpu_memory": "1GiB"}),
     Case("three tiers, half of the KV on the CPU", True, 32, 128, 12, three_tiers(32, 0.5)),
     Case("three tiers, all KV on the CPU", True, 32, 128, 12, three_tiers(32, 1.0)),
+    Case("three tiers, newest half of the KV on the accelerator", True, 32, 128, 12, three_tiers(32, 1.0, newest=0.5)),
     Case("three tiers, KV copied, long prompts", True, 6, 800, 8, three_tiers(6, 0.0)),
     Case("two tiers, small model", False, 128, 128, 16, {"gpu_memory": "150MiB", "cpu_memory": "4GiB"}),
 )

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy
@@ -165,7 +165,8 @@ def policies() -> list[Policy]:
                 half_batches=half,
             )
         )
-    return chosen
+    attended_below = [policy for policy in chosen if policy.kv.cpu and policy.cpu_attention_share == 1]
+    return chosen + [replace(policy, kv_device_tokens_share=0.5) for policy in attended_below]
 
 
 def prompts(vocab_size: int) -> list[list[int]]:

@@ -3,6 +3,9 @@
 KV lives where its micro-batch has its home. Attention runs on the compute lane, over slabs in place or over copies in
 staging slots, or on the CPU beside a device. Prompts that start in a pass need no KV from anywhere, so a device attends
 them itself, straight from the rows that it has just computed.
+
+Of a micro-batch on the host the newest tokens may live on the device. Both attend their part at the same time, and the
+device merges what they found. Until a sequence is longer than its part on the host, nothing of this shows.
 """
 
 from __future__ import annotations
@@ -47,6 +50,7 @@ class Part:
     stage: int = 0  # the next one
     inputs: Dependency | None = None  # q, k and v of the layer at hand
     attended: list[Dependency] = field(default_factory=list)  # what its output waits for
+    returned: list[tuple[Dependency, dict]] = field(default_factory=list)  # to be merged with what the device found
     busy: list[Dependency] = field(default_factory=list)  # host-bound copies that still read its q, k, v rows
     place: int = 0
     loaded: list[Dependency] = field(default_factory=list)  # its hidden rows are on the device
@@ -107,10 +111,12 @@ class AttentionSteps:
             if not on_disk:
                 self._save(part, layer, micro_batch, start, 0, ())
             return
-        cached = micro_batch.cached
+        cached, below = micro_batch.cached, micro_batch.below
         slot, source = self._read_to_host(layer, micro_batch) if on_disk else (0, ())
-        if not cached.query_tokens:
-            self._save(part, layer, micro_batch, start, slot, source)
+        leaving = micro_batch.query_tokens - micro_batch.above_new_tokens
+        if not below.query_tokens:
+            if leaving:
+                self._save(part, layer, micro_batch, start, slot, source)
             return
         where = {"layer": layer, "micro_batch": micro_batch.index, "start": start}
         down = self._emit(
@@ -119,13 +125,12 @@ class AttentionSteps:
             (part.inputs, *source),
             stop=start + micro_batch.query_tokens,
             offset=slot,
-            bytes=cached.query_tokens * self._work.query_bytes_per_token
-            + micro_batch.query_tokens * self._work.kv_bytes_per_token,
+            bytes=cached.query_tokens * self._work.query_bytes_per_token + leaving * self._work.kv_bytes_per_token,
             **where,
         )
         part.busy.append(down)
         where["stop"] = start + cached.query_tokens
-        done = self._attend(StepKind.ATTEND, Lane.CPU, (down,), cached, slot, where)
+        done = self._attend(StepKind.ATTEND, Lane.CPU, (down,), below, slot, where)
         self._returning[layer, micro_batch.index] = done
         if on_disk:
             self._host_slots.users[slot] = (done, self._write_back(layer, micro_batch, down, slot))
@@ -152,11 +157,24 @@ class AttentionSteps:
             part.attended.append(
                 self._attend(StepKind.ATTEND_FRESH, self._compute_lane, (part.inputs,), micro_batch.fresh, 0, rows)
             )
+        above, rows = micro_batch.above, {**where, "stop": cached_stop}
+        if above.query_tokens:
+            part.attended.append(self._attend(StepKind.ATTEND, self._compute_lane, (part.inputs,), above, 0, rows))
         done = self._returning.pop((layer, micro_batch.index), None)
         if done is not None:
-            moved = (tokens - fresh) * self._work.query_bytes_per_token
-            back = {**where, "stop": cached_stop, "bytes": moved}
-            part.attended.append(self._emit(StepKind.RETURN_ATTENDED, Lane.H2D, (done,), **back))
+            merges = above.query_tokens > 0
+            a_row = self._work.query_bytes_per_token + merges * self._work.lse_bytes_per_token
+            back = self._emit(StepKind.RETURN_ATTENDED, Lane.H2D, (done,), bytes=(tokens - fresh) * a_row, **rows)
+            if merges:
+                part.returned.append((back, rows))
+            else:
+                part.attended.append(back)
+
+    def merge(self, part: Part) -> None:
+        """Last, when the compute lane has attended all it can without the CPU: join what both found."""
+        for back, rows in part.returned:
+            part.attended.append(self._emit(StepKind.MERGE, self._compute_lane, (back,), **rows))
+        part.returned.clear()
 
     def attend_staged(self, part: Part, layer: int, micro_batch: MicroBatchShape, start: int) -> None:
         """Attention on the device over KV from elsewhere."""
@@ -247,6 +265,7 @@ class AttentionSteps:
     ) -> None:
         """Emit the way home of all new rows. readers: steps that read the host's slot besides."""
         tokens = micro_batch.query_tokens
+        leaving = tokens - micro_batch.above_new_tokens
         saved = self._emit(
             StepKind.SAVE_KV,
             Lane.D2H,
@@ -256,7 +275,7 @@ class AttentionSteps:
             start=start,
             stop=start + tokens,
             offset=slot,
-            bytes=tokens * self._work.kv_bytes_per_token,
+            bytes=leaving * self._work.kv_bytes_per_token,
         )
         part.busy.append(saved)
         if micro_batch.home is Tier.DISK:

@@ -50,6 +50,9 @@ class Policy:
     keep: matrices of other bits, as "PATTERN=BITS"; see compress.WeightBits.
     cpu_attention_share: share of host-resident KV micro-batches attended in place on the CPU
         (the rest is copied to the GPU and attended there). Meaningless without a GPU.
+    kv_device_tokens_share: of each sequence whose KV the CPU attends in place, the share of its cache room, its newest
+        tokens, that lives on the device and is attended there; what both find is joined exactly. A sequence keeps the
+        border it was given for good: nothing is moved across it. 0 keeps each sequence whole.
     half_batches: where the CPU attends beside a GPU, run each pass as two halves that take turns: the CPU attends one
         while the GPU runs the matmuls of the other. Weights are moved once all the same, but read twice by the GPU.
     """
@@ -64,6 +67,7 @@ class Policy:
     kv: Placement = field(default_factory=Placement)
     hidden: Placement = field(default_factory=lambda: Placement(gpu=1.0, cpu=0.0))
     cpu_attention_share: float = 1.0
+    kv_device_tokens_share: float = 0.0
     weight_bits: int = 16
     kv_bits: int = 16
     half_batches: bool = False
@@ -78,8 +82,9 @@ class Policy:
             raise ConfigError(f"policy expert_batch={self.expert_batch!r} must be a whole number; 0 sets no limit")
         if not isinstance(self.kv_tokens, int) or isinstance(self.kv_tokens, bool) or self.kv_tokens < 0:
             raise ConfigError(f"policy kv_tokens={self.kv_tokens!r} must be a whole number; 0 sizes it by the requests")
-        if not 0.0 <= self.cpu_attention_share <= 1.0:
-            raise ConfigError(f"policy cpu_attention_share={self.cpu_attention_share} is outside [0, 1]")
+        for name in ("cpu_attention_share", "kv_device_tokens_share"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ConfigError(f"policy {name}={getattr(self, name)} is outside [0, 1]")
         if not isinstance(self.half_batches, bool):
             raise ConfigError(f"policy half_batches={self.half_batches!r} must be true or false")
         if isinstance(self.keep, str) or not all(isinstance(rule, str) for rule in self.keep):
@@ -89,12 +94,16 @@ class Policy:
             if getattr(self, name) not in (16, 8, 4):
                 raise ConfigError(f"policy {name}={getattr(self, name)!r} must be 16, 8 or 4")
 
-    def check_runnable(self, *, on_device: bool = True, latents_on_cpu: bool = False) -> None:
+    def check_runnable(self, *, on_device: bool = True, latents: bool = False, latents_on_cpu: bool = False) -> None:
         """Raise UnsupportedError for what can be planned but is not run in this version.
 
-        latents_on_cpu: whether the CPU would attend latent KV beside a GPU (it is compute-bound: it would never pay).
+        latents: whether the model's KV is latent. latents_on_cpu: whether the CPU would attend it beside a GPU (it is
+        compute-bound: it would never pay).
         """
+        splits, whole = self.kv_device_tokens_share > 0, "set kv_device_tokens_share to 0"
         for asked, what, remedy in (
+            (splits and not on_device, "splits KV by token between the CPU and a device, and there is none", whole),
+            (splits and latents, "splits latent KV by token", whole),
             (self.hidden.disk > 0, "keeps hidden states on disk", "set hidden.disk to 0"),
             (self.hidden.gpu < 1 and not on_device, "keeps hidden states off the CPU", "set hidden.gpu to 1"),
             (latents_on_cpu, "attends latent KV on the CPU beside a GPU", "set cpu_attention_share to 0"),

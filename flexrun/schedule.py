@@ -164,7 +164,7 @@ class Scheduler:
         for part in shape.micro_batches:
             on_cpu = part.home is not Tier.GPU and part.attend_lane is Lane.CPU
             tokens.append(tokens[-1] + part.query_tokens)
-            attended.append(attended[-1] + (part.kv_tokens - part.fresh_tokens if on_cpu else 0))
+            attended.append(attended[-1] + (part.below.kv_tokens if on_cpu else 0))
         if not attended[-1] or len(shape.micro_batches) < 2:
             return 0
 
@@ -259,6 +259,8 @@ class Scheduler:
                 if not self._halved:
                     self._attention.receive(part, stage.layer, micro_batch, start)
                     self._attention.attend_staged(part, stage.layer, micro_batch, start)
+            if not self._halved:
+                self._attention.merge(part)
 
     def _finish_attention(self, part: Part, layer: int) -> None:
         """What a half does when its turn comes: KV that must be copied first is attended last."""
@@ -266,6 +268,7 @@ class Scheduler:
             self._attention.receive(part, layer, micro_batch, start)
         for micro_batch, start in part.micro_batches:
             self._attention.attend_staged(part, layer, micro_batch, start)
+        self._attention.merge(part)
 
     def _emit(self, kind: StepKind, lane: Lane, depends_on: Sequence[Dependency] = (), **fields) -> Dependency:
         if len(depends_on) == 1 and depends_on[0][0] is not lane:

@@ -28,6 +28,7 @@ class StepKind(str, enum.Enum):
     ATTEND = "attend"
     ATTEND_FRESH = "attend_fresh"  # prompts that start in this pass, beside KV kept elsewhere: from their own k, v rows
     RETURN_ATTENDED = "return_attended"  # host -> device
+    MERGE = "merge"  # of sequences with KV in two places, what was attended in either
     LOAD_HIDDEN = "load_hidden"  # host -> device: hidden rows of a part of a pass that the device cannot hold whole
     SAVE_HIDDEN = "save_hidden"  # device -> host: the same after a layer
     KEEP_SAMPLED = "keep_sampled"  # of such a part, after the last layer, the rows that are sampled
@@ -55,6 +56,13 @@ def experts_moved_share(share_per_token: float, tokens):
     router, where waiting for it would spare little."""
     share = chosen_share(share_per_token, tokens)
     return share + (share > CHOSEN_AT_MOST) * (1.0 - share)
+
+
+def pairs_of(query, kv):
+    """(query, KV) pairs of causal attention whose last query row sees all ``kv`` rows (numbers or arrays); where there
+    are more query rows, the first see nothing."""
+    seeing = query - (query > kv) * (query - kv)
+    return seeing * (kv - seeing) + seeing * (seeing + 1) // 2
 
 
 class Step(NamedTuple):  # millions are made while plans are compared: much cheaper than a frozen dataclass
@@ -124,6 +132,7 @@ class ModelWork:
     embedding_row_bytes: int
     flops_per_expert_and_token: float = 0.0  # of one routed expert, averaged over all tokens of a pass
     experts_share_per_token: float = 1.0  # of a layer's routed experts, those that a token is sent to
+    lse_bytes_per_token: int = 0  # log-sum-exp of one layer's attention, which comes back where it is merged
 
     def moved_share(self, tokens: int) -> float:
         """Share of the streamed experts that a pass of so many tokens moves; see experts_moved_share."""
@@ -139,6 +148,8 @@ class MicroBatchShape:
     decode_tokens of the query_tokens are single tokens of decoding sequences, over decode_kv_tokens cached ones.
     fresh_tokens of them, the last rows, are prompts (or first chunks of prompts) of more than one token that start in
     this pass, in fresh_pairs: nothing of them is cached.
+    above_*: of a micro-batch on the host whose newest tokens live on the device, what lies above the borders of its
+    sequences: new rows, fresh ones too; KV tokens and pairs of the rows that are not fresh, and of the decoding ones.
     """
 
     index: int
@@ -151,10 +162,15 @@ class MicroBatchShape:
     decode_kv_tokens: int = 0
     fresh_tokens: int = 0
     fresh_pairs: int = 0
+    above_new_tokens: int = 0
+    above_kv_tokens: int = 0
+    above_pairs: int = 0
+    above_decode_tokens: int = 0
+    above_decode_kv_tokens: int = 0
 
     @cached_property
     def cached(self) -> MicroBatchShape:
-        """The same without its fresh rows."""
+        """The same without its fresh rows; what lies above the borders is still among it."""
         if not self.fresh_tokens:
             return self
         return replace(
@@ -164,6 +180,33 @@ class MicroBatchShape:
             query_kv_pairs=self.query_kv_pairs - self.fresh_pairs,
             fresh_tokens=0,
             fresh_pairs=0,
+        )
+
+    @cached_property
+    def above(self) -> MicroBatchShape:
+        """What its rows that are not fresh have above the borders: those of prompts, and decoding ones past theirs."""
+        prompts = self.query_tokens - self.fresh_tokens - self.decode_tokens
+        tokens = prompts + self.above_decode_tokens if self.above_kv_tokens else 0
+        counts = self.above_kv_tokens, self.above_pairs
+        decode = self.above_decode_tokens, self.above_decode_kv_tokens
+        return MicroBatchShape(self.index, tokens, *counts, self.home, Lane.GPU, *decode)
+
+    @cached_property
+    def below(self) -> MicroBatchShape:
+        """Its rows that are not fresh, over what lies below the borders: all of it, but in a cache split by token."""
+        cached, above = self.cached, self.above
+        if not above.query_tokens:
+            return cached
+        kv_tokens = cached.kv_tokens - above.kv_tokens
+        return MicroBatchShape(
+            self.index,
+            cached.query_tokens if kv_tokens else 0,
+            kv_tokens,
+            cached.query_kv_pairs - above.query_kv_pairs,
+            self.home,
+            self.attend_lane,
+            cached.decode_tokens if kv_tokens else 0,
+            cached.decode_kv_tokens - above.decode_kv_tokens,
         )
 
     @property

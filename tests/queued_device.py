@@ -140,6 +140,9 @@ class QueuedDevice(EmulatedDevice):
         _active.queue.put(partial(device.copy_, pinned))
         return device
 
+    def landed(self) -> None:
+        _active.queue.mark().synchronize()
+
     def rows_on_host(self, *tensors):
         for start in range(0, len(tensors[0]), 3):
             rows = slice(start, min(start + 3, len(tensors[0])))

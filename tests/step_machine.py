@@ -26,8 +26,8 @@ COMPUTE_WITH_WEIGHTS = (
 )
 FEEDS = {  # whose rows a step needs, of its own layer
     **dict.fromkeys((*ATTENDS, StepKind.SAVE_KV, StepKind.OFFLOAD_QUERY), (StepKind.ATTENTION_INPUTS,)),
-    StepKind.RETURN_ATTENDED: (StepKind.ATTEND,),
-    StepKind.ATTENTION_OUTPUT: (*ATTENDS, StepKind.RETURN_ATTENDED),
+    StepKind.MERGE: (*ATTENDS, StepKind.RETURN_ATTENDED),
+    StepKind.ATTENTION_OUTPUT: (*ATTENDS, StepKind.RETURN_ATTENDED, StepKind.MERGE),
     StepKind.MLP: (StepKind.ATTENTION_OUTPUT,),
     StepKind.EXPERTS: (StepKind.MLP,),
     **dict.fromkeys((StepKind.SAVE_HIDDEN, StepKind.KEEP_SAMPLED), (StepKind.MLP, StepKind.EXPERTS)),
@@ -79,6 +79,7 @@ class Machine:
         self.slots: dict[int, Step] = {}
         self.host_slots: dict[int, HostSlot] = {}  # slots in use
         self.homes: dict[int, Tier] = {}  # of each micro-batch
+        self.lanes: dict[int, Lane] = {}  # that attends it, but for what it has on the device
         self.parts: dict[int, int] = {}  # into how many each pass is cut
 
     def run_pass(self, shape: PassShape) -> list[Step]:
@@ -86,6 +87,7 @@ class Machine:
         assert not pending, f"a pass begins, and replaces the rows that these still need: {pending}"
         assert not self.slots and not self.host_slots, "a pass begins while staging slots are in use"
         self.homes |= {micro_batch.index: micro_batch.home for micro_batch in shape.micro_batches}
+        self.lanes |= {micro_batch.index: micro_batch.attend_lane for micro_batch in shape.micro_batches}
         steps = self.scheduler.pass_steps(shape)
         inputs = [step for step in steps if step.kind is StepKind.ATTENTION_INPUTS and step.layer == 0]
         self.parts[shape.index] = len(inputs)
@@ -143,7 +145,7 @@ class Machine:
             assert not [other for other in self._unfinished() if self._saves_for(other, step)]
         elif step.kind is StepKind.ATTEND and self._load_of(step):
             assert self._load_of(step) not in self.under_way, "KV is attended before it has arrived"
-        elif step.kind is StepKind.ATTEND and step.lane is Lane.GPU and self.homes[step.micro_batch] is not Tier.GPU:
+        elif step.kind is StepKind.ATTEND and self._comes_to_a_slot(step):
             assert step.offset not in self.slots, "new rows are put into a staging slot that is in use"
         if self.homes.get(step.micro_batch) is Tier.DISK and (slot := self._host_slot_of(step)) is not None:
             assert not self._host_slot(step, slot).read_under_way, "a slot is used before its rows have been read"
@@ -213,6 +215,11 @@ class Machine:
         assert load is not None, f"{step} uses a unit that was never loaded, or is overwritten already"
         assert (load.start, load.end) == (offset, offset + nbytes), "a step looks at another place than was filled"
         assert load.written, f"{step} starts before its weights have arrived"
+
+    def _comes_to_a_slot(self, attend: Step) -> bool:
+        """Whether the KV of a step that attends is brought to the device for it."""
+        here = attend.lane is Lane.GPU and self.lanes[attend.micro_batch] is Lane.GPU
+        return here and self.homes[attend.micro_batch] is not Tier.GPU
 
     def _host_slot_of(self, step: Step) -> int | None:
         """The host slot that a step of disk-resident KV uses, READ_KV apart."""
@@ -286,6 +293,8 @@ class Machine:
         kinds = FEEDS.get(step.kind, ())
         if step.kind is StepKind.ATTEND and step.lane is Lane.CPU:
             kinds = (*kinds, StepKind.OFFLOAD_QUERY)
+        if step.kind is StepKind.RETURN_ATTENDED:
+            return other.kind is StepKind.ATTEND and other.lane is Lane.CPU and _same_kv(other, step)
         return other.kind in kinds and other.layer == step.layer and _same_rows(other, step)
 
 

@@ -71,6 +71,17 @@ def test_what_is_planned_but_not_run_is_refused_by_name(planned, named):
     assert error.value.hint
 
 
+def test_kv_is_split_by_token_beside_a_device_and_not_where_it_is_latent():
+    with pytest.raises(ConfigError, match="kv_device_tokens_share"):
+        Policy(kv_device_tokens_share=1.5)
+    policy = Policy(kv_device_tokens_share=0.5)
+    policy.check_runnable()
+    for settings, named in (({"on_device": False}, "there is none"), ({"latents": True}, "latent KV by token")):
+        with pytest.raises(UnsupportedError, match=named) as error:
+            policy.check_runnable(**settings)
+        assert "kv_device_tokens_share to 0" in error.value.hint
+
+
 def test_hidden_states_leave_a_device_and_no_cpu():
     policy = Policy(hidden=Placement(0.5, 0.5))
     policy.check_runnable(on_device=True)

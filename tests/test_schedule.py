@@ -22,7 +22,7 @@ from flexrun.core import Lane, Tier
 from flexrun.schedule import Scheduler, cut_rows
 from flexrun.steps import ATTENDS, STREAMING, MicroBatchShape, ModelWork, PassShape, Step, StepKind, WeightUnit
 
-WORK = ModelWork(2, 3, 5, (7,) * 8, 11, 13, 17, 19, 23, 29.0)
+WORK = ModelWork(2, 3, 5, (7,) * 8, 11, 13, 17, 19, 23, 29.0, lse_bytes_per_token=31)
 
 
 def stream_sizes(units: list[WeightUnit]) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -38,13 +38,25 @@ def stream_sizes(units: list[WeightUnit]) -> tuple[tuple[int, int], tuple[int, i
 
 
 @st.composite
-def micro_batch_shapes(draw, number: int, home: Tier, lane: Lane) -> MicroBatchShape:
-    """Rows with something cached, or nothing, beside rows of prompts that start."""
+def micro_batch_shapes(draw, number: int, home: Tier, lane: Lane, splits: bool) -> MicroBatchShape:
+    """Rows with something cached, or nothing, beside rows of prompts that start; what the CPU attends, perhaps with
+    some, or all, of its KV on the device."""
     tokens, fresh = draw(st.tuples(st.integers(0, 5), st.sampled_from([0, 0, 2, 3])).filter(any))
     there = draw(st.sampled_from([0, 2])) if tokens else 0
     pairs, fresh_pairs = 3 * tokens, fresh * (fresh + 1) // 2
     kv_tokens = tokens + there + fresh
-    return MicroBatchShape(number, tokens + fresh, kv_tokens, pairs + fresh_pairs, home, lane, 0, 0, fresh, fresh_pairs)
+    above = {}
+    if splits and home is Tier.CPU and lane is Lane.CPU and draw(st.booleans()):
+        kv_above = draw(st.integers(0, tokens + there))
+        new = draw(st.integers(0, tokens + fresh))
+        above = {
+            "above_new_tokens": new,
+            "above_kv_tokens": kv_above,
+            "above_pairs": pairs * kv_above // (tokens + there or 1),
+        }
+    return MicroBatchShape(
+        number, tokens + fresh, kv_tokens, pairs + fresh_pairs, home, lane, 0, 0, fresh, fresh_pairs, **above
+    )
 
 
 @st.composite
@@ -82,7 +94,9 @@ def machines(draw, roomy: bool = False, halves: bool = True, choosy: bool = True
     passes = draw(st.integers(1, 5))
     for index in range(passes):
         present = draw(st.sets(st.integers(0, len(places) - 1), min_size=1))
-        micro_batches = tuple(draw(micro_batch_shapes(number, *places[number])) for number in sorted(present))
+        micro_batches = tuple(
+            draw(micro_batch_shapes(number, *places[number], on_device)) for number in sorted(present)
+        )
         tokens = sum(micro_batch.query_tokens for micro_batch in micro_batches)
         more = index + 1 < passes and draw(st.booleans())
         shapes.append(PassShape(index, tokens, 1, micro_batches, more))
@@ -132,12 +146,35 @@ def test_any_schedule_runs_to_its_end_and_never_overwrites_what_is_needed(drawn)
         assert moved == loaded == (in_parts and 19 * shape.tokens * (scheduler.num_layers - 1))
         for layer in range(scheduler.num_layers):
             mine = [step for step in steps if (step.pass_index, step.layer) == (shape.index, layer)]
-            for kinds in (ATTENDS, *((kind,) for kind in COMPUTE_WITH_WEIGHTS[:3])):
-                assert covered(mine, kinds) == list(range(shape.tokens)), f"{kinds} take every row once"
+            merged = covered(mine, (StepKind.MERGE,))
+            assert covered(mine, ATTENDS) == sorted([*range(shape.tokens), *merged]), "in one place, or merged"
+            for kind in COMPUTE_WITH_WEIGHTS[:3]:
+                assert covered(mine, (kind,)) == list(range(shape.tokens)), f"{kind} takes every row once"
+            for part in shape.micro_batches:
+                steps_of = [step for step in mine if step.micro_batch == part.index]
+                check_split(part, steps_of) if part.attend_lane is Lane.CPU and scheduler.on_device else None
             for unit in (unit for unit in units if unit.experts and unit.layer == layer):
                 assert covered([step for step in mine if step.unit == unit.index], (StepKind.EXPERTS,)) == list(
                     range(shape.tokens)
                 )
+
+
+def check_split(part: MicroBatchShape, steps: list[Step]) -> None:
+    """What the CPU and the device attend of a micro-batch, and what moves for it (13 bytes a KV token, 17 a query)."""
+    by_kind = {(step.kind, step.lane): step for step in steps}
+    below, above = part.below, part.above
+    cached = part.query_tokens - part.fresh_tokens
+    assert below.kv_tokens + above.kv_tokens == part.cached.kv_tokens
+    for lane, side in ((Lane.CPU, below), (Lane.GPU, above)):
+        attend = by_kind.get((StepKind.ATTEND, lane))
+        assert (attend is not None) == (side.kv_tokens > 0)
+        assert attend is None or (attend.bytes, attend.rows) == (13 * side.kv_tokens, cached)
+    down = sum(step.bytes for step in steps if step.lane is Lane.D2H)
+    assert down == 13 * (part.query_tokens - part.above_new_tokens) + 17 * cached * (below.kv_tokens > 0)
+    both = below.kv_tokens > 0 < above.kv_tokens
+    back = sum(step.bytes for step in steps if step.lane is Lane.H2D)
+    assert back == (17 + 31 * both) * cached * (below.kv_tokens > 0)
+    assert ((StepKind.MERGE, Lane.GPU) in by_kind) == both
 
 
 def covered(steps: list[Step], kinds: tuple[StepKind, ...]) -> list[int]:

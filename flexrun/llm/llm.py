@@ -249,7 +249,8 @@ class LLM:
         self._plan = self._settle(workload, budgets)
         layout = self._plan.layout
         on_cpu = layout.on_device and any(place.attend_lane is Lane.CPU for place in layout.micro_batches)
-        layout.policy.check_runnable(on_device=layout.on_device, latents_on_cpu=on_cpu and self.spec.latent is not None)
+        latents = self.spec.latent is not None
+        layout.policy.check_runnable(on_device=layout.on_device, latents=latents, latents_on_cpu=on_cpu and latents)
         if self._packed is None:
             name, places = cache_stem(self.files), (self.files.reader, self.spec, self._packed_dir)
             self._packed = open_packed(*places, name=name, progress=self._progress, bits=self._bits)

@@ -13,9 +13,10 @@ from flexrun.config import Policy
 from flexrun.errors import RequestError
 from flexrun.offload.kv_store import KVStore
 from flexrun.offload.sequence import Group, Sequence
+from flexrun.offload.token_split import SplitRows, split_rows
 from flexrun.outputs import RequestOutput
 from flexrun.placement import part_tokens
-from flexrun.steps import MicroBatchShape, PassShape
+from flexrun.steps import MicroBatchShape, PassShape, pairs_of
 
 REFUSED_AT_ONCE = 256  # hand refusals on before drawing further: a pile of them must not pile up here
 
@@ -27,7 +28,7 @@ class MicroBatchRows:
     segments index query rows from ``start`` and KV rows of the slab; kv_rows: slab row of each query row, int64.
     Rows from ``fresh_start`` on are of prompts that start in this pass. cached: segments of the rows before them, None
     where there are none; fresh: theirs, query rows and KV rows both from ``fresh_start``, for attention over the rows'
-    own keys and values.
+    own keys and values. split: of a micro-batch whose KV is split by token; it has the slabs' rows, and what is cached.
     """
 
     index: int
@@ -38,6 +39,7 @@ class MicroBatchRows:
     fresh_start: int
     cached: Segments | None
     fresh: Segments | None
+    split: SplitRows | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +154,7 @@ class Batcher:
         token_ids = numpy.empty(total, dtype=numpy.int64)
         positions, lengths = numpy.empty(total, dtype=numpy.int64), numpy.empty(total, dtype=numpy.int64)
         kv_rows = numpy.empty(total, dtype=numpy.int64)
-        table = numpy.empty((len(parts), 4), dtype=numpy.int64)  # query_start, query_len, kv_start, kv_len
+        table = numpy.empty((len(parts), 5), dtype=numpy.int64)  # query_start, query_len, kv_start, kv_len, capacity
         sampled_rows, sampled, ended = [], [], []
         scored_rows: list[int] = []
         targets: list[int] = []
@@ -168,7 +170,7 @@ class Batcher:
             else:
                 positions[row : row + count] = numpy.arange(cached, cached + count)
                 kv_rows[row : row + count] = numpy.arange(start + cached, start + cached + count)
-            table[number] = (row, count, start, cached + count)
+            table[number] = (row, count, start, cached + count, sequence.region.capacity)
             if positions_scored := sequence.scored(count):
                 first, last = positions_scored.start, positions_scored.stop
                 scored_rows += range(row + first - cached, row + last - cached)
@@ -188,12 +190,15 @@ class Batcher:
             stop = int(rows[-1, 0] + rows[-1, 1])
             query, kv = rows[:, 1], rows[:, 3]
             place = self._kv.micro_batches[index]
-            pairs = int((query * (kv - query) + query * (query + 1) // 2).sum())
+            pairs = int(pairs_of(query, kv).sum())
             single, fresh = query == 1, (query == kv) & (query > 1)
             new = query[fresh]
             fresh_start = stop - int(new.sum())
             segments = Segments(rows[:, 0] - start, query, rows[:, 2], kv)
             own = rows[fresh, 0] - fresh_start
+            split = None
+            if place.device_share:
+                split = split_rows(place, segments, rows[:, 2], rows[:, 4], positions[start:stop], fresh)
             micro_batches.append(
                 MicroBatchRows(
                     int(index),
@@ -204,6 +209,7 @@ class Batcher:
                     fresh_start,
                     None if fresh.all() else Segments(*segments.table[:, ~fresh]) if fresh.any() else segments,
                     Segments(own, new, own, new) if fresh.any() else None,
+                    split,
                 )
             )
             shapes.append(
@@ -218,6 +224,7 @@ class Batcher:
                     decode_kv_tokens=int(kv[single].sum()),
                     fresh_tokens=int(new.sum()),
                     fresh_pairs=int((new * (new + 1) // 2).sum()),
+                    **(split.counts if split else {}),
                 )
             )
         more = bool(self._waiting) or not self._exhausted or len(sampled) + len(ended) < len(self._running)

@@ -76,6 +76,7 @@ class KVStore:
     A slab on disk passes through a staging slot of the host; what is attended elsewhere than at home, through one of
     the compute device. Slabs on disk and their slots keep the keys and values of a token together, so that a
     sequence is one range of bytes; whatever lies behind it, a slab's tensor is [planes, tokens, heads, width].
+    Sequences of a micro-batch that have their newest tokens on the device lie in two slabs: see KVMicroBatch.split.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class KVStore:
         self._regions: list[dict[int, int]] = [{} for _ in micro_batches]  # start -> capacity of those in use
         self._buffers: list[Buffer] = []
         self._slabs: list[list[Tensor]] = []
+        self._device_slabs: list[list[Tensor]] = []  # of what a micro-batch on the host has on the device
         self._row_bytes = spec.kv_elements_per_token * self._dtype.itemsize
         self._slot_bytes = align_up(self.largest_sequence_tokens * self._row_bytes)
         self._moves: dict[int, tuple[Segments, _Moves]] = {}  # of each micro-batch, for the pass at hand
@@ -121,19 +123,25 @@ class KVStore:
             raise
 
     def _allocate(self, host: MemoryTier, device: MemoryTier | None) -> None:
-        layers = self._spec.num_layers
-        for micro_batch in self.micro_batches:
-            self._slabs.append([])
-            if micro_batch.home is not Tier.DISK:
-                slab_bytes = micro_batch.capacity_tokens * self._row_bytes
-                buffer = self._buffer(device if micro_batch.home is Tier.GPU else host, "kv", slab_bytes * layers)
-                self._slabs[-1] = [self._view(buffer, layer * slab_bytes, micro_batch) for layer in range(layers)]
+        for place in self.micro_batches:
+            there = place.device_tokens(place.capacity_tokens)
+            memory, tokens = (device if place.home is Tier.GPU else host), place.capacity_tokens - there
+            self._slabs.append(self._new_slabs(memory, tokens if place.home is not Tier.DISK else 0))
+            self._device_slabs.append(self._new_slabs(device, there))
         if self.file is not None:
             self._host_slots = self._buffer(host, "kv_staging", HOST_KV_SLOTS * self._slot_bytes)
-            slabs = len(self._disk_places) * layers
+            slabs = len(self._disk_places) * self._spec.num_layers
             self._tails = self._buffer(host, "kv_tails", slabs * self._tails_bytes)
         if any(place.home is not Tier.GPU and place.attend_lane is Lane.GPU for place in self.micro_batches):
             self._device_slots = self._buffer(device, "kv_staging", KV_SLOTS * self._slot_bytes)
+
+    def _new_slabs(self, memory: MemoryTier, tokens: int) -> list[Tensor]:
+        """One a layer, in one buffer; none where they would be empty."""
+        if not tokens:
+            return []
+        layers, slab_bytes, (planes, *row) = self._spec.num_layers, tokens * self._row_bytes, self._spec.kv_planes
+        buffer = self._buffer(memory, "kv", slab_bytes * layers)
+        return [buffer.view(layer * slab_bytes, (planes, tokens, *row), self._dtype) for layer in range(layers)]
 
     def _buffer(self, memory: MemoryTier, kind: str, nbytes: int) -> Buffer:
         self._buffers.append(memory.allocate(kind, nbytes, touch=True))
@@ -182,6 +190,10 @@ class KVStore:
     def slab(self, layer: int, micro_batch: int) -> Tensor:
         """[planes, tokens, heads, width] in the memory of the micro-batch's home tier, which is not the disk."""
         return self._slabs[micro_batch][layer]
+
+    def slab_on_device(self, layer: int, micro_batch: int) -> Tensor:
+        """The same of what a micro-batch whose home is the host has on the device."""
+        return self._device_slabs[micro_batch][layer]
 
     def on_host(self, layer: int, micro_batch: int, slot: int) -> Tensor:
         """The slab of a micro-batch that lives on the host, or the host's ``slot`` for one that lives on disk."""
@@ -235,7 +247,8 @@ class KVStore:
         return known[1]
 
     def close(self) -> None:
-        self._slabs, self._host_slots, self._device_slots, self._tails = [], None, None, None
+        self._slabs, self._device_slabs, self._tails = [], [], None
+        self._host_slots = self._device_slots = None
         for buffer in self._buffers:
             buffer.close()
         if self.file is not None:

@@ -8,7 +8,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from flexrun.attention import Segments, attend, attend_latent, prepare
+from flexrun.attention import Segments, attend, attend_latent, merge, prepare
 from flexrun.config import Policy
 from flexrun.core import DTYPES, Lane, Tier
 from flexrun.models import decoder
@@ -20,9 +20,11 @@ from flexrun.offload.kv_store import KVStore
 from flexrun.offload.pass_rows import PassRows, Places
 from flexrun.offload.sparse import SparseLayers
 from flexrun.offload.tiers import Buffer, MemoryTier
+from flexrun.offload.token_split import SplitRows
 from flexrun.offload.weight_store import TOKEN_EMBEDDING, WeightStore
 from flexrun.placement import (
     logits_block_rows,
+    merge_bytes,
     offloaded_query_bytes,
     part_tokens,
     waiting_hidden_bytes,
@@ -41,6 +43,9 @@ class Activations:
     hidden: [tokens, hidden_size]. query: [tokens, heads, head_dim]; attended: [tokens, heads, attended_head_dim].
     new_rows: what the pass adds to the cache, [tokens, heads, width] of each plane, kept only for KV that lives
     elsewhere, until a copy lane has carried it there. host_query, host_attended: host copies for attention on the CPU.
+    Where KV is split by token: leaving_rows, of new_rows those for the host, packed to the front of their micro-batch's
+    rows; attended_below, what the host has attended; lse_below and lse_above: float32 [tokens, heads], of either side;
+    host_lse: the first of them on the host.
     embedding_rows: rows of a table on disk, one for each different token. beside_kv, host_beside_kv: of each layer what
     attention reads beside query and KV: sinks, or the matrix that latents go through. sparse: what experts need.
     """
@@ -69,12 +74,15 @@ class Activations:
         heads, attended_heads = (spec.num_heads, spec.head_dim), (spec.num_heads, spec.attended_head_dim)
         away = [each for each in kv.micro_batches if each.home is not self.compute_tier]
         attends_on_host = device is not None and any(each.attend_lane is Lane.CPU for each in away)
+        splits = any(each.device_share for each in kv.micro_batches)
+        if splits:
+            self._reserved.append((memory, "kv_merge", merge_bytes(spec, policy)[1]))
         row_bytes = weights.embedding_rows.row_bytes if weights.embedding_rows else 0
         self.embedding_rows = host.allocate("embedding_rows", tokens * row_bytes) if row_bytes else None
         for tier, kind, nbytes in self._reserved:
             tier.reserve(kind, nbytes)
 
-        def rows_of(*row: int) -> PassRows:
+        def rows_of(*row: int, dtype: torch.dtype = dtype) -> PassRows:
             return PassRows(torch.empty((there, *row), dtype=dtype, device=place), self.places)
 
         self.hidden = rows_of(spec.hidden_size)
@@ -93,10 +101,17 @@ class Activations:
         if away:  # rows that a copy lane carries to where the KV lives while the compute lane goes on
             planes, *row = spec.kv_planes
             self.new_rows = [rows_of(*row) for _ in range(planes)]
+            self.leaving_rows = [rows_of(*row) for _ in range(planes if splits else 0)]
         self.beside_kv: dict[int, Tensor] = {}
         self.host_beside_kv: dict[int, Tensor] = {}
         self._attends_on_host = attends_on_host
         self._host_rows: Buffer | None = None
+        self._host_lse: Buffer | None = None
+        if splits:
+            self.attended_below = rows_of(*attended_heads)
+            self.lse_below, self.lse_above = (rows_of(spec.num_heads, dtype=torch.float32) for _ in range(2))
+            self._host_lse = host.allocate("kv_merge", merge_bytes(spec, policy)[0])
+            self.host_lse = self._host_lse.view(0, (tokens, spec.num_heads), torch.float32)
         if attends_on_host:
             self._host_rows = host.allocate("offloaded_query", offloaded_query_bytes(spec, policy))
             self.host_query = self._host_rows.view(0, (tokens, *heads), dtype)
@@ -118,9 +133,16 @@ class Activations:
             tuple(upload(f"sin {kind}", rows) for kind, rows in enumerate(rotary.sin)),
         )
         self.positions = upload("positions", positions)
-        self.kv_rows = {
-            rows.index: upload(f"kv rows {rows.index}", torch.from_numpy(rows.kv_rows)) for rows in plan.micro_batches
-        }
+        self.kv_rows, self.split_rows = {}, {}
+        for rows in plan.micro_batches:
+            if rows.split is None:
+                self.kv_rows[rows.index] = upload(f"kv rows {rows.index}", torch.from_numpy(rows.kv_rows))
+                continue
+            above = rows.split.above_rows
+            tables = {"below": rows.split.below_rows, "above": above, "kv": rows.split.kv_rows[above]}
+            self.split_rows[rows.index] = {
+                name: upload(f"{name} rows {rows.index}", torch.from_numpy(table)) for name, table in tables.items()
+            }
         self.logits_rows = upload("logits rows", torch.from_numpy(plan.logits_rows))
         self.unique = None
         if self.gathers_embedding:
@@ -129,8 +151,13 @@ class Activations:
         self.token_ids = upload("token ids", token_ids)
         if self._accelerator.is_separate:
             for rows in plan.micro_batches:
-                for part in ("segments",) if self.in_place(rows.index) else ("cached", "fresh"):
-                    if (segments := getattr(rows, part)) is not None:
+                attended = {"fresh": rows.fresh, "cached": rows.cached}
+                if rows.split is not None:
+                    attended["cached"] = rows.split.above
+                elif self.in_place(rows.index):
+                    attended = {"segments": rows.segments}
+                for part, segments in attended.items():
+                    if segments is not None:
                         label = f"{part} {rows.index}"
                         prepare(segments, lambda name, table, label=label: upload(f"{name} {label}", table))
 
@@ -164,7 +191,7 @@ class Activations:
         while self._reserved:
             tier, kind, nbytes = self._reserved.pop()
             tier.release(kind, nbytes)
-        for buffer in (self._host_rows, self._hidden_rows, self.embedding_rows):
+        for buffer in (self._host_rows, self._host_lse, self._hidden_rows, self.embedding_rows):
             if buffer is not None:
                 buffer.close()
 
@@ -181,6 +208,7 @@ class Modules:
             StepKind.ATTENTION_INPUTS: self._attention_inputs,
             StepKind.ATTEND: self._attend,
             StepKind.ATTEND_FRESH: self._attend_fresh,
+            StepKind.MERGE: self._merge,
             StepKind.ATTENTION_OUTPUT: self._attention_output,
             StepKind.MLP: self._mlp,
             StepKind.EXPERTS: lambda step: activations.sparse.run(step, activations.hidden),
@@ -238,13 +266,33 @@ class Modules:
                     kv_rows = activations.kv_rows[rows.index][low - rows.start : high - rows.start]
                     store(slab, kv_rows, [rows[part] for rows in new])
                 else:
-                    for kept, rows in zip(activations.new_rows, new):
-                        kept[low:high] = rows[part]
+                    for kept, values in zip(activations.new_rows, new):
+                        kept[low:high] = values[part]
+                    if rows.split is not None:
+                        self._part_ways(step.layer, rows, low, high)
+
+    def _part_ways(self, layer: int, rows: MicroBatchRows, low: int, high: int) -> None:
+        """New rows ``[low, high)`` of the pass, in KV split by token: to the device's slab, or to those that leave."""
+        activations, tables = self._activations, self._activations.split_rows[rows.index]
+        new = [kept[low:high] for kept in activations.new_rows]
+        bounds = low - rows.start, high - rows.start
+        first, last = numpy.searchsorted(rows.split.above_rows, bounds).tolist()
+        if first < last:
+            slab, chosen = self._kv.slab_on_device(layer, rows.index), tables["above"][first:last] - bounds[0]
+            store(slab, tables["kv"][first:last], [values.index_select(0, chosen) for values in new])
+        first, last = bounds[0] - first, bounds[1] - last
+        if first < last:
+            chosen = tables["below"][first:last] - bounds[0]
+            for leaving, values in zip(activations.leaving_rows, new):
+                leaving[rows.start + first : rows.start + last] = values.index_select(0, chosen)
 
     def _attend(self, step: Step) -> None:
         activations = self._activations
         rows = activations.rows[step.micro_batch]
-        segments = rows.segments
+        segments, beside = rows.segments, activations.beside_kv.get(step.layer)
+        if rows.split is not None:
+            self._attend_above(step, rows.split, beside)
+            return
         if activations.in_place(rows.index):
             slab = self._kv.slab(step.layer, rows.index)
         else:  # KV that came to a staging slot: add this pass's own rows
@@ -253,8 +301,23 @@ class Modules:
                 segments = rows.cached
             own = [rows[step.start : step.stop] for rows in activations.new_rows]
             store(slab, activations.kv_rows[rows.index][: step.rows], own)
-        beside = activations.beside_kv.get(step.layer)
         attend_rows(self._spec, step, segments, slab, beside, activations.query, activations.attended)
+
+    def _attend_above(self, step: Step, split: SplitRows, beside: Tensor | None) -> None:
+        """The device's part of sequences whose KV is split; the sinks go with the host's part, where there is one."""
+        activations, lse = self._activations, None
+        slab = self._kv.slab_on_device(step.layer, step.micro_batch)
+        if split.below is not None:
+            beside, lse = None, activations.lse_above
+        attend_rows(self._spec, step, split.above, slab, beside, activations.query, activations.attended, lse)
+
+    def _merge(self, step: Step) -> None:
+        activations = self._activations
+        for start, stop in activations.chunks(step):
+            part = slice(start, stop)
+            above = activations.attended[part]
+            below, lse_below = activations.attended_below[part], activations.lse_below[part]
+            merge(above, activations.lse_above[part], below, lse_below, out=above)
 
     def _attend_fresh(self, step: Step) -> None:
         """Prompts that start in this pass attend the rows that ATTENTION_INPUTS has just made."""
@@ -305,10 +368,12 @@ def attend_rows(
     beside_kv: Tensor | None,
     query: PassRows | Tensor,
     attended: PassRows | Tensor,
+    lse: PassRows | Tensor | None = None,
 ) -> None:
     """Attention of a step's rows over the planes of a slab, on their device. beside_kv: see Activations."""
     form, query = spec.attention_form(step.layer), query[step.start : step.stop]
     out = attended[step.start : step.stop]
+    lse = None if lse is None else lse[step.start : step.stop]
     if spec.latent is not None:
         attend_latent(query, slab[0], segments, beside_kv, scale=form.scale, out=out)
         return
@@ -322,6 +387,7 @@ def attend_rows(
         softcap=form.softcap,
         sinks=beside_kv,
         out=out,
+        lse=lse,
     )
 
 

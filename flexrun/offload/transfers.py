@@ -80,9 +80,14 @@ class Transfers:
 
     def _store_to_host(self, step: Step, rows: MicroBatchRows) -> None:
         """New keys and values to the slab; behind everything else that the step copies, for it waits for its copies."""
-        part = slice(rows.start, rows.stop)
-        slab, kv_rows = self._kv.on_host(step.layer, rows.index, step.offset), torch.from_numpy(rows.kv_rows)
-        new = [rows[part] for rows in self._activations.new_rows]
+        kept, kv_rows = self._activations.new_rows, rows.kv_rows
+        if rows.split is not None:
+            kept, kv_rows = self._activations.leaving_rows, rows.split.kv_rows[rows.split.below_rows]
+        if not len(kv_rows):
+            self._accelerator.landed()
+            return
+        slab, kv_rows = self._kv.on_host(step.layer, rows.index, step.offset), torch.from_numpy(kv_rows)
+        new = [rows_of_plane[rows.start : rows.start + len(kv_rows)] for rows_of_plane in kept]
         for arrived, landed in self._accelerator.rows_on_host(*new):
             store(slab, kv_rows[arrived], landed)
 
@@ -99,8 +104,11 @@ class Transfers:
         activations = self._activations
         rows = activations.rows[step.micro_batch]
         slab = self._kv.on_host(step.layer, rows.index, step.offset)
-        beside = activations.host_beside_kv.get(step.layer)
-        attend_rows(self._spec, step, rows.cached, slab, beside, activations.host_query, activations.host_attended)
+        beside, segments, lse = activations.host_beside_kv.get(step.layer), rows.cached, None
+        if rows.split is not None:
+            segments = rows.split.below
+            lse = None if rows.split.above is None else activations.host_lse
+        attend_rows(self._spec, step, segments, slab, beside, activations.host_query, activations.host_attended, lse)
 
     def _load_hidden(self, step: Step) -> None:
         activations, part = self._activations, slice(step.start, step.stop)
@@ -113,4 +121,8 @@ class Transfers:
 
     def _return_attended(self, step: Step) -> None:
         activations, part = self._activations, slice(step.start, step.stop)
-        self._accelerator.copy(activations.attended[part], activations.host_attended[part])
+        split, target = activations.rows[step.micro_batch].split, activations.attended
+        if split is not None and split.above is not None:  # merged there with what the device found
+            target = activations.attended_below
+            self._accelerator.copy(activations.lse_below[part], activations.host_lse[part])
+        self._accelerator.copy(target[part], activations.host_attended[part])

@@ -19,6 +19,7 @@ from flexrun.placement.weights import WeightPlacement, compressed_bytes
 RING_BYTES = 4 << 30  # rings of models with huge layers need not hold three of them
 LOGITS_ROWS = 128  # rows of logits computed and sampled at once, so that a large vocabulary stays bounded
 FEWEST_LOGITS_ROWS = 16  # room for them where few sequences are in flight: scored prompts take many
+SHARE_PARTS = 1 << 16  # shares of tokens are taken in whole parts, exactly
 KV_SLOTS = 2  # staging slots on the device for KV that comes there to be attended
 HOST_KV_SLOTS = 4  # on the host for KV from disk: a write of few rows waits behind the reads that a disk has accepted
 KV_BLOCK_BYTES = 16 << 10  # at most: a disk takes as long for less, and RAM holds so much of every sequence and layer
@@ -27,11 +28,31 @@ KV_BLOCK_TOKENS = 16  # enough
 
 @dataclass(frozen=True)
 class KVMicroBatch:
-    """Home tier of one attention micro-batch's KV, its room in tokens, and the lane that attends it."""
+    """Home tier of one attention micro-batch's KV, its room in tokens, and the lane that attends it.
+
+    device_share: of each sequence's room, the share that lives on the device though its home is the host.
+    """
 
     home: Tier
     capacity_tokens: int
     attend_lane: Lane
+    device_share: float = 0.0
+
+    def device_tokens(self, tokens):
+        """How many of the first ``tokens`` tokens of its room (a number or an int64 array) are room on the device.
+
+        Both this and the rest grow with ``tokens`` by 0 or 1 at a time: a contiguous run of the room is one on the
+        device and one on the host, and runs that do not overlap do so nowhere.
+        """
+        return tokens * round(self.device_share * SHARE_PARTS) // SHARE_PARTS
+
+    def split(self, start, capacity):
+        """(first token on the host, first token on the device, border) of the run ``[start, start + capacity)``.
+
+        The sequence's tokens below the border, the oldest, live on the host, those from it on on the device.
+        """
+        device_start = self.device_tokens(start)
+        return start - device_start, device_start, capacity - (self.device_tokens(start + capacity) - device_start)
 
 
 def kv_micro_batches(policy: Policy, kv_tokens: int, *, on_device: bool) -> tuple[KVMicroBatch, ...]:
@@ -49,7 +70,8 @@ def kv_micro_batches(policy: Policy, kv_tokens: int, *, on_device: bool) -> tupl
     def homes(tier: Tier, number: int) -> tuple[KVMicroBatch, ...]:
         on_cpu_lane = round(number * policy.cpu_attention_share) if on_device else number
         lanes = (Lane.CPU,) * on_cpu_lane + (Lane.GPU,) * (number - on_cpu_lane)
-        return tuple(KVMicroBatch(tier, capacity_tokens, lane) for lane in lanes)
+        shares = {Lane.CPU: policy.kv_device_tokens_share if on_device and tier is Tier.CPU else 0.0}
+        return tuple(KVMicroBatch(tier, capacity_tokens, lane, shares.get(lane, 0.0)) for lane in lanes)
 
     on_device_ones = (KVMicroBatch(Tier.GPU, capacity_tokens, Lane.GPU),) * on_gpu
     places = on_device_ones + homes(Tier.CPU, on_host) + homes(Tier.DISK, on_disk)
@@ -162,6 +184,15 @@ def offloaded_query_bytes(spec: ModelSpec, policy: Policy) -> int:
     return align_up(policy.tokens_per_pass * width * spec.dtype_bytes)
 
 
+def merge_bytes(spec: ModelSpec, policy: Policy) -> tuple[int, int]:
+    """(host, device) bytes of rows that only KV split by token needs: log-sum-exps of both parts, what the host found
+    beside what the device did, and new rows on their way to the host apart from those that stay."""
+    lse = spec.num_heads * 4
+    on_device = spec.attended_size * spec.dtype_bytes + 2 * lse + spec.kv_bytes_per_token
+    there = policy.tokens_per_pass - hidden_rows_elsewhere(policy)
+    return align_up(policy.tokens_per_pass * lse), align_up(there * on_device)
+
+
 def kv_bytes_per_token(spec: ModelSpec, bits: int = 16) -> int:
     """All layers, keys and values."""
     if bits == 16:
@@ -229,7 +260,9 @@ def memory_account(
         if micro_batch.home is Tier.DISK:  # every layer's slab begins on a page
             kv[Tier.DISK] += spec.num_layers * slot_bytes
         else:
-            kv[micro_batch.home] += align_up(micro_batch.capacity_tokens * token_bytes)
+            there = micro_batch.device_tokens(micro_batch.capacity_tokens)
+            kv[micro_batch.home] += align_up((micro_batch.capacity_tokens - there) * token_bytes)
+            kv[Tier.GPU] += align_up(there * token_bytes)
     kinds = {tier: {"weights": placement.bytes_on(tier), "kv": kv[tier]} for tier in (Tier.GPU, Tier.CPU)}
     kinds[Tier.DISK] = {"weights": placement.stored_bytes, "kv": kv[Tier.DISK]}
     kinds[Tier.GPU if on_device else Tier.CPU]["workspace"] = workspace_bytes(spec, policy)
@@ -251,6 +284,8 @@ def memory_account(
             kinds[Tier.GPU]["kv_staging"] = KV_SLOTS * slot_bytes
         if Lane.CPU in lanes:
             kinds[Tier.CPU]["offloaded_query"] = offloaded_query_bytes(spec, policy)
+        if any(micro_batch.device_share for micro_batch in micro_batches):
+            kinds[Tier.CPU]["kv_merge"], kinds[Tier.GPU]["kv_merge"] = merge_bytes(spec, policy)
     used = {tier: sum(parts.values()) for tier, parts in kinds.items()}
     spare = tuple(
         None if budget is None else max(budget - used[tier], 0)

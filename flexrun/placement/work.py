@@ -32,6 +32,7 @@ def model_work(spec: ModelSpec) -> ModelWork:
         if experts
         else 0.0,
         experts_share_per_token=experts.experts_per_token / experts.num_experts if experts else 1.0,
+        lse_bytes_per_token=spec.num_heads * 4,
     )
 
 

@@ -19,9 +19,10 @@ from flexrun.errors import ConfigError
 from flexrun.hardware import Hardware, LinearWork, Processor, Transfer
 from flexrun.models.spec import ModelSpec
 from flexrun.placement import LOGITS_ROWS, WeightPlacement, kv_bytes_per_token, part_tokens, weight_bits_of
+from flexrun.policy.attention_cost import attention_seconds, counts_above, counts_of, layers_seconds
 from flexrun.policy.compressed import compressed_part
 from flexrun.policy.kv_writes import row_write_seconds
-from flexrun.policy.passes import COLUMNS, Passes
+from flexrun.policy.passes import Passes
 from flexrun.steps import ATTENDS, MicroBatchShape, PassShape, Step, StepKind, chosen_share, experts_moved_share
 
 ROW_READ_SECONDS = 4e-6  # one embedding row out of the page cache
@@ -32,6 +33,7 @@ STORE_SECONDS = 5e-4  # the executor's own work around the projections of a laye
 # Steps in a run against each timed by itself, measured on a CPU by benchmarks/forecast.py: modules find other data in
 # the cache, attention meets short contexts, reads wait for one another's ends.
 CPU_IN_RUN, CPU_ATTENTION_IN_RUN, DISK_IN_RUN = 1.09, 1.6, 1.14
+MERGE_ACCESSES = 4  # of each value in float32, where what was attended in two places is joined
 FIRST_TOUCH_BYTES_PER_SECOND = 2.2e9  # weights in RAM when the first pass reads them
 
 
@@ -66,6 +68,7 @@ class StepCosts:
             StepKind.ATTENTION_INPUTS: self._attention_inputs_step,
             StepKind.ATTEND: self._attend_step,
             StepKind.ATTEND_FRESH: self._attend_step,
+            StepKind.MERGE: lambda step, shape: self.merge_seconds(step.rows),
             StepKind.ATTENTION_OUTPUT: lambda step, shape: self._linear(
                 "attention_output", 0, step.rows, self._plain(step)
             ),
@@ -226,27 +229,10 @@ class StepCosts:
         return seconds + rows * (sampling + TOKEN_SECONDS) + self.device.step_overhead_seconds
 
     def attend_seconds(self, processor: Processor, layer: int, micro_batch: MicroBatchShape) -> float:
-        """softmax(QK^T)V of one micro-batch in one layer."""
-        counts = [getattr(micro_batch, name) for name in COLUMNS]
-        return float(self._attend_seconds(processor, self.spec.layer_windows[layer], *counts))
-
-    def _attend_seconds(self, processor, window, query_tokens, _, query_kv_pairs, decode_tokens, decode_kv_tokens, *__):
-        """The same for COLUMNS as numbers or arrays.
-
-        Decoding rows read KV and, where many heads share it, also wait for their products, which run at up to twice the
-        rate of a prompt's as no mask is in the way; with MLA the products bind. Prompts are bound by their products.
-        """
-        spec, rates = self.spec, processor.rates_of(self.spec.dtype)
-        flops_per_second = rates.prefill_attention_flops_per_second
-        decode_pairs, prefill_pairs = decode_kv_tokens, query_kv_pairs - decode_kv_tokens
-        if window:
-            decode_pairs = numpy.minimum(decode_pairs, decode_tokens * window)
-            prefill_pairs = numpy.minimum(prefill_pairs, (query_tokens - decode_tokens) * window)
-        read = self.kv_bytes / rates.decode_kv_bytes_per_second
-        products = spec.decode_attention_flops_per_pair / flops_per_second
-        decode = decode_pairs * max(read + products / 2, products)
-        prefill = prefill_pairs * (spec.prefill_attention_flops_per_pair / flops_per_second)
-        return decode + prefill + processor.step_overhead_seconds
+        """softmax(QK^T)V of one micro-batch in one layer; where its KV is split, of what is below the borders."""
+        above = counts_of(micro_batch.above) if micro_batch.above_kv_tokens else None
+        window = self.spec.layer_windows[layer]
+        return float(attention_seconds(self.spec, processor, self.kv_bytes, window, counts_of(micro_batch), above))
 
     def _attend_step(self, step: Step, shape: PassShape) -> float:
         micro_batch = next(each for each in shape.micro_batches if each.index == step.micro_batch)
@@ -254,8 +240,14 @@ class StepCosts:
         if step.kind is StepKind.ATTEND_FRESH:
             micro_batch = micro_batch.fresh
         elif self.on_device and micro_batch.home is not Tier.GPU:
-            micro_batch = micro_batch.cached
+            of_split = step.lane is not micro_batch.attend_lane  # what the device has of it, attends the CPU the rest
+            micro_batch = micro_batch.above if of_split else micro_batch.cached
         return self.attend_seconds(self.hardware.cpu if on_host else self.device, step.layer, micro_batch)
+
+    def merge_seconds(self, rows):
+        """Joining what two places found for the rows (a number or an array) of one micro-batch in one layer."""
+        moved = MERGE_ACCESSES * 4 * self.spec.attended_size / self._rates.activation_bytes_per_second
+        return rows * moved - (-rows // self.policy.token_micro_batch) * self.device.step_overhead_seconds
 
     def _write_kv_step(self, step: Step, shape: PassShape) -> float:
         micro_batch = next(each for each in shape.micro_batches if each.index == step.micro_batch)
@@ -311,14 +303,6 @@ class StepCosts:
         return [(layers[0], len(layers)) for layers in (dense, sparse) if layers]
 
     @cached_property
-    def _window_kinds(self) -> list[tuple[int, int]]:
-        """(a layer, how many have its attention window)."""
-        windows: dict[int, list[int]] = {}
-        for layer, window in enumerate(self.spec.layer_windows):
-            windows.setdefault(window, []).append(layer)
-        return [(layers[0], len(layers)) for layers in windows.values()]
-
-    @cached_property
     def _weight_seconds(self) -> dict[Lane, tuple[float, float]]:
         """Moving the weights of one pass: all of them, and what of it is the bytes of routed experts."""
         moved = {Lane.DISK_READ: [(unit.disk_bytes, unit.experts) for unit in self.placement.units]}
@@ -338,14 +322,12 @@ class StepCosts:
 
     def attend_pass_seconds(self, processor: Processor, micro_batch: MicroBatchShape) -> float:
         """One micro-batch through all layers; nothing where it has no rows."""
-        return float(self._attend_layers(processor, [getattr(micro_batch, name) for name in COLUMNS]))
+        above = counts_of(micro_batch.above) if micro_batch.above_kv_tokens else None
+        return float(self._attend_layers(processor, counts_of(micro_batch), above))
 
-    def _attend_layers(self, processor: Processor, counts: Sequence) -> numpy.ndarray | float:
-        """The same for COLUMNS as numbers or arrays."""
-        return (numpy.asarray(counts[0]) > 0) * sum(
-            times * self._attend_seconds(processor, self.spec.layer_windows[layer], *counts)
-            for layer, times in self._window_kinds
-        )
+    def _attend_layers(self, processor: Processor, counts: Sequence, above: Sequence | None = None):
+        """The same for counts as numbers or arrays, less what is ``above``."""
+        return layers_seconds(self.spec, processor, self.kv_bytes, counts, above)
 
     def hidden_bytes(self, tokens: int) -> int:
         """Bytes that cross the link each way in a pass whose hidden states wait off the device between its layers."""
@@ -376,20 +358,30 @@ class StepCosts:
         if self.placement.embedding_on_disk:
             seconds[Lane.DISK_READ] += tokens * ROW_READ_SECONDS
         for number, place in enumerate(passes.places):
-            counts = cached = passes.counts[:, number].T
+            counts = passes.counts[:, number].T
+            cached = counts[:5]
             new_bytes = counts[0] * self.kv_bytes
             there_bytes = numpy.maximum(counts[1] - counts[0], 0) * self.kv_bytes
             away = self.on_device and place.home is not Tier.GPU
-            lane, moved = place.attend_lane if away else compute, []
+            lane, moved, above = place.attend_lane if away else compute, [], None
             if away:
                 fresh_tokens, fresh_pairs = counts[5], counts[6]
                 cached = (counts[0] - fresh_tokens, counts[1] - fresh_tokens, counts[2] - fresh_pairs, *counts[3:5])
                 fresh = (fresh_tokens, fresh_tokens, fresh_pairs, 0, 0)
                 seconds[compute] += self._attend_layers(self.device, fresh)
+                leaving_bytes = new_bytes - counts[7] * self.kv_bytes
                 query_bytes = cached[0] * (spec.query_size * spec.dtype_bytes)
-                on_cpu = [(Lane.D2H, query_bytes + new_bytes), (Lane.H2D, query_bytes)]
+                back_bytes = query_bytes
+                if counts[8].any():  # split by token
+                    above = counts_above(cached, counts[7:])
+                    below, merged = cached[1] > above[1], (cached[1] > above[1]) & (above[1] > 0)
+                    seconds[compute] += self._attend_layers(self.device, above)
+                    seconds[compute] += merged * layers * self.merge_seconds(cached[0])
+                    query_bytes = below * query_bytes
+                    back_bytes = query_bytes + merged * cached[0] * (4 * spec.num_heads)
+                on_cpu = [(Lane.D2H, query_bytes + leaving_bytes), (Lane.H2D, back_bytes)]
                 moved += on_cpu if lane is Lane.CPU else [(Lane.H2D, there_bytes), (Lane.D2H, new_bytes)]
-            seconds[lane] += self._attend_layers(self.device if lane is compute else self.hardware.cpu, cached)
+            seconds[lane] += self._attend_layers(self.device if lane is compute else self.hardware.cpu, cached, above)
             if place.home is Tier.DISK:
                 moved.append((Lane.DISK_READ, there_bytes))
                 writes = self.write_kv_seconds(new_bytes, counts[3])

@@ -172,7 +172,7 @@ class _Part:
         policy, places = layout.policy, layout.micro_batches
         key = (len(workload), policy.sequences_in_flight, policy.tokens_per_pass, policy.attention_micro_batch)
         key += (part_tokens(policy),)
-        key += tuple(place.capacity_tokens for place in places)
+        key += tuple((place.capacity_tokens, place.device_share) for place in places)
         if key not in known:
             known[key] = job_passes(workload, policy, places)
         passes = known[key].at(places)
@@ -210,7 +210,9 @@ def _simulated(
     """
     units = sum(1 for unit in layout.placement.units if unit.disk_bytes + unit.host_bytes)
     on_disk = sum(place.home is Tier.DISK for place in layout.micro_batches)
-    steps_a_pass = layout.spec.num_layers * (3 + 3 * len(layout.micro_batches) + 2 * on_disk) + 2 * units
+    split = sum(place.device_share > 0 for place in layout.micro_batches)
+    steps_a_layer = 3 + 3 * len(layout.micro_batches) + 2 * on_disk + 2 * split
+    steps_a_pass = layout.spec.num_layers * steps_a_layer + 2 * units
     if steps_a_pass * len(passes) <= effort.steps:
         timeline = simulate_layout(layout, hardware, passes)
         seconds = numpy.array(timeline.pass_seconds)

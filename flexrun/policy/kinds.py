@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from flexrun.core import Lane, Tier
+from flexrun.policy.passes import COLUMNS
 from flexrun.steps import MicroBatchShape, PassShape
 
 
@@ -42,16 +43,6 @@ def _mean(shapes: list[PassShape]) -> PassShape:
 
     tokens = round(sum(shape.tokens for shape in shapes) / count)
     logits_rows = round(sum(shape.logits_rows for shape in shapes) / count)
-    whole = MicroBatchShape(
-        0,
-        mean("query_tokens"),
-        mean("kv_tokens"),
-        mean("query_kv_pairs"),
-        Tier.CPU,
-        Lane.CPU,
-        mean("decode_tokens"),
-        mean("decode_kv_tokens"),
-        mean("fresh_tokens"),
-        mean("fresh_pairs"),
-    )
+    counts = [mean(name) for name in COLUMNS]
+    whole = MicroBatchShape(0, *counts[:3], Tier.CPU, Lane.CPU, *counts[3:])
     return PassShape(0, tokens, logits_rows, (whole,), True)

@@ -26,6 +26,7 @@ from flexrun.placement import (
     device_row_bytes,
     kv_block_bytes,
     kv_bytes_per_token,
+    merge_bytes,
     micro_batch_sequences,
     offloaded_query_bytes,
     workspace_bytes,
@@ -151,6 +152,7 @@ class _Program:
         fixed_work = max(workspace_bytes(spec, dataclasses.replace(policy, hidden=Placement(1.0, 0.0))) - rows, 0)
         host_kv = kv["cpu_to_gpu"] + kv["cpu_on_cpu"]
         disk_kv = kv["disk_to_gpu"] + kv["disk_on_cpu"]
+        above = policy.kv_device_tokens_share * kv_bytes  # of KV that is split by token
         host = weight_bytes * weights["cpu"] + kv_bytes * host_kv + host_ring * weights["disk"]
         tails = self.micro_batches * micro_batch_sequences(policy) * spec.num_layers * kv_block_bytes(spec)
         host += (HOST_KV_SLOTS * slot + tails) * disk_kv
@@ -158,8 +160,11 @@ class _Program:
             streams = weights["cpu"] + weights["disk"]
             device = weight_bytes * weights["gpu"] + kv_bytes * kv["gpu"] + device_ring * streams + fixed_work
             device += KV_SLOTS * slot * (kv["cpu_to_gpu"] + kv["disk_to_gpu"]) + rows * self.hidden["gpu"]
+            merge = merge_bytes(spec, policy) if above else (0, 0)
+            device += (above + merge[1]) * kv["cpu_on_cpu"]
             self._limit(Tier.GPU, device)
-            host += waiting * self.hidden["cpu"] + offloaded_query_bytes(spec, policy) * kv["cpu_on_cpu"]
+            queries = offloaded_query_bytes(spec, policy) + merge[0]
+            host += waiting * self.hidden["cpu"] + (queries - above) * kv["cpu_on_cpu"]
         else:
             host += fixed_work + rows
         self._limit(Tier.CPU, host)
@@ -210,10 +215,16 @@ class _Program:
         to_gpu = kv["cpu_to_gpu"] + kv["disk_to_gpu"]
         hidden_bytes = costs.hidden_bytes(shape.tokens) * (self.hidden["cpu"] + self.hidden["disk"])
         h2d = moved_bytes * (weights["cpu"] + weights["disk"]) + there_bytes * to_gpu + query_bytes * on_cpu
-        d2h = new_bytes * (to_gpu + on_cpu) + query_bytes * on_cpu + hidden_bytes
+        staying_bytes = layers * whole.above_new_tokens * costs.kv_bytes
+        d2h = new_bytes * (to_gpu + on_cpu) - staying_bytes * kv["cpu_on_cpu"] + query_bytes * on_cpu + hidden_bytes
         fresh = costs.attend_pass_seconds(costs.device, whole.fresh) * on_cpu  # prompts that start need no KV cache
-        attended = costs.attend_pass_seconds(costs.device, whole) * (kv["gpu"] + to_gpu)
-        on_cpu_seconds = costs.attend_pass_seconds(self.hardware.cpu, cached) * on_cpu
+        in_one_place = dataclasses.replace(whole, above_kv_tokens=0)
+        attended = costs.attend_pass_seconds(costs.device, in_one_place) * (kv["gpu"] + to_gpu)
+        on_cpu_seconds = costs.attend_pass_seconds(self.hardware.cpu, cached) * kv["cpu_on_cpu"]
+        on_cpu_seconds += costs.attend_pass_seconds(self.hardware.cpu, in_one_place.cached) * kv["disk_on_cpu"]
+        if whole.above_kv_tokens:
+            merged = layers * costs.merge_seconds(cached.query_tokens)
+            attended += (costs.attend_pass_seconds(costs.device, whole.above) + merged) * kv["cpu_on_cpu"]
         lanes[Lane.GPU.value] = compute + fresh + attended
         if self.policy.half_batches:  # the CPU attends one half beside the matmuls of the other
             lanes[Lane.CPU.value] = on_cpu_seconds

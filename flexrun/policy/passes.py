@@ -13,7 +13,7 @@ from flexrun.config import Policy
 from flexrun.core import Lane, Tier
 from flexrun.placement import KVMicroBatch, part_tokens
 from flexrun.schedule import cut_rows
-from flexrun.steps import MicroBatchShape, PassShape
+from flexrun.steps import MicroBatchShape, PassShape, pairs_of
 from flexrun.workload import Workload
 
 COLUMNS = (
@@ -24,6 +24,11 @@ COLUMNS = (
     "decode_kv_tokens",
     "fresh_tokens",
     "fresh_pairs",
+    "above_new_tokens",
+    "above_kv_tokens",
+    "above_pairs",
+    "above_decode_tokens",
+    "above_decode_kv_tokens",
 )
 
 
@@ -86,7 +91,8 @@ class Passes:
         if not (asked and len(self) and len(self.places) > 1):
             return halves
         on_cpu = [place.home is not Tier.GPU and place.attend_lane is Lane.CPU for place in self.places]
-        attended = (self.column("kv_tokens") - self.column("fresh_tokens")) * on_cpu
+        cached = self.column("kv_tokens") - self.column("fresh_tokens")
+        attended = (cached - self.column("above_kv_tokens")) * on_cpu
         tokens, decode, attended = (
             numpy.cumsum(column, axis=1)
             for column in (self.column("query_tokens"), self.column("decode_tokens"), attended)
@@ -126,7 +132,8 @@ def job_passes(
     """The passes of a job whose sequences all run to their last token, in the order of the workload's rows.
 
     Follows offload.batcher: decoding sequences first, then prompts under way, then new ones while there is room in
-    the pass, a slot and cache room. Gaps that ragged sequences leave in a slab are not modelled. Rows that no slab
+    the pass, a slot and cache room. Gaps that ragged sequences leave in a slab are not modelled, and borders of KV that
+    is split by token may be one token off, for they depend on where in its slab a sequence lies. Rows that no slab
     could hold are left out, as a run refuses them. most: stop after so many passes.
     """
     return _Job(workload, policy, micro_batches).passes(most)
@@ -141,6 +148,7 @@ class _Prompt:
     limit: int
     scored: int
     home: int
+    border: int  # what lies above it is on the device, where KV is split by token
     cached: int = 0
 
 
@@ -160,7 +168,11 @@ class _Job:
         self.prompts: deque[_Prompt] = deque()
         self.decoding = [0] * len(micro_batches)
         self.decoding_kv = [0] * len(micro_batches)  # tokens they attend in the coming pass
-        self.ends: dict[int, list[tuple[int, int]]] = {}  # pass -> (micro-batch, cached tokens) of what it ends
+        self.ends: dict[int, list[tuple[int, int, int]]] = {}  # pass -> (micro-batch, cached, above) of what it ends
+        self.splits = any(place.device_share for place in micro_batches)
+        self.above = [0] * len(micro_batches)  # decoding sequences that are past their borders in the coming pass
+        self.above_kv = [0] * len(micro_batches)
+        self.crossings: dict[int, list[int]] = {}  # pass -> micro-batches of sequences that it first takes past them
 
     def passes(self, most: int | None) -> Passes:
         counts, logits_rows, number = [], [], 0
@@ -169,7 +181,9 @@ class _Job:
             counts.append(pass_counts)
             logits_rows.append(rows)
             number += 1
-        table = numpy.array(counts, dtype=numpy.int64).reshape(number, len(COLUMNS), len(self.places))
+        table = numpy.zeros((number, len(COLUMNS), len(self.places)), dtype=numpy.int64)
+        if number:  # the last columns are there only where KV is split by token
+            table[:, : len(counts[0])] = counts
         last = not self.in_flight and self.next_row == len(self.rows)
         return Passes(self.places, table.transpose(0, 2, 1), numpy.array(logits_rows, dtype=numpy.int64), last)
 
@@ -180,6 +194,11 @@ class _Job:
         nothing = [0] * len(decoding)
         table += [nothing, nothing[:]]
         query, kv, pairs, single, single_kv, fresh, fresh_pairs = table
+        for home in self.crossings.pop(number, ()):
+            self.above[home] += 1
+            self.above_kv[home] += 1
+        if self.splits:
+            table += [column[:] for column in (self.above, self.above_kv, self.above_kv, self.above, self.above_kv)]
         logits_rows = sum(decoding)
         room = self.policy.tokens_per_pass - logits_rows
         under_way, self.prompts, done = self.prompts, deque(), []
@@ -203,13 +222,19 @@ class _Job:
                 if prompt.scored:
                     last = prompt.tokens - 1
                     logits_rows += max(min(seen, last) - max(prompt.cached, last - prompt.scored), 0)
+                if self.splits and seen > prompt.border:
+                    self._add_above(table[-5:], prompt, count)
                 prompt.cached = seen
             (done if prompt.cached == prompt.tokens else self.prompts).append(prompt)
         for home, count in enumerate(decoding):
             decoding_kv[home] += count
-        for home, tokens in self.ends.pop(number, ()):
+            self.above_kv[home] += self.above[home]
+        for home, tokens, above in self.ends.pop(number, ()):
             decoding[home] -= 1
             decoding_kv[home] -= tokens + 1
+            if above:
+                self.above[home] -= 1
+                self.above_kv[home] -= above + 1
             self._release(home, tokens)
         for prompt in done:
             if prompt.limit <= 1:
@@ -218,8 +243,28 @@ class _Job:
             decoding[prompt.home] += 1
             decoding_kv[prompt.home] += prompt.tokens + 1
             last_tokens = prompt.tokens + prompt.limit - 1
-            self.ends.setdefault(number + prompt.limit - 1, []).append((prompt.home, last_tokens))
+            above = max(last_tokens - prompt.border, 0)
+            self.ends.setdefault(number + prompt.limit - 1, []).append((prompt.home, last_tokens, above))
+            if prompt.tokens >= prompt.border:
+                self.above[prompt.home] += 1
+                self.above_kv[prompt.home] += prompt.tokens + 1 - prompt.border
+            elif above:
+                self.crossings.setdefault(number + 1 + prompt.border - prompt.tokens, []).append(prompt.home)
         return table, logits_rows + len(done)
+
+    @staticmethod
+    def _add_above(columns: list[list[int]], prompt: _Prompt, count: int) -> None:
+        """What the next ``count`` tokens of a prompt have above its border, as the last COLUMNS of its micro-batch."""
+        new, kv, pairs, single, single_kv = columns
+        home, tokens = prompt.home, prompt.cached + count - prompt.border
+        new[home] += min(tokens, count)
+        if count > 1 and not prompt.cached:
+            return  # fresh: nothing of it is cached
+        kv[home] += tokens
+        pairs[home] += pairs_of(count, tokens)
+        if count == 1:
+            single[home] += 1
+            single_kv[home] += tokens
 
     def _admit(self) -> _Prompt | None:
         """The next sequence, or None while it must wait."""
@@ -240,7 +285,8 @@ class _Job:
         self.free[home] -= tokens
         self.next_row += 1
         self.in_flight += 1
-        return _Prompt(prompt, limit, scored, home)
+        border = self.places[home].split(0, tokens)[2] if self.splits else tokens
+        return _Prompt(prompt, limit, scored, home, border)
 
     def _release(self, home: int, tokens: int) -> None:
         self.counts[home] -= 1

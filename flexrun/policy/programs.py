@@ -198,7 +198,7 @@ class Programs:
         return solution and Choice(solution.seconds * size_cost(policy) * slots, policy, solution)
 
     def _pass_kinds(self, policy: Policy) -> list[PassKind]:
-        key = (policy.sequences_in_flight, policy.tokens_per_pass)
+        key = (policy.sequences_in_flight, policy.tokens_per_pass, policy.kv_device_tokens_share)
         if key not in self._kinds:
             rows = len(self.workload)
             shrink = passes_guess(policy, self.workload) / KIND_PASSES
@@ -208,6 +208,8 @@ class Programs:
             one_place = dataclasses.replace(policy, attention_micro_batch=policy.sequences_in_flight)
             room = max(sample.kv_tokens_of(policy.sequences_in_flight), policy.kv_tokens, sample.longest_tokens)
             homes = kv_micro_batches(one_place, room, on_device=False)
+            share = policy.kv_device_tokens_share if self.budgets.on_device else 0.0
+            homes = [dataclasses.replace(home, device_share=share) for home in homes]
             self._kinds[key] = pass_kinds(job_passes(sample, one_place, homes), rows / max(len(sample), 1))
         return self._kinds[key]
 

@@ -41,6 +41,7 @@ def engines(draw, cpu_attention: bool = True, hidden_on_host: bool = False) -> d
         weights=draw(placements(on_device)),
         kv=draw(placements(on_device)),
         cpu_attention_share=draw(st.sampled_from([0.0, 0.5, 1.0])) * cpu_attention,
+        kv_device_tokens_share=draw(st.sampled_from([0.0, 0.25, 0.5, 1.0])) * (on_device and cpu_attention),
         half_batches=draw(st.booleans()),
         expert_batch=draw(st.sampled_from([0, 1, 5])),
         hidden=Placement(on_gpu, 1.0 - on_gpu),

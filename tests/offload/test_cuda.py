@@ -59,6 +59,19 @@ POLICIES = {
         "cpu_attention_share": 0.5,
         "half_batches": True,
     },
+    "KV split by token": {
+        "weights": Placement(0.3, 0.7, 0),
+        "kv": Placement(0.34, 0.66, 0),
+        "kv_device_tokens_share": 0.5,
+    },
+    "KV split by token, in half-batches": {
+        "weights": Placement(0.3, 0.7, 0),
+        "kv": Placement(0, 1, 0),
+        "cpu_attention_share": 0.67,
+        "kv_device_tokens_share": 0.7,
+        "half_batches": True,
+        "token_micro_batch": 5,
+    },
     "KV on disk": {"weights": Placement(0, 1, 0), "kv": Placement(0.34, 0, 0.66), "cpu_attention_share": 0.5},
 }
 

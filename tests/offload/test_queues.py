@@ -74,8 +74,23 @@ def tokens_with(packed, make_group):
         },
         {"weights": Placement(0.3, 0.3, 0.4), "kv": Placement(0, 1, 0), "cpu_attention_share": 1.0},
         {"weights": Placement(0.5, 0.2, 0.3), "kv": Placement(0.34, 0.66, 0), "cpu_attention_share": 0.5},
+        {"weights": Placement(0, 1, 0), "kv": Placement(0, 1, 0), "kv_device_tokens_share": 0.5},
+        {
+            "weights": Placement(0, 1, 0),
+            "kv": Placement(0, 1, 0),
+            "kv_device_tokens_share": 0.7,
+            "half_batches": True,
+            "token_micro_batch": 5,
+        },
     ],
-    ids=["weights in RAM", "weights on disk, KV loaded", "KV attended on the host", "everything at once"],
+    ids=[
+        "weights in RAM",
+        "weights on disk, KV loaded",
+        "KV attended on the host",
+        "everything at once",
+        "KV split",
+        "KV split, halves",
+    ],
 )
 def test_slow_queues_change_no_token(tokens_with, settings):
     expected, _ = tokens_with(EmulatedDevice(), **settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from flexrun.core import PAGE_BYTES, Lane, Tier, align_up
 from flexrun.placement import (
     HOST_KV_SLOTS,
     KV_SLOTS,
+    KVMicroBatch,
     compressed_bytes,
     device_row_bytes,
     kv_block_bytes,
@@ -171,6 +173,40 @@ def test_the_ring_of_passes_in_parts_holds_a_whole_layer():
         ).device_ring_bytes
     unit, layer = placed.max_unit_stream_bytes[1], placed.max_layer_stream_bytes[1]
     assert (sizes[POLICY], sizes[policy]) == (unit, unit + layer)
+
+
+# KV split by token -------------------------------------------------------------------------------------
+
+
+@given(st.floats(0.0, 1.0), st.lists(st.integers(1, 50), min_size=1, max_size=12))
+@settings(deadline=None, derandomize=True, max_examples=200)
+def test_runs_of_a_split_slab_are_apart_in_both_places_and_fill_them(share, capacities):
+    room = sum(capacities)
+    place = KVMicroBatch(Tier.CPU, room, Lane.CPU, share)
+    starts = numpy.cumsum([0, *capacities[:-1]])
+    hosts, devices, borders = place.split(starts, numpy.array(capacities))
+    there = numpy.array(capacities) - borders
+    assert (borders >= 0).all() and (there >= 0).all()
+    assert hosts.tolist() == [0, *numpy.cumsum(borders)[:-1]]
+    assert devices.tolist() == [0, *numpy.cumsum(there)[:-1]]
+    assert (borders.sum(), there.sum()) == (room - place.device_tokens(room), place.device_tokens(room))
+    assert (numpy.abs(there - share * numpy.array(capacities)) <= 1 + 1e-3).all()
+
+
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_the_newest_tokens_of_what_the_cpu_attends_take_room_on_the_device(share):
+    policy = dataclasses.replace(POLICY, kv=Placement(0.25, 0.75), cpu_attention_share=0.67)
+    whole, split = (
+        account(each, True).bytes_by_kind
+        for each in (policy, dataclasses.replace(policy, kv_device_tokens_share=share))
+    )
+    moved = split[Tier.GPU]["kv"] - whole[Tier.GPU]["kv"]
+    assert moved == pytest.approx(share * 2 * 200 * kv_bytes_per_token(SPEC), abs=4 * PAGE_BYTES)  # 2 of 4, 200 each
+    assert whole[Tier.CPU]["kv"] - split[Tier.CPU]["kv"] == pytest.approx(moved, abs=4 * PAGE_BYTES)
+    assert "kv_merge" not in whole[Tier.GPU] and split[Tier.GPU]["kv_merge"] > split[Tier.CPU]["kv_merge"] > 0
+    assert account(dataclasses.replace(policy, kv_device_tokens_share=share, cpu_attention_share=0.0), True) == account(
+        dataclasses.replace(policy, cpu_attention_share=0.0), True
+    ), "what the device attends is not split"
 
 
 # Workspace ---------------------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ def alone(costs: StepCosts, layout: Layout, shape: PassShape) -> tuple[list[Step
     return scheduler.pass_steps(shape), shape
 
 
+SPLIT = [(POLICY, 0.3), (POLICY, 1.0), (dataclasses.replace(POLICY, half_batches=True), 0.8), (IN_PARTS, 0.8)]
 ON_DEVICE = [
     (RAM, RAM, 0.0),
     (RAM, RAM, 0.5),
@@ -57,6 +58,7 @@ ON_DEVICE = [
     (DISK, DISK, 1.0),
 ]
 ON_CPU = [(RAM, RAM, 1.0), (HALF_DISK, RAM, 1.0), (DISK, HALF_DISK, 1.0)]
+SPLIT_MODELS = ("gqa", "windows")
 MODELS = ("llama", "gqa", "window", "windows", "mixtral", "deepseek")
 
 
@@ -68,6 +70,8 @@ def test_the_seconds_of_a_lane_are_those_of_its_steps(name, machine, on_device):
     places = ON_DEVICE if on_device else ON_CPU
     cases = [(*case, POLICY) for case in places]
     cases += [(*case, IN_PARTS) for case in places[:5] if on_device and spec.experts is None]  # not run with them
+    split = [dataclasses.replace(base, kv_device_tokens_share=share) for base, share in SPLIT]
+    cases += [(RAM, kv, 1.0, base) for kv in (RAM, MIX) for base in split if on_device and name in SPLIT_MODELS]
     for weights, kv, share, base in cases:
         policy = dataclasses.replace(base, weights=weights, kv=kv, cpu_attention_share=share)
         layout = layout_of(spec, policy, on_device)
@@ -149,6 +153,35 @@ def test_attention_counts_where_it_runs():
     on_gpu = costs.lane_seconds(decoding(16, 4000, home=Tier.GPU, lane=Lane.GPU))
     assert on_gpu[Lane.GPU] == here[Lane.GPU]
     assert on_gpu[Lane.D2H] == on_gpu[Lane.CPU] == 0
+
+
+def test_kv_split_by_token_is_attended_in_both_places_at_once():
+    """Of 4000 tokens each 1000 on the device: it does a quarter of the CPU's work, for log-sum-exps that come back."""
+    spec = planned("llama")
+    costs = costs_of(layout_of(spec, dataclasses.replace(POLICY, kv=RAM), True), T4)
+    shape = decoding(16, 4000)
+    counts = dict.fromkeys(("above_kv_tokens", "above_pairs", "above_decode_kv_tokens"), 16_000)
+    part = dataclasses.replace(shape.micro_batches[0], above_new_tokens=16, above_decode_tokens=16, **counts)
+    whole, split = (costs.lane_seconds(each) for each in (shape, dataclasses.replace(shape, micro_batches=(part,))))
+    on_gpu = costs.lane_seconds(decoding(16, 1000, home=Tier.GPU, lane=Lane.GPU))
+    nothing = costs.lane_seconds(decoding(16, 1, home=Tier.GPU, lane=Lane.GPU))
+    assert split[Lane.CPU] == pytest.approx(0.75 * whole[Lane.CPU], rel=0.01)
+    assert split[Lane.GPU] - whole[Lane.GPU] > on_gpu[Lane.GPU] - nothing[Lane.GPU] > 0
+    assert split[Lane.H2D] - whole[Lane.H2D] == pytest.approx(6 * 16 * spec.num_heads * 4 / T4.h2d.bytes_per_second)
+    new_rows = 6 * 16 * spec.kv_bytes_per_token / T4.d2h.bytes_per_second
+    assert whole[Lane.D2H] - split[Lane.D2H] == pytest.approx(new_rows)
+
+
+def test_a_window_sees_what_is_on_the_device_first():
+    costs = costs_of(layout_of(planned("windows"), POLICY, True), T4)
+    layer = next(layer for layer, window in enumerate(planned("windows").layer_windows) if window)
+    (part,) = decoding(4, 1000).micro_batches
+    for above, left in ((10, 54), (64, 0), (500, 0)):  # of a window of 64
+        counts = dict.fromkeys(("above_kv_tokens", "above_pairs", "above_decode_kv_tokens"), 4 * above)
+        split = dataclasses.replace(part, above_decode_tokens=4, **counts)
+        overhead = T4.cpu.step_overhead_seconds
+        found = costs.attend_seconds(T4.cpu, layer, split) - overhead
+        assert found == pytest.approx(left / 64 * (costs.attend_seconds(T4.cpu, layer, part) - overhead), abs=1e-12)
 
 
 def test_kv_on_disk_is_read_before_and_written_after():

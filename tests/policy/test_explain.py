@@ -81,6 +81,10 @@ def test_the_page_names_policy_forecast_lanes_and_memory(streaming):
 def test_what_only_can_be_planned_is_said():
     disk = search(SPEC, LAPTOP, JOB, Budgets(2 * GIB), fixed={"kv": Placement(0.0, 0.5, 0.5)}, features=PLANNABLE)
     assert "KV 50% in RAM, 50% on disk" in format_plan(disk)
+    split = {"kv": Placement(0.0, 1.0), "cpu_attention_share": 1.0, "kv_device_tokens_share": 0.25}
+    split |= {"sequences_in_flight": 8, "attention_micro_batch": 4, "tokens_per_pass": 512, "half_batches": False}
+    text = format_plan(search(SPEC, T4, JOB, Budgets(2 * GIB, 120 * MIB), fixed=split))
+    assert "attended on the CPU; of which the newest 25% of each sequence on the GPU" in text
     fewer = search(SPEC, LAPTOP, JOB, Budgets(2 * GIB), fixed={"weight_bits": 4})
     assert "weights in 4 bits, KV in 16 bits" in format_plan(fewer)
 

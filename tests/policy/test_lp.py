@@ -14,7 +14,7 @@ from flexrun.config import Placement, Policy
 from flexrun.core import Tier
 from flexrun.errors import ConfigError
 from flexrun.hardware import Hardware, Processor, Transfer
-from flexrun.placement import kv_bytes_per_token, kv_micro_batches, place_weights
+from flexrun.placement import kv_bytes_per_token, kv_micro_batches, merge_bytes, place_weights
 from flexrun.policy.features import PLANNABLE, RUNNABLE, Features
 from flexrun.policy.kinds import PassKind, pass_kinds
 from flexrun.policy.layout import Budgets
@@ -32,7 +32,9 @@ STREAMED = Placement(0.0, 0.0, 1.0)
 
 def kinds_of(policy: Policy, job: Workload = JOB) -> list[PassKind]:
     alone = dataclasses.replace(policy, attention_micro_batch=policy.sequences_in_flight)
-    return pass_kinds(job_passes(job, alone, kv_micro_batches(alone, ROOM, on_device=False)))
+    (home,) = kv_micro_batches(alone, ROOM, on_device=False)
+    split = dataclasses.replace(home, device_share=policy.kv_device_tokens_share)
+    return pass_kinds(job_passes(job, alone, [split]))
 
 
 def streamed(policy: Policy, on_device: bool):
@@ -140,6 +142,20 @@ def test_in_two_half_batches_the_cpu_attends_beside_the_matmuls():
             seconds[speed, halves] = solution.seconds
     assert seconds[6e9, True] < 0.8 * seconds[6e9, False]
     assert seconds[1e18, True] > 1.2 * seconds[1e18, False], "nothing to hide: the second reading is all that is left"
+
+
+def test_the_newest_tokens_on_the_device_take_room_from_weights_and_work_from_the_cpu():
+    policies = POLICY, dataclasses.replace(POLICY, kv_device_tokens_share=0.5)
+    link, budgets = fast_but(h2d=Transfer(1e9)), Budgets(8 * GIB, 300 * MIB)
+    whole, split = (solve(link, budgets, policy, kv_home="cpu_on_cpu") for policy in policies)
+    ring = streamed(POLICY, True).max_unit_stream_bytes[1]  # shrinks with what streams
+    taken = (0.5 * KV_BYTES + merge_bytes(SPEC, POLICY)[1]) / (WEIGHT_BYTES - ring)
+    assert whole.weights.gpu - split.weights.gpu == pytest.approx(taken, rel=0.02)
+    slow = dataclasses.replace(T4.cpu.rates["float16"], decode_kv_bytes_per_second=1e6)
+    reading = dataclasses.replace(fast_but(), cpu=Processor({"float16": slow}))
+    whole, split = (solve(reading, Budgets(8 * GIB, 8 * GIB), policy, kv_home="cpu_on_cpu") for policy in policies)
+    border, decoding = 119 - 119 // 2, (100 + 119) / 2  # each prompt ends above it; tokens attended on average
+    assert split.seconds == pytest.approx(border / decoding * whole.seconds, rel=0.02)
 
 
 def test_kv_goes_to_disk_only_where_that_is_offered():
