@@ -8,21 +8,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from flexrun.cli.machine import LLM_FLAGS, add_machine_flags
 from flexrun.errors import ConfigError
-
-LLM_FLAGS = (
-    "tokenizer",
-    "dtype",
-    "gpu_memory",
-    "cpu_memory",
-    "disk_memory",
-    "disk_dir",
-    "cache_dir",
-    "max_num_seqs",
-    "device",
-    "threads",
-    "hardware",
-)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -39,18 +26,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="the results as JSON on stdout")
 
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--tokenizer", metavar="PATH", help="tokenizer directory or file, if not the model's own")
-    machine.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    machine.add_argument("--cache-dir", metavar="DIR", help="where fetched models and packed weights are kept")
-    machine.add_argument("--disk-dir", metavar="DIR", help="where weights and KV cache are streamed from")
-    machine.add_argument("--hardware", metavar="FILE", help="profile to plan by; default: this machine, measured once")
-    machine.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    machine.add_argument("--gpu-memory", metavar="SIZE", help="budget; on cpu, an emulated accelerator")
-    machine.add_argument("--cpu-memory", metavar="SIZE", help="budget of host memory, for example 8GiB")
-    machine.add_argument("--disk-memory", metavar="SIZE", help="budget of disk; default: what is free there")
-    machine.add_argument("--max-num-seqs", type=int, metavar="COUNT", help="pieces in flight")
-    machine.add_argument("--threads", type=int, metavar="COUNT", help="threads that compute")
+    add_machine_flags(parser)
 
 
 def call(args: argparse.Namespace) -> int:

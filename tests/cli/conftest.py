@@ -28,7 +28,7 @@ class EchoLLM:
     def prepare(self, workload):
         self.sequences = len(workload)
 
-    def generate_iter(self, requests, workload, on_pass=None):
+    def generate_iter(self, requests, workload, on_pass=None, on_tokens=None):
         for request in requests:
             if EchoLLM.on_request is not None:
                 EchoLLM.on_request(request)
