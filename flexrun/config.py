@@ -47,7 +47,7 @@ class Policy:
         part, as few parts as fit two at a time, whose rows come from the host and go back; a micro-batch is then given
         at most the rows of one part.
     weight_bits, kv_bits: 16 keeps the model's dtype, 8 and 4 are group-wise compressed.
-    keep: matrices of other bits, as "PATTERN=BITS"; see compress.WeightBits.
+    keep: matrices of other bits, as "PATTERN=BITS"; see compress.WeightBits. weight_group: weights that share a scale.
     cpu_attention_share: share of host-resident KV micro-batches attended in place on the CPU
         (the rest is copied to the GPU and attended there). Meaningless without a GPU.
     kv_device_tokens_share: of each sequence whose KV the CPU attends in place, the share of its cache room, its newest
@@ -72,6 +72,7 @@ class Policy:
     kv_bits: int = 16
     half_batches: bool = False
     keep: tuple[str, ...] = ()
+    weight_group: int = 64
 
     def __post_init__(self):
         for name in ("sequences_in_flight", "tokens_per_pass", "attention_micro_batch", "token_micro_batch"):
@@ -90,6 +91,8 @@ class Policy:
         if isinstance(self.keep, str) or not all(isinstance(rule, str) for rule in self.keep):
             raise ConfigError(f"policy keep={self.keep!r} must be a list of texts, each PATTERN=BITS")
         object.__setattr__(self, "keep", tuple(self.keep))
+        if self.weight_group not in (32, 64, 128):
+            raise ConfigError(f"policy weight_group={self.weight_group!r} must be 32, 64 or 128")
         for name in ("weight_bits", "kv_bits"):
             if getattr(self, name) not in (16, 8, 4):
                 raise ConfigError(f"policy {name}={getattr(self, name)!r} must be 16, 8 or 4")

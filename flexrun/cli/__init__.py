@@ -11,14 +11,21 @@ import sys
 from collections.abc import Sequence
 
 from flexrun import __version__
-from flexrun.cli import bench, eval_perplexity, plan, profile, run
+from flexrun.cli import bench, eval_perplexity, plan, profile, quantize, run
 from flexrun.cli.parser import Parser
 from flexrun.cli.style import print_error
 from flexrun.errors import ExecutionError, FlexrunError
 from flexrun.openmp import import_torch
 
 # A command is a module with add_flags(parser) and call(args) -> exit code.
-COMMANDS = {"run": run, "plan": plan, "profile": profile, "bench": bench, "eval-perplexity": eval_perplexity}
+COMMANDS = {
+    "run": run,
+    "plan": plan,
+    "profile": profile,
+    "bench": bench,
+    "quantize": quantize,
+    "eval-perplexity": eval_perplexity,
+}
 
 DONE, SOME_FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 

@@ -37,7 +37,7 @@ def call(args: argparse.Namespace) -> int:
     given = {name: getattr(args, name) for name in LLM_FLAGS}
     files = open_model(args.model, tokenizer=args.tokenizer, dtype=args.dtype, cache_dir=args.cache_dir)
     try:
-        token_ids = _token_ids(files.tokenizer, args.text)[: args.limit]
+        token_ids = text_tokens(files.tokenizer, args.text)[: args.limit]
     finally:
         files.close()
     results = []
@@ -48,7 +48,8 @@ def call(args: argparse.Namespace) -> int:
     return 0
 
 
-def _token_ids(tokenizer, path: str) -> list[int]:
+def text_tokens(tokenizer, path: str) -> list[int]:
+    """The token ids of a file's text."""
     if tokenizer is None:
         raise ConfigError("the model has no tokenizer", "name one with --tokenizer")
     try:

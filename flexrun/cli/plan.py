@@ -42,6 +42,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     policy.add_argument("--weight-bits", type=int, choices=(4, 8, 16), help="compress the matrices; default: do not")
     policy.add_argument(
+        "--weight-group", type=int, choices=(32, 64, 128), help="weights that share a scale; default: 64"
+    )
+    policy.add_argument(
         "--keep", metavar="RULES", help="other bits for some of them, as in layers.0.*=16,*.down_proj=8"
     )
     policy.add_argument("--policy", metavar="FILE", help="do not search: forecast this policy")
@@ -139,6 +142,8 @@ def _fixed(args: argparse.Namespace) -> dict:
             raise ConfigError(f"cannot read --fix {text!r}", hint) from error
     if args.weight_bits is not None:
         values["weight_bits"] = args.weight_bits
+    if args.weight_group is not None:
+        values["weight_group"] = args.weight_group
     if args.keep is not None:
         values["keep"] = args.keep.split(",")
     if args.max_num_seqs is not None:

@@ -40,6 +40,7 @@ ENGINE_FLAGS = (
     "threads",
     "hardware",
     "weight_bits",
+    "weight_group",
 )
 
 
@@ -88,6 +89,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--max-num-seqs", type=int, metavar="COUNT", help="sequences in flight")
     engine.add_argument("--weight-bits", type=int, choices=(4, 8, 16), help="compress the matrices; default: do not")
     engine.add_argument(
+        "--weight-group", type=int, choices=(32, 64, 128), help="weights that share a scale; default: 64"
+    )
+    engine.add_argument(
         "--keep", metavar="RULES", help="other bits for some of them, as in layers.0.*=16,*.down_proj=8"
     )
     engine.add_argument("--threads", type=int, metavar="COUNT", help="threads that compute")
@@ -134,7 +138,11 @@ def call(args: argparse.Namespace) -> int:
             "tokenizer": args.tokenizer,
             "chat_template": template,
             "seed": args.seed,
-            **({"weight_bits": [args.weight_bits, args.keep]} if args.weight_bits or args.keep else {}),
+            **(
+                {"weight_bits": [args.weight_bits, args.keep, args.weight_group]}
+                if args.weight_bits or args.keep
+                else {}
+            ),
         },
     )
     model = {name: getattr(args, name) for name in MODEL_FLAGS}

@@ -7,11 +7,12 @@ with 0. Panel after panel, so that a product reads the matrix once from its firs
 
 * codes, 32 bytes of each tile of the panel in turn. With 8 bits, 32 bytes are two columns: byte 2 r + e is row r of
   column 2 p + e. With 4 bits they are four: the low half of byte 2 r + e is column 4 q + e, the high half 4 q + 2 + e.
-* factors, from the next multiple of 64 bytes: for each group and tile the bfloat16 scales of its 16 rows, then their
-  bfloat16 minima, which are absent where the format is symmetric.
+* factors, from the next multiple of 64 bytes: for each group and tile the float16 scales of its 16 rows, then their
+  float16 minima, which are absent where the format is symmetric.
 
 weight = scale * code + minimum, in float32, rounded once to the model's dtype; where symmetric, the minimum is
--scale * 2^(bits-1). scale * code is exact in float32, so every way to compute a weight gives the same one.
+-scale * 2^(bits-1). scale * code is exact in float32, so every way to compute a weight gives the same one. In groups
+of 32, the weights of GGUF's Q4_1 come through 4 bits as they are: float16 holds its factors.
 """
 
 from __future__ import annotations
@@ -30,10 +31,9 @@ COLUMNS_MULTIPLE = 32
 GROUPS = (32, 64, 128)
 BITS = (4, 8)
 FACTORS_ALIGNMENT = 64
-LARGEST = 1e38  # of a weight: the range of a group then stays a float32
+LARGEST = 6e4  # of a weight: what float16 holds
 CLIPS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)  # shares of a group's range that clipped scales are tried for
 _BLOCK_ELEMENTS = 4 << 20  # weights quantised or brought back at a time
-_SAFE = 1e37  # beyond it a difference of two float32 may overflow
 
 
 @dataclass(frozen=True)
@@ -85,13 +85,13 @@ def _tiles(rows: int) -> int:
 
 
 def split(data: Tensor, shape: tuple[int, int], form: GroupFormat) -> tuple[Tensor, Tensor]:
-    """uint8 [nbytes] -> views of codes uint8 [tiles, tile bytes] and factors bfloat16 [tiles, groups, 1 or 2, 16].
+    """uint8 [nbytes] -> views of codes uint8 [tiles, tile bytes] and factors float16 [tiles, groups, 1 or 2, 16].
 
     Of a panel the sizes are right, the order is that of the format.
     """
     tiles, tile_bytes = _tiles(shape[0]), form.tile_bytes(shape[1])
     codes = data[: tiles * tile_bytes].view(tiles, tile_bytes)
-    factors = data[form.factors_offset(shape) : form.nbytes(shape)].view(torch.bfloat16)
+    factors = data[form.factors_offset(shape) : form.nbytes(shape)].view(torch.float16)
     return codes, factors.view(tiles, form.group_count(shape[1]), form.factor_count, TILE_ROWS)
 
 
@@ -155,7 +155,7 @@ def _quantised(matrix: Tensor, form: GroupFormat, clip: bool, name: str) -> tupl
     if not (low.isfinite().all() and high.isfinite().all()):  # amin and amax pass NaN on
         raise CheckpointError(f"{name} holds NaN or infinite weights", "the checkpoint is damaged: get it again")
     if max(float(high.max()), -float(low.min())) > LARGEST:
-        raise CheckpointError(f"{name} holds weights beyond {LARGEST:.0e}", "keep it in 16 bits")
+        raise CheckpointError(f"{name} holds weights beyond {LARGEST:.0f}", "keep it in 16 bits")
     chosen = _factors(low, high, form)
     found = _codes(grouped, chosen, form)
     if clip:
@@ -180,23 +180,23 @@ def _grouped(matrix: Tensor, form: GroupFormat) -> Tensor:
 
 
 def _factors(low: Tensor, high: Tensor, form: GroupFormat) -> Tensor:
-    """float32 [..., 1 or 2], exact in bfloat16: rounded so that the levels reach from low to high."""
+    """float32 [..., 1 or 2], exact in float16: rounded so that the levels reach from low to high."""
     if form.symmetric:  # half a step beyond the outermost levels rounds to them
         half = 1 << (form.bits - 1)
         scale = torch.maximum(high.double() / (half - 0.5), -low.double() / (half + 0.5))
-        return _bfloat16_above(scale.clamp_min(0)).unsqueeze(-1)
-    minimum = -_bfloat16_above(-low.double())
-    scale = _bfloat16_above((high.double() - minimum.double()).clamp_min_(0) / form.levels)
+        return _float16_above(scale.clamp_min(0)).unsqueeze(-1)
+    minimum = -_float16_above(-low.double())
+    scale = _float16_above((high.double() - minimum.double()).clamp_min_(0) / form.levels)
     return torch.stack((scale, minimum), -1)
 
 
-def _bfloat16_above(value: Tensor) -> Tensor:
-    """The least bfloat16 number that is not below a float64, as float32."""
-    near = value.to(torch.bfloat16)
+def _float16_above(value: Tensor) -> Tensor:
+    """The least float16 number that is not below a float64, as float32."""
+    near = value.to(torch.float16)
     steps = near.view(torch.int16)
     # one up, away from zero or towards it, where rounding went down; -0 and 0 are not told apart by a comparison
     up = torch.where(near > 0, steps + 1, torch.where(near < 0, steps - 1, torch.ones_like(steps)))
-    return torch.where(near.double() < value, up.view(torch.bfloat16), near).float()
+    return torch.where(near.double() < value, up.view(torch.float16), near).float()
 
 
 def _codes(grouped: Tensor, factors: Tensor, form: GroupFormat) -> Tensor:
@@ -205,8 +205,6 @@ def _codes(grouped: Tensor, factors: Tensor, form: GroupFormat) -> Tensor:
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     if form.symmetric:
         codes = grouped / scale + (1 << (form.bits - 1))
-    elif float(grouped.abs().max()) > _SAFE:
-        codes = ((grouped.double() - factors[..., 1:].double()) / scale.double()).float()
     else:
         codes = (grouped - factors[..., 1:]) / scale
     return codes.round_().clamp_(0, form.levels)

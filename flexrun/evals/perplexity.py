@@ -51,6 +51,8 @@ class Setting:
             name, _, value = word.partition("=")
             if name == "weight-bits" and value in ("4", "8", "16"):
                 options["weight_bits"] = int(value)
+            elif name == "weight-group" and value in ("32", "64", "128"):
+                options["weight_group"] = int(value)
             elif name == "keep" and value:
                 options["keep"] = value.split(",")
             elif name == "policy" and value:

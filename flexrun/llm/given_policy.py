@@ -14,17 +14,23 @@ from flexrun.placement import weight_bits_of
 
 
 def given_policy(
-    spec: ModelSpec, policy: Policy | str | Path | None, weight_bits: int | None, keep: Sequence[str] | None
+    spec: ModelSpec,
+    policy: Policy | str | Path | None,
+    weight_bits: int | None,
+    keep: Sequence[str] | None,
+    weight_group: int | None,
 ) -> tuple[Policy | None, dict[str, Any], WeightBits]:
     """(the policy, or None for the best one; fields of it that are decided; the bits of the weights).
 
-    weight_bits, keep: where given, in place of the policy's own. Raises ConfigError for a rule that fits no matrix.
+    weight_bits, keep, weight_group: where given, in place of the policy's own.
+    Raises ConfigError for a rule that fits no matrix.
     """
     if policy == "auto":
         policy = None
     if isinstance(policy, (str, Path)):
         policy = Policy.from_json(policy)
-    given = {"weight_bits": weight_bits, "keep": None if keep is None else tuple(keep)}
+    rules = None if keep is None else tuple(keep)
+    given = {"weight_bits": weight_bits, "keep": rules, "weight_group": weight_group}
     fixed = {name: value for name, value in given.items() if value is not None}
     decided = dataclasses.replace(policy or Policy(), **fixed)
     bits = weight_bits_of(decided)

@@ -19,7 +19,8 @@ from flexrun.llm.given_policy import given_policy
 from flexrun.llm.intake import Intake, Prompt, as_chat_requests, as_request_error, as_requests
 from flexrun.llm.lengths import Lengths
 from flexrun.llm.machine_profile import settle_hardware
-from flexrun.llm.model_files import ModelFiles, cache_stem, open_model
+from flexrun.llm.model_files import ModelFiles, open_model
+from flexrun.llm.packing import PackedModel
 from flexrun.llm.scoring import Text, as_score, score_requests
 from flexrun.machine import available_cores, available_memory_bytes, free_disk_bytes, peak_resident_bytes
 from flexrun.offload.engine import Engine
@@ -33,14 +34,14 @@ from flexrun.policy.search import Plan, search
 from flexrun.report.trace import write_chrome_trace
 from flexrun.sampling import SamplingParams
 from flexrun.weights.catalog import default_cache_dir
-from flexrun.weights.packed import PackedWeights, open_packed, packed_bytes
+from flexrun.weights.packed import PackedWeights
 from flexrun.workload import Workload
 
 MEMORY_SHARE = 0.8  # of the RAM that is free, when no --cpu-memory is given
 LAZY_SEQUENCES = 64  # sized for when requests come from an iterator that tells nothing about itself
 
 
-class LLM:
+class LLM(PackedModel):
     """A model ready to run piles of prompts.
 
     model: a folder with config.json and safetensors, a .gguf file, or a catalog name (``smollm2-135m-instruct``).
@@ -55,7 +56,8 @@ class LLM:
     lane_bandwidths: bytes a second (as for the budgets) that lanes are held to: disk_read, disk_write, and of an
         emulated accelerator h2d and d2h; {"h2d": "2GiB"} emulates a slow link. Default: FLEXRUN_LANE_BANDWIDTHS in the
         environment, else none. Plans do not know of it: name a hardware with those rates.
-    weight_bits, keep: in place of the policy's: bits of the matrices, and of some of them (``["*.down_proj=8"]``).
+    weight_bits, keep, weight_group: in place of the policy's: bits of the matrices, of some of them
+        (``["*.down_proj=8"]``), and how many weights share a scale.
     seed: seeds every request that brings none. trace: path of a Chrome trace written on close().
 
     Raises ConfigError, CheckpointError, UnsupportedError or BudgetError, each naming its remedy.
@@ -85,6 +87,7 @@ class LLM:
         lane_bandwidths: Mapping[str, int | str] | None = None,
         weight_bits: int | None = None,
         keep: Sequence[str] | None = None,
+        weight_group: int | None = None,
         log: Callable[[str], None] | None = None,
     ):
         self._accelerator = Accelerator.of(device, gpu_memory, lane_bandwidths)
@@ -97,7 +100,7 @@ class LLM:
             else open_model(model, tokenizer=tokenizer, dtype=dtype, max_model_len=max_model_len, cache_dir=cache_dir)
         )
         self.spec, self.tokenizer, self.max_model_len = self.files.spec, self.files.tokenizer, self.files.max_model_len
-        self._policy, self._fixed, self._bits = given_policy(self.spec, policy, weight_bits, keep)
+        self._policy, self._fixed, self._bits = given_policy(self.spec, policy, weight_bits, keep, weight_group)
         self._cpu_budget = parse_bytes(cpu_memory) if cpu_memory is not None else None
         self._disk_budget = parse_bytes(disk_memory) if disk_memory is not None else None
         self._hardware, self._log = hardware, log
@@ -251,9 +254,7 @@ class LLM:
         on_cpu = layout.on_device and any(place.attend_lane is Lane.CPU for place in layout.micro_batches)
         latents = self.spec.latent is not None
         layout.policy.check_runnable(on_device=layout.on_device, latents=latents, latents_on_cpu=on_cpu and latents)
-        if self._packed is None:
-            name, places = cache_stem(self.files), (self.files.reader, self.spec, self._packed_dir)
-            self._packed = open_packed(*places, name=name, progress=self._progress, bits=self._bits)
+        self.pack()
         self._engine = Engine(
             self.spec,
             self._packed,
@@ -287,8 +288,7 @@ class LLM:
         """What is free changes, so it is looked at before each plan; the packed weights are part of the budget."""
         if self._disk_budget is not None:
             return self._disk_budget
-        held = packed_bytes(self.spec, self._packed_dir, name=cache_stem(self.files), bits=self._bits)
-        return free_disk_bytes(self._packed_dir) + held
+        return free_disk_bytes(self._packed_dir) + self._packed_bytes()
 
     def _settle(self, workload: Workload, budgets: Budgets) -> Plan:
         """The plan of the policy that was given, or the best one."""

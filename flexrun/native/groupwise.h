@@ -11,7 +11,7 @@
 
 struct groupwise {
     const uint8_t *codes;    /* of each panel of PANEL_TILES tiles or the rest: [runs of columns][tiles][32] */
-    const uint16_t *factors; /* bfloat16, of each panel: [groups][tiles][2][16], or [1] where symmetric */
+    const uint16_t *factors; /* float16, of each panel: [groups][tiles][2][16], or [1] where symmetric */
     int64_t rows, columns, tile_bytes, groups;
     int group_shift;            /* columns of a group, as a power of two */
     int bits, symmetric, dtype; /* dtype: of x, bias and out, or of the matrix that is brought back */

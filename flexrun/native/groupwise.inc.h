@@ -37,10 +37,10 @@ INLINE void load_factors(const struct groupwise *m, int64_t tile, int64_t column
         const uint16_t *stored = m->factors + (place.first * m->groups + group * place.tiles + place.number) * TILE_ROWS *
                                                   (m->symmetric ? 1 : 2);
         for (int lane = 0; lane < TILE_ROWS; lane += LANES) {
-            VEC scale = v_load_bf16(stored + lane);
+            VEC scale = v_load_f16(stored + lane);
             v_store(factors + lane, scale);
             v_store(factors + stride + lane, m->symmetric ? v_mul(scale, v_set1(-(float)(1 << (m->bits - 1))))
-                                                          : v_load_bf16(stored + TILE_ROWS + lane));
+                                                          : v_load_f16(stored + TILE_ROWS + lane));
         }
     }
 }

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from flexrun.compress import GroupwiseMatrix
+from flexrun.compress import GroupFormat, GroupwiseMatrix, quantise
 from flexrun.core import DTYPES, Tier, align_up
 from flexrun.disk_io import Block, DirectFile, RowFile, blocks_of
+from flexrun.errors import ConfigError
 from flexrun.models.spec import ModelSpec
 from flexrun.offload.device import EmulatedDevice
 from flexrun.offload.tiers import Buffer, MemoryTier
@@ -254,6 +255,27 @@ class WeightStore:
             weights[_weight_name(placed)] = self._view(ring, offset, placed)
             offset += align_up(placed.nbytes)
         return weights
+
+    @contextmanager
+    def compressed(self, layer: int, name: str, form: GroupFormat) -> Iterator[None]:
+        """A resident matrix compressed for a while, which is not counted: to see what that does to the answers.
+
+        Raises ConfigError where the matrix is streamed, or compressed already.
+        """
+        placed = next(each for each in self.placement.tensors if (each.layer, each.tensor.name) == (layer, name))
+        resident = self._units[self._unit_index[unit_of(self.spec, layer, placed.tensor)]].resident
+        if _weight_name(placed) not in resident or placed.form is not None:
+            raise ConfigError(f"{name} of layer {layer} is not in RAM in its own dtype", "raise --cpu-memory")
+        staging = Buffer.outside_budget(placed.nbytes)
+        for block in self._blocks(placed, staging.data):
+            block.read()
+        dense = staging.view(0, placed.tensor.shape, self._dtype)
+        kept = resident[_weight_name(placed)]
+        resident[_weight_name(placed)] = GroupwiseMatrix(quantise(dense, form), dense.shape, form, self._dtype)
+        try:
+            yield
+        finally:
+            resident[_weight_name(placed)] = kept
 
     def close(self) -> None:
         for file in [*self._files.values(), self.embedding_rows]:

@@ -233,7 +233,7 @@ def _diffused(sizes: list[int], head: int, fractions: Placement, rest: int) -> n
 
 def weight_bits_of(policy: Policy) -> WeightBits:
     """Which matrices a policy compresses."""
-    return WeightBits(policy.weight_bits, policy.keep)
+    return WeightBits(policy.weight_bits, policy.keep, policy.weight_group)
 
 
 def stored_bytes(spec: ModelSpec, tensor: PackedTensor, form: GroupFormat | None) -> int:

@@ -52,12 +52,12 @@ def test_every_value_comes_back_within_half_a_step(form, shape):
     _, step = check_round_trip(matrix, form)
     if not form.symmetric:
         span = float(matrix.max() - matrix.min())
-        assert float(step.max()) <= span / form.levels * 1.02 + float(matrix.abs().max()) * 2.0**-7 / form.levels
+        assert float(step.max()) <= span / form.levels * 1.02 + float(matrix.abs().max()) * 2.0**-10 / form.levels
 
 
 @given(
     values=st.lists(
-        st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-(2.0**126), max_value=2.0**126),
+        st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-60000.0, max_value=60000.0),
         min_size=1,
         max_size=140,
     ),
@@ -69,8 +69,8 @@ def test_any_numbers_come_back_within_half_a_step(values, form):
 
 
 @forms
-@pytest.mark.parametrize("value", [0.0, 1.0, -0.375, 2.0**-126, -(2.0**120)])
-def test_constant_groups_of_a_bfloat16_value_are_exact(form, value):
+@pytest.mark.parametrize("value", [0.0, 1.0, -0.375, 2.0**-14, -(2.0**15)])
+def test_constant_groups_of_a_float16_value_are_exact(form, value):
     if form.symmetric and value:
         pytest.skip("a symmetric grid around zero need not hold the value")
     matrix = torch.full((2, 130), value)
@@ -79,7 +79,7 @@ def test_constant_groups_of_a_bfloat16_value_are_exact(form, value):
 
 
 @forms
-@pytest.mark.parametrize("scale", [1e-44, 1e-38, 1e-30, 1e30, 1e37])
+@pytest.mark.parametrize("scale", [1e-44, 1e-30, 1e-6, 1e3, 1.9e4])
 def test_tiny_and_huge_groups(form, scale):
     matrix = random(3, 100).clamp(-3, 3) * scale
     check_round_trip(matrix, form)
@@ -98,9 +98,9 @@ def test_numbers_that_are_none_are_refused_by_name(bad):
         quantise(matrix, GroupFormat(), name="layers.3.up")
 
 
-def test_weights_whose_differences_are_no_float32_are_refused_by_name():
-    with pytest.raises(CheckpointError, match=r"layers\.3\.up holds weights beyond 1e"):
-        quantise(torch.tensor([[1.01e38]]), GroupFormat(), name="layers.3.up")
+def test_weights_that_float16_does_not_hold_are_refused_by_name():
+    with pytest.raises(CheckpointError, match=r"layers\.3\.up holds weights beyond 60000"):
+        quantise(torch.tensor([[60001.0]]), GroupFormat(), name="layers.3.up")
 
 
 def test_unknown_formats_are_refused():
@@ -158,3 +158,14 @@ def test_a_matrix_in_pieces_is_that_in_one(monkeypatch):
     monkeypatch.setattr("flexrun.compress.groupwise._BLOCK_ELEMENTS", 96 * 65)
     assert torch.equal(quantise(matrix, form), whole)
     assert torch.equal(dequantise(whole, (150, 96), form, torch.bfloat16), back)
+
+
+def test_weights_on_a_grid_of_float16_factors_come_through_as_they_are():
+    """As those of GGUF's Q4_1 do, whose groups have 32 weights and reach the ends of their range."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (20, 5, 32), generator=generator).float()
+    codes[..., 0], codes[..., 7] = 0, 15
+    scale = (torch.rand(20, 5, 1, generator=generator) * 0.01 + 1e-3).half().float()
+    matrix = (codes * scale - (scale * 7.7).half().float()).flatten(1)
+    form = GroupFormat(4, 32)
+    assert torch.equal(dequantise(quantise(matrix, form), (20, 160), form, torch.float32), matrix)

@@ -1,0 +1,90 @@
+"""Which matrices suffer most from few bits, found by compressing one after the other, and who deserves more of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy
+
+from flexrun.compress import GroupFormat, WeightBits, can_compress
+from flexrun.errors import ConfigError, ExecutionError
+from flexrun.evals.perplexity import windows
+from flexrun.llm import LLM
+from flexrun.models.spec import ModelSpec, PackedTensor
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """change: mean square by which compressing this matrix alone moves the log-probabilities of a text's tokens; about
+    twice the divergence of the distributions, and other than a difference of perplexities never negative."""
+
+    layer: int
+    tensor: PackedTensor
+    change: float
+
+    @property
+    def rule(self) -> str:
+        """What ``--keep`` calls it."""
+        return self.tensor.sources[0].removesuffix(".weight").removeprefix("model.")
+
+
+def sensitivities(
+    llm: LLM, token_ids: Sequence[int], context_tokens: int, form: GroupFormat, on_matrix: Callable[[], None] = int
+) -> list[Sensitivity]:
+    """Of every matrix that can be compressed, in order of use. The model must be in RAM, in its own dtype.
+
+    Raises ConfigError where a matrix is streamed, ExecutionError where a piece of the text is not scored.
+    """
+    pieces = list(windows(token_ids, context_tokens))
+    plain = _logprobs(llm, pieces)
+    found = []
+    for layer, tensor in matrices(llm.spec):
+        with llm.compressed(layer, tensor.name, form):
+            change = _logprobs(llm, pieces) - plain
+        found.append(Sensitivity(layer, tensor, float(numpy.square(change).mean())))
+        on_matrix()
+    return found
+
+
+def matrices(spec: ModelSpec) -> Iterator[tuple[int, PackedTensor]]:
+    """Those that can be compressed, with their layers."""
+    return (row for row in spec.tensors_by_layer() if can_compress(row[1]))
+
+
+def choose(found: Sequence[Sensitivity], target_bits: float, low: GroupFormat, high: GroupFormat) -> tuple[str, ...]:
+    """Rules that give ``high`` to those who gain most by a byte, the rest being ``low``: at most ``target_bits`` an
+    element on average, factors included. Raises ConfigError where ``low`` alone takes more."""
+    elements = sum(each.tensor.elements for each in found)
+    left = target_bits * elements - 8 * sum(low.nbytes(each.tensor.shape) for each in found)
+    if left < 0:
+        least = target_bits - left / elements
+        raise ConfigError(
+            f"a target of {target_bits:g} bits, but {low.bits} bits for all take {least:.2f} with their scales",
+            f"give at least {least:.2f}",
+        )
+    rules = []
+    for each in sorted(found, key=lambda each: -each.change / each.tensor.elements):
+        more = 8 * (high.nbytes(each.tensor.shape) - low.nbytes(each.tensor.shape))
+        if more <= left:
+            left -= more
+            rules.append(f"{each.rule}={high.bits}")
+    return tuple(rules)
+
+
+def average_bits(spec: ModelSpec, bits: WeightBits) -> float:
+    """Bits of an element of the matrices that can be compressed, factors included."""
+    nbytes = elements = 0
+    for layer, tensor in matrices(spec):
+        form = bits.of(layer, tensor)
+        nbytes += tensor.elements * spec.dtype_bytes if form is None else form.nbytes(tensor.shape)
+        elements += tensor.elements
+    return 8 * nbytes / max(elements, 1)
+
+
+def _logprobs(llm: LLM, pieces: list[list[int]]) -> numpy.ndarray:
+    scores = llm.score(pieces, use_tqdm=False)
+    for score in scores:
+        if score.error is not None:
+            raise ExecutionError(f"a piece of the text was not scored: {score.error.message}", score.error.hint)
+    return numpy.concatenate([score.token_logprobs for score in scores])
