@@ -48,18 +48,18 @@ def _load():
             function = getattr(library, name)
             function.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
             function.restype = ctypes.c_int
-        if hasattr(library, "flexrun_multiply"):  # the others serve without it
-            library.flexrun_dequantise.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int]
-            library.flexrun_dequantise.restype = None
-            library.flexrun_multiply.argtypes = [ctypes.c_char_p, ctypes.c_int]
-            library.flexrun_multiply.restype = ctypes.c_int
+        if hasattr(library, "flexrun_multiply_codes"):  # the others serve without it
+            library.flexrun_decode_codes.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int]
+            library.flexrun_decode_codes.restype = None
+            library.flexrun_multiply_codes.argtypes = [ctypes.c_char_p, ctypes.c_int]
+            library.flexrun_multiply_codes.restype = ctypes.c_int
         return library
     return None
 
 
 _library = _load()
 available = _library is not None
-multiplies_codes = hasattr(_library, "flexrun_multiply")  # dequantise and multiply below
+multiplies_codes = hasattr(_library, "flexrun_multiply_codes")  # dequantise and multiply below
 if available:
     instruction_set = _library.flexrun_select(None).decode()
     _rms_norm, _gated, _rope, _attend, _prefill = (
@@ -242,7 +242,7 @@ def dequantise(codes, factors, bits: int, group: int, out) -> bool:
     if code is None:
         return False
     matrix = _groupwise(codes, factors, *out.shape, bits, group, code)
-    _library.flexrun_dequantise(matrix, out.data_ptr(), torch.get_num_threads())
+    _library.flexrun_decode_codes(matrix, out.data_ptr(), torch.get_num_threads())
     return True
 
 
@@ -261,4 +261,4 @@ def multiply(x, codes, factors, bits: int, group: int, bias, out) -> bool:
         x.stride(0),
         out.stride(0),
     )
-    return _library.flexrun_multiply(product, torch.get_num_threads()) == 0
+    return _library.flexrun_multiply_codes(product, torch.get_num_threads()) == 0

@@ -10,7 +10,7 @@
 static int64_t align_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 /* out: [rows][columns] of the matrix's dtype, contiguous. */
-EXPORT void flexrun_dequantise(const struct groupwise *m, void *out, int threads) {
+EXPORT void flexrun_decode_codes(const struct groupwise *m, void *out, int threads) {
     const struct groupwise_kernels *kernels = flexrun_selected()->groupwise;
     int64_t tile_out = TILE_ROWS * m->columns * element_bytes(m->dtype), tiles = (m->rows + TILE_ROWS - 1) / TILE_ROWS;
 #pragma omp parallel for num_threads(threads) if (threads > 1 && m->rows * m->columns > SERIAL_ELEMENTS)
@@ -18,7 +18,7 @@ EXPORT void flexrun_dequantise(const struct groupwise *m, void *out, int threads
 }
 
 /* Returns 0, or -1 where memory is short. */
-EXPORT int flexrun_multiply(const struct product *p, int threads) {
+EXPORT int flexrun_multiply_codes(const struct product *p, int threads) {
     const struct groupwise_kernels *kernels = flexrun_selected()->groupwise;
     const struct groupwise *m = &p->matrix;
     int inner = kernels->inner_dtype(m->dtype);
