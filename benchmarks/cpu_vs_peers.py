@@ -4,10 +4,10 @@
     python benchmarks/cpu_vs_peers.py --case all --peer-python vllm=/opt/vllm/bin/python --output result.json
 
 Cases: ram-1b (1.1 B parameters, bfloat16, all in RAM), ram-smollm2 (SmolLM2-135M from its GGUF file), ram-moe (0.8 B
-parameters in 8 layers of 8 experts, as Mixtral's), disk-1b (the 1.1 B model inside a memory limit smaller than itself,
-weights from disk, page cache cold). DIR is what make_checkpoint.py llama-1b (ram-moe: mixtral-1b) writes; it is made
-when absent. All engines get the same random token ids, generate the same number of tokens greedily past any end of
-sequence, and are timed without loading.
+parameters in 8 layers of 8 experts, as Mixtral's), disk-1b and disk-moe (the same models inside a memory limit smaller
+than themselves, the second of half its size; weights from disk, page cache cold). DIR is what make_checkpoint.py
+llama-1b (with experts: mixtral-1b) writes; it is made when absent. All engines get the same random token ids, generate
+the same number of tokens greedily past any end of sequence, and are timed without loading.
 
 A table goes to stdout; its last line is one JSON document.
 """
@@ -58,10 +58,17 @@ PEERS = {
 
 @dataclass(frozen=True)
 class Case:
+    """memory_limit: bytes of the control group around both engines, None without one; cpu_memory: flexrun's budget."""
+
     name: str
     peers: tuple[str, ...]
-    disk: bool = False
+    memory_limit: int | None = None
+    cpu_memory: str | None = None
     experts: bool = False
+
+    @property
+    def disk(self) -> bool:
+        return self.memory_limit is not None
 
 
 CASES = {
@@ -70,7 +77,8 @@ CASES = {
         Case("ram-1b", ("transformers", "vllm", "llamacpp")),
         Case("ram-smollm2", ("transformers", "openvino", "vllm", "llamacpp")),
         Case("ram-moe", ("transformers",), experts=True),
-        Case("disk-1b", ("accelerate_disk",), disk=True),
+        Case("disk-1b", ("accelerate_disk",), 2_000_000_000, "1.5GB"),
+        Case("disk-moe", ("accelerate_disk",), 790_000_000, "400MB", experts=True),
     )
 }
 
@@ -84,6 +92,7 @@ class CaseRunner:
         self.disk_dir = settings.cache_dir / "packed"
         self.offload_dir = settings.cache_dir / "offload" / self.model.name
         self.prompts = scratch / f"{case.name}-prompts.json"
+        self.limit_bytes = case.memory_limit and (settings.memory_limit or case.memory_limit)
 
     def run(self) -> dict:
         settings = self.settings
@@ -118,6 +127,7 @@ class CaseRunner:
         return {
             "case": self.case.name,
             "model": str(self.model),
+            "memory_limit_bytes": self.limit_bytes,
             "absent_peers": absent,
             "peers": {name: compare(name, peers[name], pairs[name]) for name in peers if pairs[name]},
             "failed_runs": failed_runs,
@@ -164,8 +174,11 @@ class CaseRunner:
             return {"settings": {}, "sweep": []}
         candidates = [{"batch_size": size} for size in sizes]
         if peer.engine == "accelerate_disk":
-            self._write_offload_files()
-            formats = self.settings.offload_formats
+            if not self.case.experts:
+                self._write_offload_files()
+            formats = (
+                ["safetensors"] if self.case.experts else self.settings.offload_formats
+            )  # dat knows no merged ones
             candidates = [{"batch_size": size, "offload_format": formats[0]} for size in sizes]
             candidates += [{"batch_size": sizes[0], "offload_format": other} for other in formats[1:]]
         if self.case.experts:  # each size with grouped products, its default, and with a loop over experts
@@ -205,18 +218,16 @@ class CaseRunner:
         if engine == "flexrun":
             given |= {"disk_dir": self.disk_dir, "policy": settings.policy}
             if self.case.disk:
-                given["cpu_memory"] = settings.cpu_memory
+                given["cpu_memory"] = settings.cpu_memory or self.case.cpu_memory
         elif engine == "accelerate_disk":
             given["offload_dir"] = self.offload_dir
         elif engine in ("openvino", "vllm"):
             given["cache_gigabytes"] = settings.cache_gigabytes
-        limit_bytes = None
         if self.case.disk:
-            limit_bytes = settings.memory_limit
             drop_page_cache([self.model, self.disk_dir, self.offload_dir])
         python = settings.peer_python.get(engine, sys.executable)
         command = worker_command(python, "workers.py", engine, *flags(given))
-        result = run_json(command, limit_bytes=limit_bytes, timeout_seconds=settings.timeout_seconds)
+        result = run_json(command, limit_bytes=self.limit_bytes, timeout_seconds=settings.timeout_seconds)
         say(
             f"  {engine}: {result['tokens_per_second']:.1f} tokens/s, {result['seconds']:.1f} s, "
             f"outside CPU {result['outside_cpu_share']:.0%}"
@@ -300,9 +311,9 @@ def build_parser() -> argparse.ArgumentParser:
     ):
         parser.add_argument(flag, type=_of_peer, action="append", default=[], metavar=f"NAME={value}", help=text)
     parser.add_argument(
-        "--memory-limit", type=size_in_bytes, default=2_000_000_000, help="disk case: both engines (2.0GB)"
+        "--memory-limit", type=size_in_bytes, help="disk cases: both engines (2.0GB, with experts 0.79GB)"
     )
-    parser.add_argument("--cpu-memory", default="1.5GB", help="disk case: flexrun's budget within the limit")
+    parser.add_argument("--cpu-memory", help="disk cases: flexrun's budget within the limit (1.5GB, 0.4GB)")
     parser.add_argument("--policy", help="flexrun policy JSON (default: its own choice)")
     parser.add_argument("--cache-gigabytes", type=int, default=2, help="KV cache of openvino and vllm")
     parser.add_argument("--timeout-seconds", type=float, default=7200, help="of one run")
@@ -339,8 +350,6 @@ def main() -> int:
             "output_tokens": settings.output_tokens,
             "seed": settings.seed,
         },
-        "memory_limit_bytes": settings.memory_limit,
-        "cpu_memory": settings.cpu_memory,
         "cases": results,
         "failed_cases": failures,
     }

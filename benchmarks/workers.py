@@ -165,6 +165,7 @@ def accelerate_disk(work: Work):
             attn_implementation="sdpa",
             device_map={"": "disk"},
             offload_folder=settings.offload_dir,
+            **({"experts_implementation": "eager"} if settings.expert_loop else {}),
         )
     model.eval()
     left = [name for name, parameter in model.named_parameters() if parameter.device.type != "meta"]
