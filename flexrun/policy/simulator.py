@@ -178,11 +178,19 @@ class _Clock:
             )
 
     def _keeps(self, lane: str, other: str) -> float:
-        keeps = self._costs.hardware.keeps(lane, other)
+        costs = self._costs
+        keeps = costs.hardware.keeps(lane, other)
+        # An emulated link that is held to less than a copy's speed sleeps in between: it has time left to make up for
+        # what slows its copies down, and takes a core for a part of its time only.
+        copying = min(costs.h2d.bytes_per_second / costs.hardware.host_copy.bytes_per_second, 1.0)
+        if lane == "host_copy":
+            return min(keeps / copying, 1.0)
         if (lane, other) == ("compute", "host_copy") and keeps < 1:
             # An emulated link takes a core, and threads that compute wait for each other after every operation: with
             # the short operations of a run they stand still more than the profile's long ones.
-            return min(keeps, BESIDE_EMULATED_LINK)
+            keeps = min(keeps, BESIDE_EMULATED_LINK)
+        if other == "host_copy":
+            return 1.0 - (1.0 - keeps) * copying
         return keeps
 
     def _speeds_of(self, active: int) -> dict[int, float]:

@@ -171,6 +171,21 @@ def test_copies_to_an_emulated_device_contend_like_a_copy_thread(timed, monkeypa
     assert timeline.seconds == pytest.approx(6 + 10 - 3)
 
 
+def test_an_emulated_link_held_to_a_quarter_of_a_copy_has_time_left(timed, monkeypatch):
+    """Copies at half their speed still keep up, and compute loses half of its speed for a quarter of the time."""
+    monkeypatch.setattr(simulator, "BESIDE_EMULATED_LINK", 1.0)
+    spec = planned("llama", num_hidden_layers=1)
+    layout = layout_of(Policy(sequences_in_flight=1, kv=ON_GPU), on_device=True, spec=spec)
+    timed({StepKind.EMBED: 10.0, StepKind.COPY_WEIGHTS: 1.0})
+    slow = dataclasses.replace(LAPTOP.host_copy, bytes_per_second=LAPTOP.host_copy.bytes_per_second / 4)
+    shares = {"host_copy": {"compute": 0.5}, "compute": {"host_copy": 0.5}}
+    timeline = simulate_layout(
+        layout, dataclasses.replace(LAPTOP, h2d=slow, contention=shares), decode_passes(layout, 1)
+    )
+    assert timeline.busy_seconds[Lane.H2D] == pytest.approx(3.0)
+    assert timeline.seconds == pytest.approx(3 + 10 - 3 * 0.875)
+
+
 def test_both_ways_of_the_link_share_it(timed):
     """KV comes for one micro-batch while the other's new rows go: at duplex_share both take longer."""
     policy = Policy(sequences_in_flight=1, weights=Placement(1.0, 0.0), cpu_attention_share=0.0)
