@@ -20,7 +20,7 @@ from flexrun.core import DTYPES, Lane, Tier, align_up
 from flexrun.models.spec import ModelSpec
 from flexrun.offload.kv_file import GAP_BYTES, Blocks, KVFile, blocks_of_pass, cover
 from flexrun.offload.tiers import Buffer, MemoryTier
-from flexrun.placement import HOST_KV_SLOTS, KV_SLOTS, KVMicroBatch, kv_block_bytes
+from flexrun.placement import KV_SLOTS, KVMicroBatch, host_kv_slots, kv_block_bytes
 from flexrun.steps import Step
 
 
@@ -129,8 +129,9 @@ class KVStore:
             self._slabs.append(self._new_slabs(memory, tokens if place.home is not Tier.DISK else 0))
             self._device_slabs.append(self._new_slabs(device, there))
         if self.file is not None:
-            self._host_slots = self._buffer(host, "kv_staging", HOST_KV_SLOTS * self._slot_bytes)
             slabs = len(self._disk_places) * self._spec.num_layers
+            slots = host_kv_slots(self._slot_bytes, slabs)
+            self._host_slots = self._buffer(host, "kv_staging", slots * self._slot_bytes)
             self._tails = self._buffer(host, "kv_tails", slabs * self._tails_bytes)
         if any(place.home is not Tier.GPU and place.attend_lane is Lane.GPU for place in self.micro_batches):
             self._device_slots = self._buffer(device, "kv_staging", KV_SLOTS * self._slot_bytes)

@@ -1,7 +1,6 @@
 """A policy in whole tensors, micro-batches and bytes: read by the planner and the executor alike."""
 
 from flexrun.placement.memory import (
-    HOST_KV_SLOTS,
     KV_SLOTS,
     LOGITS_ROWS,
     KVMicroBatch,
@@ -9,6 +8,7 @@ from flexrun.placement.memory import (
     device_row_bytes,
     expert_batch_rows,
     expert_buffer_bytes,
+    host_kv_slots,
     kv_block_bytes,
     kv_bytes_per_token,
     kv_micro_batches,
@@ -38,7 +38,6 @@ from flexrun.placement.weights import (
 from flexrun.placement.work import build_scheduler, model_work
 
 __all__ = [
-    "HOST_KV_SLOTS",
     "KV_SLOTS",
     "LOGITS_ROWS",
     "KVMicroBatch",
@@ -51,6 +50,7 @@ __all__ = [
     "expert_batch_rows",
     "expert_buffer_bytes",
     "expert_number",
+    "host_kv_slots",
     "kv_block_bytes",
     "kv_bytes_per_token",
     "kv_micro_batches",

@@ -21,7 +21,9 @@ LOGITS_ROWS = 128  # rows of logits computed and sampled at once, so that a larg
 FEWEST_LOGITS_ROWS = 16  # room for them where few sequences are in flight: scored prompts take many
 SHARE_PARTS = 1 << 16  # shares of tokens are taken in whole parts, exactly
 KV_SLOTS = 2  # staging slots on the device for KV that comes there to be attended
-HOST_KV_SLOTS = 4  # on the host for KV from disk: a write of few rows waits behind the reads that a disk has accepted
+HOST_KV_SLOTS = 4  # on the host for KV from disk, at least: one is read, one attended, two wait for their rows' write
+MOST_HOST_KV_SLOTS = 16
+KV_IN_FLIGHT_BYTES = 64 << 20  # in those slots: a disk with its queue full takes 20 ms to answer
 KV_BLOCK_BYTES = 16 << 10  # at most: a disk takes as long for less, and RAM holds so much of every sequence and layer
 KV_BLOCK_TOKENS = 16  # enough
 
@@ -95,6 +97,7 @@ class MemoryAccount:
     bytes_by_kind: dict[Tier, dict[str, int]] = field(default_factory=dict)
     host_ring_bytes: int = 0
     device_ring_bytes: int = 0
+    host_kv_slots: int = HOST_KV_SLOTS
     wanted_ring_bytes: tuple[int, int] = (0, 0)  # (host, device) with room to spare
 
     def total(self, tier: Tier) -> int:
@@ -207,6 +210,12 @@ def kv_block_bytes(spec: ModelSpec) -> int:
     return PAGE_BYTES << max(-(-wanted // PAGE_BYTES) - 1, 0).bit_length()
 
 
+def host_kv_slots(slot_bytes: int, slabs: int) -> int:
+    """Staging slots of the host for ``slabs`` slabs on disk of at most ``slot_bytes``: more where they are small, but
+    not for more than a quarter of what is on disk."""
+    return max(min(KV_IN_FLIGHT_BYTES // max(slot_bytes, 1), MOST_HOST_KV_SLOTS, slabs // 4), HOST_KV_SLOTS)
+
+
 def least_ring_bytes(placement: WeightPlacement, *, in_parts: bool = False) -> tuple[int, int]:
     """(host, device) bytes that the streaming rings must have.
 
@@ -263,6 +272,8 @@ def memory_account(
             there = micro_batch.device_tokens(micro_batch.capacity_tokens)
             kv[micro_batch.home] += align_up((micro_batch.capacity_tokens - there) * token_bytes)
             kv[Tier.GPU] += align_up(there * token_bytes)
+    slabs = spec.num_layers * sum(micro_batch.home is Tier.DISK for micro_batch in micro_batches)
+    slots = host_kv_slots(slot_bytes, slabs)
     kinds = {tier: {"weights": placement.bytes_on(tier), "kv": kv[tier]} for tier in (Tier.GPU, Tier.CPU)}
     kinds[Tier.DISK] = {"weights": placement.stored_bytes, "kv": kv[Tier.DISK]}
     kinds[Tier.GPU if on_device else Tier.CPU]["workspace"] = workspace_bytes(spec, policy)
@@ -275,8 +286,7 @@ def memory_account(
         row_bytes = spec.embedding_size * spec.dtype_bytes
         kinds[Tier.CPU]["embedding_rows"] = align_up(policy.tokens_per_pass * row_bytes)
     if kv[Tier.DISK]:
-        kinds[Tier.CPU]["kv_staging"] = HOST_KV_SLOTS * slot_bytes
-        slabs = spec.num_layers * sum(micro_batch.home is Tier.DISK for micro_batch in micro_batches)
+        kinds[Tier.CPU]["kv_staging"] = slots * slot_bytes
         kinds[Tier.CPU]["kv_tails"] = slabs * micro_batch_sequences(policy) * kv_block_bytes(spec)
     if on_device:
         lanes = {micro_batch.attend_lane for micro_batch in micro_batches if micro_batch.home is not Tier.GPU}
@@ -294,4 +304,4 @@ def memory_account(
     host_ring, device_ring = ring_bytes(placement, spare, in_parts=in_parts)
     device_ring = device_ring if on_device else 0
     kinds[Tier.CPU]["ring"], kinds[Tier.GPU]["ring"] = host_ring, device_ring
-    return MemoryAccount(kinds, host_ring, device_ring, ring_bytes(placement, in_parts=in_parts))
+    return MemoryAccount(kinds, host_ring, device_ring, slots, ring_bytes(placement, in_parts=in_parts))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from flexrun.config import Policy
 from flexrun.core import Lane
 from flexrun.models.spec import ModelSpec
-from flexrun.placement.memory import HOST_KV_SLOTS, KV_SLOTS, MemoryAccount, part_tokens
+from flexrun.placement.memory import KV_SLOTS, MemoryAccount, part_tokens
 from flexrun.placement.weights import WeightPlacement
 from flexrun.schedule import Scheduler
 from flexrun.steps import ModelWork
@@ -57,7 +57,7 @@ def build_scheduler(
         device_ring_bytes=account.device_ring_bytes,
         read_embedding_rows=placement.embedding_on_disk,
         kv_slots=KV_SLOTS,
-        host_kv_slots=HOST_KV_SLOTS,
+        host_kv_slots=account.host_kv_slots,
         half_batches=policy is not None and policy.half_batches,
         part_tokens=0 if policy is None else part_tokens(policy),
     )

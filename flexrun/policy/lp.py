@@ -20,10 +20,10 @@ from flexrun.core import Lane, Tier
 from flexrun.hardware import Hardware
 from flexrun.models.spec import ModelSpec
 from flexrun.placement import (
-    HOST_KV_SLOTS,
     KV_SLOTS,
     WeightPlacement,
     device_row_bytes,
+    host_kv_slots,
     kv_block_bytes,
     kv_bytes_per_token,
     merge_bytes,
@@ -155,7 +155,8 @@ class _Program:
         above = policy.kv_device_tokens_share * kv_bytes  # of KV that is split by token
         host = weight_bytes * weights["cpu"] + kv_bytes * host_kv + host_ring * weights["disk"]
         tails = self.micro_batches * micro_batch_sequences(policy) * spec.num_layers * kv_block_bytes(spec)
-        host += (HOST_KV_SLOTS * slot + tails) * disk_kv
+        slots = host_kv_slots(int(slot), self.micro_batches * spec.num_layers)
+        host += (slots * slot + tails) * disk_kv
         if budgets.on_device:
             streams = weights["cpu"] + weights["disk"]
             device = weight_bytes * weights["gpu"] + kv_bytes * kv["gpu"] + device_ring * streams + fixed_work

@@ -13,7 +13,6 @@ from planned_models import planned
 from flexrun.config import Placement, Policy
 from flexrun.core import PAGE_BYTES, Lane, Tier, align_up
 from flexrun.placement import (
-    HOST_KV_SLOTS,
     KV_SLOTS,
     KVMicroBatch,
     compressed_bytes,
@@ -28,7 +27,7 @@ from flexrun.placement import (
     place_weights,
     workspace_bytes,
 )
-from flexrun.placement.memory import hidden_rows_elsewhere
+from flexrun.placement.memory import hidden_rows_elsewhere, host_kv_slots
 
 SPEC = planned("llama")
 POLICY = Policy(sequences_in_flight=8, attention_micro_batch=2, tokens_per_pass=1000, token_micro_batch=100)
@@ -123,13 +122,19 @@ def test_every_micro_batch_has_one_home_and_its_bytes_there(sequences, micro_bat
         Tier.CPU: any(place.home is Tier.DISK for place in places),
         Tier.GPU: on_device and any(place.attend_lane is Lane.GPU for place in elsewhere),
     }
-    for tier, slots in ((Tier.CPU, HOST_KV_SLOTS), (Tier.GPU, KV_SLOTS)):
+    for tier, slots in ((Tier.CPU, told.host_kv_slots), (Tier.GPU, KV_SLOTS)):
         assert told.bytes_by_kind[tier].get("kv_staging", 0) == (slots * slot if staged[tier] else 0)
     tails = sum(place.home is Tier.DISK for place in places) * min(micro_batch, sequences) * kv_block_bytes(SPEC)
     assert told.bytes_by_kind[Tier.CPU].get("kv_tails", 0) == SPEC.num_layers * tails
     attends_beside = on_device and any(place.attend_lane is Lane.CPU for place in elsewhere)
     offloaded = told.bytes_by_kind[Tier.CPU].get("offloaded_query", 0)
     assert offloaded == (offloaded_query_bytes(SPEC, policy) if attends_beside else 0)
+
+
+def test_small_slots_are_many():
+    mib = 1 << 20
+    assert [host_kv_slots(size, 1000) for size in (mib, 4 * mib, 8 * mib, 16 * mib, 1024 * mib)] == [16, 16, 8, 4, 4]
+    assert [host_kv_slots(mib, slabs) for slabs in (3, 20, 44, 88)] == [4, 5, 11, 16], "no more than a quarter"
 
 
 def test_a_block_takes_16_rows_or_16_kib():
