@@ -51,7 +51,7 @@ def test_flags_reach_the_engine(flexrun, engine):
         *shlex.split(
             "--threads 2 --disk-memory 3GiB --disk-dir d --cache-dir c --trace t.json --tokenizer tok --policy p.json"
         ),
-        *shlex.split("--hardware hw.json --weight-bits 4 --keep layers.0.*=16,*.down_proj=8"),
+        *shlex.split("--hardware hw.json --weight-bits 4 --weight-group 32 --keep layers.0.*=16,*.down_proj=8"),
     )
     assert callable(engine.built.pop("log"))
     assert engine.built == {
@@ -73,6 +73,7 @@ def test_flags_reach_the_engine(flexrun, engine):
         "threads": 2,
         "hardware": "hw.json",
         "weight_bits": 4,
+        "weight_group": 32,
         "keep": ["layers.0.*=16", "*.down_proj=8"],
         "progress": False,
     }
