@@ -54,6 +54,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="also plan passes larger than the GPU, whose hidden states wait in RAM (seldom faster, a longer search)",
     )
 
+    policy.add_argument(
+        "--effort", type=float, default=1.0, metavar="X", help="search X times as long; worth it for a job of hours"
+    )
+
     output = parser.add_argument_group("output")
     output.add_argument("-o", "--output-file", metavar="FILE", help="the policy, for flexrun run --policy FILE")
     output.add_argument("--json", action="store_true", help="everything as JSON on stdout")
@@ -84,7 +88,11 @@ def call(args: argparse.Namespace) -> int:
         plan = plan_of(policy, model.spec, hardware, workload, budgets)
     else:
         features = PLANNABLE if args.all_features else RUNNABLE
-        plan = search_plan(model.spec, hardware, workload, budgets, fixed=_fixed(args), features=features)
+        if not 0 < args.effort <= 1000:
+            raise ConfigError(f"--effort {args.effort:g} is outside (0, 1000]", "1 takes seconds")
+        plan = search_plan(
+            model.spec, hardware, workload, budgets, fixed=_fixed(args), features=features, effort=args.effort
+        )
     weight_bits_of(plan.policy).check(model.spec.tensors_by_layer())
     if args.json:
         document = {"model_name": model.name, "hardware": hardware.name, **plan_document(plan)}

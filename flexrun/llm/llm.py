@@ -30,7 +30,7 @@ from flexrun.placement import part_tokens
 from flexrun.policy.explain import forecast_document, forecast_line
 from flexrun.policy.forecast import forecast
 from flexrun.policy.layout import Budgets, Layout
-from flexrun.policy.search import Plan, search
+from flexrun.policy.search import Plan, search_worth
 from flexrun.report.trace import write_chrome_trace
 from flexrun.sampling import SamplingParams
 from flexrun.weights.catalog import default_cache_dir
@@ -297,7 +297,7 @@ class LLM(PackedModel):
             fixed = dict(self._fixed)
             if self._max_num_seqs is not None:
                 fixed["sequences_in_flight"] = min(self._max_num_seqs, len(workload))
-            plan = search(self.spec, hardware, workload, budgets, fixed=fixed)
+            plan = search_worth(self.spec, hardware, workload, budgets, fixed=fixed)
         else:
             policy = self._policy
             if self._max_num_seqs is not None:

@@ -63,10 +63,12 @@ def search_plan(
     *,
     fixed: Mapping[str, Any] | None = None,
     features: Features = RUNNABLE,
+    effort: float = 1.0,
 ) -> Plan:
     """The best plan with all that is known of it: layout, forecast, prices. Arguments as for ``search_policy``."""
-    machine = as_hardware(hardware)
-    return search(as_spec(model), machine, workload, as_budgets(budgets, machine), fixed=fixed, features=features)
+    machine, spec = as_hardware(hardware), as_spec(model)
+    budgets = as_budgets(budgets, machine)
+    return search(spec, machine, workload, budgets, fixed=fixed, features=features, effort=effort)
 
 
 def search_policy(
@@ -77,15 +79,16 @@ def search_policy(
     *,
     fixed: Mapping[str, Any] | None = None,
     features: Features = RUNNABLE,
+    effort: float = 1.0,
 ) -> Policy:
     """The policy that ends ``workload`` soonest.
 
     model: a ModelSpec, or the path or name of a model (its config.json is enough). hardware: a Hardware or the path of
     its document. budgets: a Budgets or {"gpu", "cpu", "disk"} in bytes or text; default: most of what the machine has.
-    fixed: Policy fields to keep, for example {"sequences_in_flight": 64}.
+    fixed: Policy fields to keep, for example {"sequences_in_flight": 64}. effort: how many times as long to search.
     Raises NoFit (a BudgetError) naming the budget that is short, and ConfigError for what cannot be read.
     """
-    return search_plan(model, hardware, workload, budgets, fixed=fixed, features=features).policy
+    return search_plan(model, hardware, workload, budgets, fixed=fixed, features=features, effort=effort).policy
 
 
 def plan_of(

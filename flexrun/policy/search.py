@@ -37,6 +37,7 @@ WORTH = 0.005  # a move must save this share of the time
 ROUNDED_STEPS, QUICK_STEPS, CLOSE_STEPS = 60_000, 70_000, 70_000  # simulated before climbing, and while
 AGAIN_STEPS = {CLOSE: 30_000, FULL: 30_000}
 LOOK_STEPS, UNIT_STEPS = 400, 7  # that the rest of a look at a policy, and of each of its units, takes as long as
+SEARCH_SHARE, SEARCH_SECONDS, MOST_EFFORT = 0.005, 3.0, 10.0  # of a job's time; of a usual search
 MANY_MORE = 0.1  # share of the weights, those on the device counted twice
 
 
@@ -69,9 +70,11 @@ def search(
     *,
     fixed: Mapping[str, Any] | None = None,
     features: Features = RUNNABLE,
+    effort: float = 1.0,
 ) -> Plan:
     """The best plan for a job.
 
+    effort: how many times as long as usual to look; more finds better plans for some jobs, and takes as much longer.
     fixed: Policy fields that the user decided; only the others are chosen. features: what the plan may use.
     Raises NoFit where no policy fits the budgets, naming the one that is short, and ConfigError for a fixed field
     that is none.
@@ -82,7 +85,24 @@ def search(
     if unknown:
         raise ConfigError(f"unknown policy field {sorted(unknown)[0]!r}", "see flexrun.Policy")
     with _without_collector():
-        return _Search(spec, hardware, workload, budgets, dict(fixed or {}), features).run()
+        return _Search(spec, hardware, workload, budgets, dict(fixed or {}), features, effort).run()
+
+
+def search_worth(
+    spec: ModelSpec,
+    hardware: Hardware,
+    workload: Workload,
+    budgets: Budgets,
+    *,
+    fixed: Mapping[str, Any] | None = None,
+) -> Plan:
+    """The best plan that is found in seconds or, for a longer job, in SEARCH_SHARE of its time."""
+    plan = search(spec, hardware, workload, budgets, fixed=fixed)
+    effort = min(plan.forecast.seconds * SEARCH_SHARE / SEARCH_SECONDS, MOST_EFFORT)
+    if effort < 2:
+        return plan
+    longer = search(spec, hardware, workload, budgets, fixed=fixed, effort=effort)
+    return min(plan, longer, key=lambda each: each.forecast.seconds)
 
 
 @contextlib.contextmanager
@@ -98,23 +118,24 @@ def _without_collector() -> Iterator[None]:
 
 
 class _Search:
-    def __init__(self, spec, hardware, workload, budgets, fixed, features):
+    def __init__(self, spec, hardware, workload, budgets, fixed, features, effort):
         self.spec: ModelSpec = spec
         self.hardware: Hardware = hardware
         self.workload: Workload = workload
         self.budgets: Budgets = budgets
         self.fixed: dict[str, Any] = fixed
         self.programs = Programs(spec, hardware, workload, budgets, fixed, features)
+        self._times = effort
         self._effort = QUICK
         self._scores: dict[Policy, _Score | None] = {}  # by what was asked, and by what it became
         self._simulations = 0
-        self._steps_left = 0
+        self._steps_left = 0.0
         self._passes: dict[tuple, Passes] = {}
         self._best_score = float("inf")  # whose bound is above it need not be simulated
 
     def run(self) -> Plan:
         choices = self.programs.solve_all()
-        self._steps_left = ROUNDED_STEPS
+        self._steps_left = self._times * ROUNDED_STEPS
         for choice in sorted(choices, key=lambda choice: choice.seconds):
             if choice.seconds > NO_HOPE * self._best_score:
                 break
@@ -237,11 +258,11 @@ class _Search:
 
     def _improve(self) -> None:
         """Climb by quick looks from the best policy of each form, then by closer ones from what those find near."""
-        self._steps_left = QUICK_STEPS
+        self._steps_left = self._times * QUICK_STEPS
         for policy in _best_of_forms(self._layouts()):
             self._climb(policy, leave=self._steps_left // 2)  # for the other forms
         self._look_again(CLOSE, lambda scores: [*_best_of_counts(scores), *_best_of_forms(scores)])
-        self._steps_left = CLOSE_STEPS
+        self._steps_left = self._times * CLOSE_STEPS
         self._climb(self._layouts()[0].layout.policy)
 
     def _chosen(self) -> _Score:
@@ -255,7 +276,7 @@ class _Search:
         close = {score.layout.policy: score.layout for score in layouts if score.seconds <= layouts[0].seconds * NEAR}
         picked = [policy for policy in first(layouts) if policy in close]
         self._effort, self._best_score, self._scores = effort, float("inf"), {}
-        self._steps_left = AGAIN_STEPS[effort]
+        self._steps_left = self._times * AGAIN_STEPS[effort]
         for place, policy in enumerate(list(dict.fromkeys([*picked, *close]))[:MOST_FINALISTS]):
             if place == 0 or self._steps_left > 0:
                 self._scores[policy] = self._scored(close[policy])

@@ -20,7 +20,7 @@ from flexrun.policy.features import Features
 from flexrun.policy.fill import NoFit
 from flexrun.policy.forecast import FULL, forecast
 from flexrun.policy.layout import Budgets, Layout, room_for
-from flexrun.policy.search import Plan, search
+from flexrun.policy.search import Plan, search, search_worth
 from flexrun.workload import Workload
 
 SPEC = planned("gqa", num_hidden_layers=8, hidden_size=512, intermediate_size=1408, vocab_size=4000)  # 45 MiB
@@ -298,6 +298,18 @@ def test_a_search_gives_the_same_plan_each_time():
     first, second = (plan_for(workload, 40 * MIB, 30 * MIB, machine=T4, fixed=fixed) for _ in range(2))
     assert (first.policy, first.forecast) == (second.policy, second.forecast)
     assert (first.programs, first.simulations) == (second.programs, second.simulations)
+
+
+def test_a_job_of_hours_is_worth_a_longer_search(monkeypatch):
+    monkeypatch.setattr("flexrun.policy.search.MOST_EFFORT", 2.0)
+    budgets, jobs = Budgets(40 * MIB, 30 * MIB), (UNIFORM(60, 120, 20), UNIFORM(3_000_000, 120, 20))
+    fixed = {"attention_micro_batch": 8, "half_batches": False, "cpu_attention_share": 1.0}
+    usual = [search(SPEC, T4, job, budgets, fixed=fixed) for job in jobs]
+    worth = [search_worth(SPEC, T4, job, budgets, fixed=fixed) for job in jobs]
+    assert usual[0].forecast.seconds < 60 < 1200 < usual[1].forecast.seconds
+    assert worth[0].policy == usual[0].policy and worth[0].simulations == usual[0].simulations
+    assert worth[1].simulations > usual[1].simulations
+    assert worth[1].forecast.seconds <= usual[1].forecast.seconds
 
 
 def test_a_machine_without_the_dtype_is_refused():
