@@ -30,7 +30,7 @@ def moves(policy: Policy, programs: Programs, *, closely: bool = False) -> Itera
     if "kv" in free and policy.kv.disk > 0:
         most, step = 1.0 - policy.kv.gpu, 1 / micro_batches(policy)
         for share in {round(min(max(policy.kv.disk + change, 0.0), most), 6) for change in (-step, step)}:
-            yield {"kv": Placement(policy.kv.gpu, most - share, share)}
+            yield {"kv": Placement(policy.kv.gpu, max(most - share, 0.0), share)}
     if "token_micro_batch" in free:
         most = GPU_ROWS if programs.budgets.on_device and programs.hardware.gpu else 2 * CPU_ROWS
         for rows in (256, 512, 1024, 2048):
@@ -100,7 +100,7 @@ def _other_attention(policy: Policy, programs: Programs, free: set[str]) -> Iter
     if "kv" in free:
         most = 1.0 - policy.kv.disk
         for share in {round(min(max(policy.kv.gpu + step / count, 0.0), most), 6) for step in (1, -1)}:
-            yield {"kv": Placement(share, most - share, policy.kv.disk)}
+            yield {"kv": Placement(share, max(most - share, 0.0), policy.kv.disk)}
 
 
 def _near(weights: Placement) -> Iterator[Placement]:
@@ -116,6 +116,6 @@ def _near(weights: Placement) -> Iterator[Placement]:
     for share in dict.fromkeys(round(min(max(share, 0.0), 1.0), 4) for share in shares):
         if weights.gpu:
             cpu = min(weights.cpu, 1.0 - share) if weights.disk else 1.0 - share
-            yield Placement(share, cpu, max(1.0 - share - cpu, 0.0))
+            yield Placement(share, max(cpu, 0.0), max(1.0 - share - cpu, 0.0))
         else:
             yield Placement(0.0, share, 1.0 - share)

@@ -302,10 +302,9 @@ def test_a_search_gives_the_same_plan_each_time():
 
 def test_a_job_of_hours_is_worth_a_longer_search(monkeypatch):
     monkeypatch.setattr("flexrun.policy.search.MOST_EFFORT", 2.0)
-    budgets, jobs = Budgets(40 * MIB, 30 * MIB), (UNIFORM(60, 120, 20), UNIFORM(3_000_000, 120, 20))
-    fixed = {"attention_micro_batch": 8, "half_batches": False, "cpu_attention_share": 1.0}
-    usual = [search(SPEC, T4, job, budgets, fixed=fixed) for job in jobs]
-    worth = [search_worth(SPEC, T4, job, budgets, fixed=fixed) for job in jobs]
+    budgets, jobs = Budgets(80 * MIB), (UNIFORM(60, 120, 20), UNIFORM(3_000_000, 120, 20))
+    usual = [search(SPEC, LAPTOP, job, budgets) for job in jobs]
+    worth = [search_worth(SPEC, LAPTOP, job, budgets) for job in jobs]
     assert usual[0].forecast.seconds < 60 < 1200 < usual[1].forecast.seconds
     assert worth[0].policy == usual[0].policy and worth[0].simulations == usual[0].simulations
     assert worth[1].simulations > usual[1].simulations
