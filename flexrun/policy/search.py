@@ -107,13 +107,19 @@ def search_worth(
 
 @contextlib.contextmanager
 def _without_collector() -> Iterator[None]:
-    """Simulated steps are no cycles, but so many that looking for some takes a quarter of a search's time."""
-    enabled = gc.isenabled()
+    """Simulated steps are no cycles, but so many that looking for some takes a quarter of a search's time.
+
+    What is left at the end counts as old, so that it is not all looked through at once.
+    """
+    enabled, frozen = gc.isenabled(), gc.get_freeze_count()
     gc.disable()
     try:
         yield
     finally:
         if enabled:
+            gc.freeze()
+            if not frozen:
+                gc.unfreeze()
             gc.enable()
 
 
