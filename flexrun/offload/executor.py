@@ -30,6 +30,7 @@ from flexrun.steps import Step, StepKind
 # Requests in flight. Three reads fill an idle machine's disk; beside busy cores, where a thread takes a while to come
 # to the next one, only more of them do. Writes are small and wait behind all reads that the disk has accepted.
 THREADS = {Lane.DISK_READ: 8, Lane.DISK_WRITE: 8}
+THROTTLED_THREADS = 3  # those that only sleep are in each other's way
 WEIGHTS = (StepKind.READ_WEIGHTS, StepKind.COPY_WEIGHTS)
 
 
@@ -129,13 +130,14 @@ class Executor:
 
     def _worker(self, step: Step) -> LaneWorker:
         lane, bulk = step.lane, step.kind in WEIGHTS
+        throttle = self._throttles.get(step.lane)
         if (lane, bulk) not in self._workers:
             self._workers[lane, bulk] = LaneWorker(
                 lane,
                 self._progress,
                 self._meters.setdefault(lane, LaneMeter(self._record)),
-                THREADS.get(lane, 1),
-                throttle=self._throttles.get(lane),
+                THREADS.get(lane, 1) if throttle is None else min(THREADS.get(lane, 1), THROTTLED_THREADS),
+                throttle=throttle,
                 feeds=self._accelerator.queue(lane, bulk=bulk),
                 ends_on_host=lane is not Lane.H2D,  # rows that come down are put in their places by the host
             )
