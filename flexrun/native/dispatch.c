@@ -180,11 +180,7 @@ EXPORT int flexrun_attend(const struct attention *a, const int64_t *segments, in
     }
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        int thread = 0;
-#ifdef _OPENMP
-        extern int omp_get_thread_num(void);
-        thread = omp_get_thread_num();
-#endif
+        int thread = thread_number();
         float *own = memory + thread * thread_floats;
         float *workspace = own + 2 * thread_rows * (head_dim + 2);
 #pragma omp for schedule(dynamic, 1)
@@ -265,11 +261,7 @@ EXPORT int flexrun_prefill(const struct attention *a, const int64_t *segments, i
     }
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        int thread = 0;
-#ifdef _OPENMP
-        extern int omp_get_thread_num(void);
-        thread = omp_get_thread_num();
-#endif
+        int thread = thread_number();
 #pragma omp for schedule(dynamic, 1)
         for (int64_t number = 0; number < items; number++)
             kernels->prefill_item(a, &work[number], memory + thread * floats);

@@ -34,11 +34,7 @@ EXPORT int flexrun_multiply_codes(const struct product *p, int threads) {
     if (!memory) return -1;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        int thread = 0;
-#ifdef _OPENMP
-        extern int omp_get_thread_num(void);
-        thread = omp_get_thread_num();
-#endif
+        int thread = thread_number();
         char *own = memory + x_bytes + sums_bytes + thread * thread_bytes;
         struct panel panel = {(float *)own, (float *)(own + totals_bytes), own + totals_bytes + factors_bytes};
         struct inputs inputs = {memory, (float *)(memory + x_bytes), 0, 0, capacity};

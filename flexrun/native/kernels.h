@@ -101,6 +101,13 @@ extern const struct kernels kernels_avx2, kernels_avx512, kernels_avx512_bf16;
 /* Those of the instruction set in use. */
 const struct kernels *flexrun_selected(void);
 
+#ifdef _OPENMP
+extern int omp_get_thread_num(void); /* of the team that runs: omp.h need not be installed */
+static inline int thread_number(void) { return omp_get_thread_num(); }
+#else
+static inline int thread_number(void) { return 0; }
+#endif
+
 static inline int64_t element_bytes(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
 #endif
