@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 import sys
 
-from flexrun.cli.machine import add_machine_flags, llm_arguments
+from flexrun.cli.machine import (
+    add_machine_flags,
+    add_model_flags,
+    add_weight_flags,
+    llm_arguments,
+    weight_arguments,
+)
 from flexrun.errors import ConfigError
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="NAME", help="directory, .gguf file or known model name")
-    parser.add_argument("--policy", default="auto", metavar="auto|FILE", help="policy JSON; see configs/policies")
-
+    add_model_flags(parser)
     workload = parser.add_argument_group("workload: one for each pair of lengths, or a suite")
     workload.add_argument("--prompt-len", type=_lengths, default=[512], metavar="TOKENS[,TOKENS...]")
     workload.add_argument("--gen-len", type=_lengths, default=[32], metavar="TOKENS[,TOKENS...]")
@@ -24,7 +28,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repetitions", type=int, default=3, metavar="COUNT", help="measured; default: 3")
     parser.add_argument("--warmup", type=int, default=1, metavar="COUNT", help="runs before, unmeasured; default: 1")
     parser.add_argument("-o", "--output", default="md", choices=("md", "csv", "json"), help="what stdout gets")
-    add_machine_flags(parser)
+    machine = add_machine_flags(parser)
+    machine.add_argument("--policy", default="auto", metavar="auto|FILE", help="policy JSON; see configs/policies")
+    add_weight_flags(machine)
 
 
 def call(args: argparse.Namespace) -> int:
@@ -38,7 +44,7 @@ def call(args: argparse.Namespace) -> int:
         raise ConfigError(f"--share {args.share} is outside (0, 1]", "1 runs every prompt of the suite")
     cells = helm_suite(args.share) if args.suite else sweep(args.num_prompts, args.prompt_len, args.gen_len)
     policy = None if args.policy == "auto" else args.policy
-    with LLM(args.model, policy=policy, log=_say, **llm_arguments(args)) as llm:
+    with LLM(args.model, policy=policy, log=_say, **llm_arguments(args), **weight_arguments(args)) as llm:
         results = []
         for result in measure(llm, cells, repetitions=args.repetitions, warmup=args.warmup, seed=args.seed):
             results.append(result)

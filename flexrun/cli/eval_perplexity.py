@@ -8,12 +8,12 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from flexrun.cli.machine import LLM_FLAGS, add_machine_flags
+from flexrun.cli.machine import MODEL_FLAGS, add_machine_flags, add_model_flags, llm_arguments
 from flexrun.errors import ConfigError
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="NAME", help="directory, .gguf file or known model name")
+    add_model_flags(parser)
     parser.add_argument("--text", required=True, metavar="FILE", help="plain text, UTF-8")
     parser.add_argument("--context", type=int, default=1024, metavar="TOKENS", help="the text is cut to such pieces")
     parser.add_argument("--limit", type=int, metavar="TOKENS", help="only the first tokens of the text")
@@ -34,14 +34,13 @@ def call(args: argparse.Namespace) -> int:
     from flexrun.llm import LLM, open_model
 
     settings = [Setting.parse(text) for text in args.setting or [""]]
-    given = {name: getattr(args, name) for name in LLM_FLAGS}
-    files = open_model(args.model, tokenizer=args.tokenizer, dtype=args.dtype, cache_dir=args.cache_dir)
+    files = open_model(args.model, **{name: getattr(args, name) for name in MODEL_FLAGS})
     try:
         token_ids = text_tokens(files.tokenizer, args.text)[: args.limit]
     finally:
         files.close()
     results = []
-    for result in compare(partial(LLM, args.model, **given), settings, token_ids, args.context):
+    for result in compare(partial(LLM, args.model, **llm_arguments(args)), settings, token_ids, args.context):
         results.append(result)
         print(f"{result.setting or 'as stored'}: {result.perplexity:.4f}", file=sys.stderr, flush=True)
     print(json.dumps([each.document() for each in results], indent=2) if args.json else format_table(results))

@@ -1,18 +1,16 @@
-"""Flags of what a model runs on, for the commands that open one to try it."""
+"""Flags that several commands share: of the model, of what it runs on, and of the bits of its weights."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
 
-LLM_FLAGS = (
-    "tokenizer",
-    "dtype",
+MODEL_FLAGS = ("tokenizer", "dtype", "max_model_len", "cache_dir")
+MACHINE_FLAGS = (
     "gpu_memory",
     "cpu_memory",
     "disk_memory",
     "disk_dir",
-    "cache_dir",
     "max_num_seqs",
     "device",
     "threads",
@@ -20,22 +18,47 @@ LLM_FLAGS = (
 )
 
 
-def add_machine_flags(parser: argparse.ArgumentParser) -> None:
-    """A flag for each of LLM_FLAGS, the arguments of flexrun.LLM."""
+def add_model_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """--model and a flag for each of MODEL_FLAGS, arguments of flexrun.LLM and open_model. Returns their group."""
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", required=True, metavar="NAME", help="directory, .gguf file or known model name")
+    model.add_argument("--tokenizer", metavar="PATH", help="tokenizer directory or file, if not the model's own")
+    model.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    model.add_argument("--max-model-len", type=int, metavar="TOKENS", help="most tokens of prompt and answer together")
+    model.add_argument("--cache-dir", metavar="DIR", help="where fetched models and packed weights are kept")
+    return model
+
+
+def add_machine_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """A flag for each of MACHINE_FLAGS, arguments of flexrun.LLM. Returns their group."""
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--tokenizer", metavar="PATH", help="tokenizer directory or file, if not the model's own")
-    machine.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    machine.add_argument("--cache-dir", metavar="DIR", help="where fetched models and packed weights are kept")
-    machine.add_argument("--disk-dir", metavar="DIR", help="where weights and KV cache are streamed from")
     machine.add_argument("--hardware", metavar="FILE", help="profile to plan by; default: this machine, measured once")
     machine.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     machine.add_argument("--gpu-memory", metavar="SIZE", help="budget; on cpu, an emulated accelerator")
     machine.add_argument("--cpu-memory", metavar="SIZE", help="budget of host memory, for example 8GiB")
-    machine.add_argument("--disk-memory", metavar="SIZE", help="budget of disk; default: what is free there")
+    machine.add_argument("--disk-memory", metavar="SIZE", help="budget of disk for both; default: what is free there")
+    machine.add_argument("--disk-dir", metavar="DIR", help="where weights and KV cache are streamed from")
     machine.add_argument("--max-num-seqs", type=int, metavar="COUNT", help="sequences in flight")
     machine.add_argument("--threads", type=int, metavar="COUNT", help="threads that compute")
+    return machine
+
+
+def add_weight_flags(group: argparse._ArgumentGroup) -> None:
+    """The flags of `weight_arguments`."""
+    group.add_argument("--weight-bits", type=int, choices=(4, 8, 16), help="compress the matrices; default: do not")
+    group.add_argument(
+        "--weight-group", type=int, choices=(32, 64, 128), help="weights that share a scale; default: 64"
+    )
+    group.add_argument("--keep", metavar="RULES", help="other bits for some, as in layers.0.*=16,*.down_proj=8")
+
+
+def weight_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """What --weight-bits, --weight-group and --keep say, as arguments of flexrun.LLM or fields of a Policy; None: not
+    given."""
+    keep = None if args.keep is None else args.keep.split(",")
+    return {"weight_bits": args.weight_bits, "weight_group": args.weight_group, "keep": keep}
 
 
 def llm_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """What the flags say, as arguments of flexrun.LLM."""
-    return {name: getattr(args, name) for name in LLM_FLAGS}
+    """What the flags of model and machine say, as arguments of flexrun.LLM."""
+    return {name: getattr(args, name) for name in (*MODEL_FLAGS, *MACHINE_FLAGS)}

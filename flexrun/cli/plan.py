@@ -8,16 +8,12 @@ import json
 import sys
 from pathlib import Path
 
+from flexrun.cli.machine import MODEL_FLAGS, add_model_flags, add_weight_flags, weight_arguments
 from flexrun.errors import ConfigError
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", required=True, metavar="NAME", help="config.json, its folder, .gguf or known name")
-    model.add_argument("--tokenizer", metavar="PATH", help="tokenizer that counts the tokens of -i, if not the model's")
-    model.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    model.add_argument("--max-model-len", type=int, metavar="TOKENS", help="most tokens of prompt and answer together")
-    model.add_argument("--cache-dir", metavar="DIR", help="where known models and this machine's profile are kept")
+    add_model_flags(parser)
 
     job = parser.add_argument_group("job")
     job.add_argument("-i", "--input-file", metavar="FILE", help="prompts, JSONL; or describe them:")
@@ -40,13 +36,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="FIELD=VALUE",
         help="keep a field of the policy",
     )
-    policy.add_argument("--weight-bits", type=int, choices=(4, 8, 16), help="compress the matrices; default: do not")
-    policy.add_argument(
-        "--weight-group", type=int, choices=(32, 64, 128), help="weights that share a scale; default: 64"
-    )
-    policy.add_argument(
-        "--keep", metavar="RULES", help="other bits for some of them, as in layers.0.*=16,*.down_proj=8"
-    )
+    add_weight_flags(policy)
     policy.add_argument("--policy", metavar="FILE", help="do not search: forecast this policy")
     policy.add_argument(
         "--all-features",
@@ -73,13 +63,7 @@ def call(args: argparse.Namespace) -> int:
     from flexrun.policy.explain import format_plan, plan_document
     from flexrun.policy.features import PLANNABLE, RUNNABLE
 
-    model = read_model_plan(
-        args.model,
-        tokenizer=args.tokenizer,
-        dtype=args.dtype,
-        max_model_len=args.max_model_len,
-        cache_dir=args.cache_dir,
-    )
+    model = read_model_plan(args.model, **{name: getattr(args, name) for name in MODEL_FLAGS})
     workload = _workload(args, model)
     hardware = settle_hardware(args.hardware, args.cache_dir, say=lambda text: print(text, file=sys.stderr))
     budgets = as_budgets({"gpu": args.gpu_memory, "cpu": args.cpu_memory, "disk": args.disk_memory}, hardware)
@@ -148,12 +132,7 @@ def _fixed(args: argparse.Namespace) -> dict:
         except ValueError as error:
             hint = 'write for example tokens_per_pass=4096 or weights={"gpu":0,"cpu":1,"disk":0}'
             raise ConfigError(f"cannot read --fix {text!r}", hint) from error
-    if args.weight_bits is not None:
-        values["weight_bits"] = args.weight_bits
-    if args.weight_group is not None:
-        values["weight_group"] = args.weight_group
-    if args.keep is not None:
-        values["keep"] = args.keep.split(",")
+    values |= {name: value for name, value in weight_arguments(args).items() if value is not None}
     if args.max_num_seqs is not None:
         values["sequences_in_flight"] = args.max_num_seqs
     checked = dataclasses.replace(strict_dataclass(Policy, values, "--fix"))

@@ -9,6 +9,14 @@ import shlex
 import sys
 from pathlib import Path
 
+from flexrun.cli.machine import (
+    MACHINE_FLAGS,
+    MODEL_FLAGS,
+    add_machine_flags,
+    add_model_flags,
+    add_weight_flags,
+    weight_arguments,
+)
 from flexrun.errors import ConfigError
 
 SAMPLING_FLAGS = (
@@ -25,23 +33,6 @@ SAMPLING_FLAGS = (
     "presence_penalty",
     "frequency_penalty",
 )
-MODEL_FLAGS = ("tokenizer", "dtype", "max_model_len", "cache_dir")
-ENGINE_FLAGS = (
-    "policy",
-    "gpu_memory",
-    "cpu_memory",
-    "disk_memory",
-    "disk_dir",
-    "cache_dir",
-    "max_num_seqs",
-    "seed",
-    "trace",
-    "device",
-    "threads",
-    "hardware",
-    "weight_bits",
-    "weight_group",
-)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -52,13 +43,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     files.add_argument("--output-json", metavar="FILE", help="summary of the job as one JSON object; - is stdout")
     files.add_argument("--trace", metavar="FILE", help="timeline of the run, in Chrome's trace format")
 
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", required=True, metavar="NAME", help="directory, .gguf file or known model name")
-    model.add_argument("--tokenizer", metavar="PATH", help="tokenizer directory or file, if not the model's own")
+    model = add_model_flags(parser)
     model.add_argument("--chat-template", metavar="FILE", help="Jinja2 chat template in place of the model's own")
-    model.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    model.add_argument("--max-model-len", type=int, metavar="TOKENS", help="most tokens of prompt and answer together")
-    model.add_argument("--cache-dir", metavar="DIR", help="where fetched models and packed weights are kept")
 
     sampling = parser.add_argument_group("sampling (a line's own values win)")
     sampling.add_argument("--max-tokens", "--max-new-tokens", type=int, default=128, metavar="TOKENS")
@@ -78,23 +64,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X")
     sampling.add_argument("--return-token-ids", action="store_true", help="put token ids beside the text")
 
-    engine = parser.add_argument_group("machine")
-    engine.add_argument("--policy", default="auto", metavar="auto|FILE", help="policy JSON; see configs/policies")
-    engine.add_argument("--hardware", metavar="FILE", help="profile to plan by; default: this machine, measured once")
-    engine.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    engine.add_argument("--gpu-memory", metavar="SIZE", help="budget; on cpu, an emulated accelerator")
-    engine.add_argument("--cpu-memory", metavar="SIZE", help="budget of host memory, for example 8GiB")
-    engine.add_argument("--disk-memory", metavar="SIZE", help="budget of disk for both; default: what is free there")
-    engine.add_argument("--disk-dir", metavar="DIR", help="where weights and KV cache are streamed from")
-    engine.add_argument("--max-num-seqs", type=int, metavar="COUNT", help="sequences in flight")
-    engine.add_argument("--weight-bits", type=int, choices=(4, 8, 16), help="compress the matrices; default: do not")
-    engine.add_argument(
-        "--weight-group", type=int, choices=(32, 64, 128), help="weights that share a scale; default: 64"
-    )
-    engine.add_argument(
-        "--keep", metavar="RULES", help="other bits for some of them, as in layers.0.*=16,*.down_proj=8"
-    )
-    engine.add_argument("--threads", type=int, metavar="COUNT", help="threads that compute")
+    machine = add_machine_flags(parser)
+    machine.add_argument("--policy", default="auto", metavar="auto|FILE", help="policy JSON; see configs/policies")
+    add_weight_flags(machine)
 
     job = parser.add_argument_group("job")
     job.add_argument("--limit", type=int, metavar="LINES", help="only the first lines of the input")
@@ -146,13 +118,12 @@ def call(args: argparse.Namespace) -> int:
         },
     )
     model = {name: getattr(args, name) for name in MODEL_FLAGS}
-    engine = {name: getattr(args, name) for name in ENGINE_FLAGS}
-    engine["keep"] = None if args.keep is None else args.keep.split(",")
+    engine = {name: getattr(args, name) for name in (*MACHINE_FLAGS, "cache_dir", "policy", "seed", "trace")}
     progress = sys.stderr.isatty() if args.progress is None else args.progress
     summary = run_job(
         config,
         lambda: open_model(args.model, chat_template=template, **model),
-        lambda files: LLM(files, progress=progress, log=_log, **engine),
+        lambda files: LLM(files, progress=progress, log=_log, **engine, **weight_arguments(args)),
     )
     print(f"\n{format_summary(summary)}", file=sys.stderr)
     if args.output_json is not None:

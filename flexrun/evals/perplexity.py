@@ -12,6 +12,7 @@ from typing import Any
 from flexrun.compress import can_compress
 from flexrun.errors import ConfigError, ExecutionError
 from flexrun.llm import LLM
+from flexrun.outputs import Score
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,15 @@ def windows(token_ids: Sequence[int], context_tokens: int) -> Iterator[list[int]
         yield list(token_ids[start : start + context_tokens])
 
 
+def score_pieces(llm: LLM, pieces: list[list[int]]) -> list[Score]:
+    """Scores of pieces of a text, in their order. Raises ExecutionError where one was not scored."""
+    scores = llm.score(pieces, use_tqdm=False)
+    for score in scores:
+        if score.error is not None:
+            raise ExecutionError(f"a piece of the text was not scored: {score.error.message}", score.error.hint)
+    return scores
+
+
 def perplexity(llm: LLM, token_ids: Sequence[int], context_tokens: int, setting: str = "") -> Perplexity:
     """Of a text, each token predicted from at most ``context_tokens`` - 1 before it.
 
@@ -86,11 +96,8 @@ def perplexity(llm: LLM, token_ids: Sequence[int], context_tokens: int, setting:
             f"a context of {context_tokens} tokens is more than the {llm.max_model_len} of the model", "lower --context"
         )
     start_seconds = time.perf_counter()
-    scores = llm.score(list(windows(token_ids, context_tokens)), use_tqdm=False)
+    scores = score_pieces(llm, list(windows(token_ids, context_tokens)))
     seconds = time.perf_counter() - start_seconds
-    for score in scores:
-        if score.error is not None:
-            raise ExecutionError(f"a piece of the text was not scored: {score.error.message}", score.error.hint)
     tokens = sum(len(score.token_ids) for score in scores)
     nats = -math.fsum(score.logprob for score in scores) / tokens
     return Perplexity(setting, tokens, nats, matrix_bits(llm), seconds)

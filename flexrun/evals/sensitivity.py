@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy
 
 from flexrun.compress import GroupFormat, WeightBits, can_compress
-from flexrun.errors import ConfigError, ExecutionError
-from flexrun.evals.perplexity import windows
+from flexrun.errors import ConfigError
+from flexrun.evals.perplexity import score_pieces, windows
 from flexrun.llm import LLM
 from flexrun.models.spec import ModelSpec, PackedTensor
 
@@ -83,8 +83,4 @@ def average_bits(spec: ModelSpec, bits: WeightBits) -> float:
 
 
 def _logprobs(llm: LLM, pieces: list[list[int]]) -> numpy.ndarray:
-    scores = llm.score(pieces, use_tqdm=False)
-    for score in scores:
-        if score.error is not None:
-            raise ExecutionError(f"a piece of the text was not scored: {score.error.message}", score.error.hint)
-    return numpy.concatenate([score.token_logprobs for score in scores])
+    return numpy.concatenate([score.token_logprobs for score in score_pieces(llm, pieces)])
