@@ -15,12 +15,13 @@ from flexrun.core import Event, Lane
 from flexrun.errors import ExecutionError
 from flexrun.models.rope import RopeTables
 from flexrun.models.spec import ModelSpec
+from flexrun.offload.activations import Activations
 from flexrun.offload.batcher import PassPlan
 from flexrun.offload.device import EmulatedDevice
 from flexrun.offload.failures import failure_of
 from flexrun.offload.kv_store import KVStore
 from flexrun.offload.lanes import LaneMeter, LaneWorker, Progress, QueuedSteps, Throttle
-from flexrun.offload.modules import Activations, Modules
+from flexrun.offload.modules import Modules
 from flexrun.offload.tiers import MemoryTier
 from flexrun.offload.transfers import Transfers
 from flexrun.offload.weight_store import WeightStore

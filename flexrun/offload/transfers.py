@@ -8,10 +8,11 @@ from functools import partial
 import torch
 
 from flexrun.models.spec import ModelSpec
+from flexrun.offload.activations import Activations
 from flexrun.offload.batcher import MicroBatchRows
 from flexrun.offload.device import EmulatedDevice
 from flexrun.offload.kv_store import KVStore, pieces
-from flexrun.offload.modules import Activations, attend_rows, store
+from flexrun.offload.modules import attend_rows, store
 from flexrun.offload.weight_store import WeightStore
 from flexrun.steps import Step, StepKind
 
