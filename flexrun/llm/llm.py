@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from flexrun.compress import GroupFormat
 from flexrun.config import Policy
 from flexrun.core import Lane, parse_bytes
 from flexrun.errors import ConfigError, FlexrunError, RequestError
@@ -22,12 +24,13 @@ from flexrun.llm.machine_profile import settle_hardware
 from flexrun.llm.model_files import ModelFiles, open_model
 from flexrun.llm.packing import PackedModel
 from flexrun.llm.scoring import Text, as_score, score_requests
-from flexrun.machine import available_cores, available_memory_bytes, free_disk_bytes, peak_resident_bytes
+from flexrun.llm.totals import forecasts_document, run_document
+from flexrun.machine import available_cores, available_memory_bytes, free_disk_bytes
 from flexrun.offload.engine import Engine
 from flexrun.offload.sequence import Group
 from flexrun.outputs import Request, RequestOutput, Score
 from flexrun.placement import part_tokens
-from flexrun.policy.explain import forecast_document, forecast_line
+from flexrun.policy.explain import forecast_line
 from flexrun.policy.forecast import forecast
 from flexrun.policy.layout import Budgets, Layout
 from flexrun.policy.search import Plan, search_worth
@@ -41,7 +44,7 @@ MEMORY_SHARE = 0.8  # of the RAM that is free, when no --cpu-memory is given
 LAZY_SEQUENCES = 64  # sized for when requests come from an iterator that tells nothing about itself
 
 
-class LLM(PackedModel):
+class LLM:
     """A model ready to run piles of prompts.
 
     model: a folder with config.json and safetensors, a .gguf file, or a catalog name (``smollm2-135m-instruct``).
@@ -100,16 +103,16 @@ class LLM(PackedModel):
             else open_model(model, tokenizer=tokenizer, dtype=dtype, max_model_len=max_model_len, cache_dir=cache_dir)
         )
         self.spec, self.tokenizer, self.max_model_len = self.files.spec, self.files.tokenizer, self.files.max_model_len
-        self._policy, self._fixed, self._bits = given_policy(self.spec, policy, weight_bits, keep, weight_group)
+        self._policy, self._fixed, bits = given_policy(self.spec, policy, weight_bits, keep, weight_group)
         self._cpu_budget = parse_bytes(cpu_memory) if cpu_memory is not None else None
         self._disk_budget = parse_bytes(disk_memory) if disk_memory is not None else None
         self._hardware, self._log = hardware, log
         self._cache_dir = cache_dir
-        self._packed_dir = Path(disk_dir) if disk_dir else Path(cache_dir or default_cache_dir()) / "packed"
+        packed_dir = Path(disk_dir) if disk_dir else Path(cache_dir or default_cache_dir()) / "packed"
+        self._packed = PackedModel(self.files, packed_dir, bits, progress)
         self._max_num_seqs = max_num_seqs
         self._intake = Intake(self.files, seed)
-        self._trace_path, self._direct_io, self._progress = trace, direct_io, progress
-        self._packed: PackedWeights | None = None
+        self._trace_path, self._direct_io = trace, direct_io
         self._engine: Engine | None = None
         self._events: list = []
         self._generating = False
@@ -236,6 +239,14 @@ class LLM(PackedModel):
         """What the engine at hand was planned to do; None before ``prepare``."""
         return self._plan
 
+    def pack(self) -> PackedWeights:
+        """Write the packed weights, unless they are there."""
+        return self._packed.open()
+
+    def compressed(self, layer: int, name: str, form: GroupFormat) -> AbstractContextManager[None]:
+        """See WeightStore.compressed; of the engine that the last call prepared."""
+        return self._engine.weights.compressed(layer, name, form)
+
     # The engine ---------------------------------------------------------------------------------------
 
     def prepare(self, workload: Workload | None = None) -> Policy:
@@ -254,10 +265,9 @@ class LLM(PackedModel):
         on_cpu = layout.on_device and any(place.attend_lane is Lane.CPU for place in layout.micro_batches)
         latents = self.spec.latent is not None
         layout.policy.check_runnable(on_device=layout.on_device, latents=latents, latents_on_cpu=on_cpu and latents)
-        self.pack()
         self._engine = Engine(
             self.spec,
-            self._packed,
+            self.pack(),
             layout.policy,
             layout.placement,
             layout.account,
@@ -288,7 +298,7 @@ class LLM(PackedModel):
         """What is free changes, so it is looked at before each plan; the packed weights are part of the budget."""
         if self._disk_budget is not None:
             return self._disk_budget
-        return free_disk_bytes(self._packed_dir) + self._packed_bytes()
+        return free_disk_bytes(self._packed.folder) + self._packed.bytes_on_disk()
 
     def _settle(self, workload: Workload, budgets: Budgets) -> Plan:
         """The plan of the policy that was given, or the best one."""
@@ -312,7 +322,7 @@ class LLM(PackedModel):
     def _settled_hardware(self) -> Hardware:
         """What to plan for; a GPU of the machine does not count while it is only emulated."""
         if not isinstance(self._hardware, Hardware):
-            self._hardware = settle_hardware(self._hardware, self._cache_dir, self._packed_dir, self._say)
+            self._hardware = settle_hardware(self._hardware, self._cache_dir, self._packed.folder, self._say)
         if self._accelerator.is_cuda:
             if self._hardware.gpu is None:
                 self._say("warning: the hardware profile knows no GPU, so the plan is poor; run flexrun profile")
@@ -334,51 +344,12 @@ class LLM(PackedModel):
 
     def summary(self) -> dict:
         """Totals of the engine at hand: tokens, seconds, phases, lanes, and the peak bytes of each tier."""
-        engine = self._engine
-        if engine is None:
+        if self._engine is None:
             return {}
-        totals, wall = engine.totals, self._run_seconds
-        lanes = engine.lane_statistics()
-        for lane in lanes.values():
-            lane["utilisation"] = lane["busy_seconds"] / wall if wall else 0.0
-        return {
-            "passes": totals.passes,
-            "seconds": wall,
-            "prompt_tokens": totals.prompt_tokens,
-            "generated_tokens": totals.generated_tokens,
-            "generated_tokens_per_second": totals.generated_tokens / wall if wall else 0.0,
-            "total_tokens_per_second": (totals.generated_tokens + totals.prompt_tokens) / wall if wall else 0.0,
-            "prefill_seconds": totals.prefill_seconds,
-            "decode_seconds": totals.decode_seconds,
-            "tiers": {
-                tier.value: {
-                    "budget_bytes": memory.limit_bytes,
-                    "peak_bytes": memory.peak_bytes,
-                    "by_kind": dict(memory.used_by_kind),
-                }
-                for tier, memory in engine.tiers.items()
-            },
-            "process_peak_bytes": peak_resident_bytes(),
-            "lanes": lanes,
-            "policy": dataclasses.asdict(engine.policy),
-            "forecast": self._forecasts(wall),
-        }
-
-    def _forecasts(self, wall: float) -> dict:
-        """What was forecast, beside what the answers' real lengths should have taken; both against ``wall``.
-
-        Answers may end before their limit, so the plan's forecast is the most a job can take.
-        """
-        planned = forecast_document(self._plan.forecast)
-        if not len(self._answered) or not wall:
-            return {"planned": planned}
-        came = forecast(self._plan.layout, self._answered.workload(), self._settled_hardware())
-        return {
-            "planned": planned,
-            "as_it_came": forecast_document(came),
-            "error": came.seconds / wall - 1.0,
-            "share_of_bound": came.bound_seconds / wall,
-        }
+        seconds = self._run_seconds
+        came = self._answered.workload() if len(self._answered) else None
+        forecasts = forecasts_document(self._plan, came, seconds, self._settled_hardware())
+        return run_document(self._engine, seconds, forecasts)
 
     def close(self) -> None:
         """Write the trace, free the memory, close the files. Safe to call twice."""

@@ -1,28 +1,29 @@
-"""The packed weights of a model behind LLM: written once, and one matrix of them compressed to see what that does."""
+"""The packed weights of a model: found or written once, when first asked for."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from pathlib import Path
 
-from flexrun.compress import GroupFormat
-from flexrun.llm.model_files import cache_stem
+from flexrun.compress import WeightBits
+from flexrun.llm.model_files import ModelFiles, cache_stem
 from flexrun.weights.packed import PackedWeights, open_packed, packed_bytes
 
 
 class PackedModel:
-    """What LLM inherits: it has ``files``, ``spec`` and the private fields that are named here."""
+    """In ``folder``, with the bits of ``bits``. progress: show a bar while writing."""
 
-    def pack(self) -> PackedWeights:
-        """Write the packed weights, unless they are there."""
-        if self._packed is None:
-            name, places = cache_stem(self.files), (self.files.reader, self.spec, self._packed_dir)
-            self._packed = open_packed(*places, name=name, progress=self._progress, bits=self._bits)
-        return self._packed
+    def __init__(self, files: ModelFiles, folder: Path, bits: WeightBits, progress: bool):
+        self.folder, self.bits = folder, bits
+        self._files, self._progress = files, progress
+        self._opened: PackedWeights | None = None
 
-    def compressed(self, layer: int, name: str, form: GroupFormat) -> AbstractContextManager[None]:
-        """See WeightStore.compressed; of the engine that the last call prepared."""
-        return self._engine.weights.compressed(layer, name, form)
+    def open(self) -> PackedWeights:
+        """Raises what open_packed does."""
+        if self._opened is None:
+            name, places = cache_stem(self._files), (self._files.reader, self._files.spec, self.folder)
+            self._opened = open_packed(*places, name=name, progress=self._progress, bits=self.bits)
+        return self._opened
 
-    def _packed_bytes(self) -> int:
-        """Of the packed weights that are there already."""
-        return packed_bytes(self.spec, self._packed_dir, name=cache_stem(self.files), bits=self._bits)
+    def bytes_on_disk(self) -> int:
+        """Of what is there already."""
+        return packed_bytes(self._files.spec, self.folder, name=cache_stem(self._files), bits=self.bits)

@@ -82,9 +82,9 @@ def test_bytes_held_are_those_planned(open_llm, name, gpu):
     compressed = [placed for placed in layout.placement.tensors if placed.form]
     assert compressed
     for placed in compressed:
-        assert placed.nbytes == llm._packed.entry(placed.layer, placed.tensor.name).nbytes
+        assert placed.nbytes == llm.pack().entry(placed.layer, placed.tensor.name).nbytes
     # what the disk holds is what is planned
-    assert sum(file.stat().st_size for file in llm._packed.folder.glob("*.bin")) == layout.placement.stored_bytes
+    assert sum(file.stat().st_size for file in llm.pack().folder.glob("*.bin")) == layout.placement.stored_bytes
 
 
 def test_a_search_takes_the_bits_that_are_given(open_llm):
