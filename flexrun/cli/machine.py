@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-MODEL_FLAGS = ("tokenizer", "dtype", "max_model_len", "cache_dir")
+MODEL_FLAGS = ("tokenizer", "dtype", "max_model_len", "cache_dir", "expert_profile")
 MACHINE_FLAGS = (
     "gpu_memory",
     "cpu_memory",
@@ -26,6 +26,9 @@ def add_model_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     model.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     model.add_argument("--max-model-len", type=int, metavar="TOKENS", help="most tokens of prompt and answer together")
     model.add_argument("--cache-dir", metavar="DIR", help="where fetched models and packed weights are kept")
+    model.add_argument(
+        "--expert-profile", metavar="FILE", help="tokens by expert of an earlier run: the busiest live on fast tiers"
+    )
     return model
 
 

@@ -33,6 +33,7 @@ SAMPLING_FLAGS = (
     "presence_penalty",
     "frequency_penalty",
 )
+RUN_FLAGS = ("cache_dir", "policy", "seed", "trace", "save_expert_profile")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +43,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     files.add_argument("--error-file", metavar="FILE", help="refused and failed lines go here, not to the output")
     files.add_argument("--output-json", metavar="FILE", help="summary of the job as one JSON object; - is stdout")
     files.add_argument("--trace", metavar="FILE", help="timeline of the run, in Chrome's trace format")
+
+    files.add_argument("--save-expert-profile", metavar="FILE", help="tokens that each expert got, for later runs")
 
     model = add_model_flags(parser)
     model.add_argument("--chat-template", metavar="FILE", help="Jinja2 chat template in place of the model's own")
@@ -118,7 +121,7 @@ def call(args: argparse.Namespace) -> int:
         },
     )
     model = {name: getattr(args, name) for name in MODEL_FLAGS}
-    engine = {name: getattr(args, name) for name in (*MACHINE_FLAGS, "cache_dir", "policy", "seed", "trace")}
+    engine = {name: getattr(args, name) for name in (*MACHINE_FLAGS, *RUN_FLAGS)}
     progress = sys.stderr.isatty() if args.progress is None else args.progress
     summary = run_job(
         config,

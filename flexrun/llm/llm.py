@@ -26,6 +26,7 @@ from flexrun.llm.packing import PackedModel
 from flexrun.llm.scoring import Text, as_score, score_requests
 from flexrun.llm.totals import forecasts_document, run_document
 from flexrun.machine import available_cores, available_memory_bytes, free_disk_bytes
+from flexrun.moe import write_expert_profile
 from flexrun.offload.engine import Engine
 from flexrun.offload.sequence import Group
 from flexrun.outputs import Request, RequestOutput, Score
@@ -61,6 +62,8 @@ class LLM:
         environment, else none. Plans do not know of it: name a hardware with those rates.
     weight_bits, keep, weight_group: in place of the policy's: bits of the matrices, of some of them
         (``["*.down_proj=8"]``), and how many weights share a scale.
+    save_expert_profile: file that tells how many tokens each expert of a mixture got, written on close().
+        expert_profile: such a file of an earlier run; the most used experts then live on the fastest tiers.
     seed: seeds every request that brings none. trace: path of a Chrome trace written on close().
 
     Raises ConfigError, CheckpointError, UnsupportedError or BudgetError, each naming its remedy.
@@ -91,6 +94,8 @@ class LLM:
         weight_bits: int | None = None,
         keep: Sequence[str] | None = None,
         weight_group: int | None = None,
+        expert_profile: str | Path | None = None,
+        save_expert_profile: str | Path | None = None,
         log: Callable[[str], None] | None = None,
     ):
         self._accelerator = Accelerator.of(device, gpu_memory, lane_bandwidths)
@@ -100,7 +105,14 @@ class LLM:
         self.files = (
             model
             if isinstance(model, ModelFiles)
-            else open_model(model, tokenizer=tokenizer, dtype=dtype, max_model_len=max_model_len, cache_dir=cache_dir)
+            else open_model(
+                model,
+                tokenizer=tokenizer,
+                dtype=dtype,
+                max_model_len=max_model_len,
+                cache_dir=cache_dir,
+                expert_profile=expert_profile,
+            )
         )
         self.spec, self.tokenizer, self.max_model_len = self.files.spec, self.files.tokenizer, self.files.max_model_len
         self._policy, self._fixed, bits = given_policy(self.spec, policy, weight_bits, keep, weight_group)
@@ -113,6 +125,10 @@ class LLM:
         self._max_num_seqs = max_num_seqs
         self._intake = Intake(self.files, seed)
         self._trace_path, self._direct_io = trace, direct_io
+        self._profile_path, self._expert_counts = save_expert_profile, None
+        if save_expert_profile is not None and self.spec.experts is None:
+            self.files.close()
+            raise ConfigError("the model has no experts to save a profile of", "leave save_expert_profile out")
         self._engine: Engine | None = None
         self._events: list = []
         self._generating = False
@@ -337,6 +353,9 @@ class LLM:
     def _retire_engine(self) -> None:
         if self._engine is not None:
             self._events += self._engine.events or []
+            if self._profile_path is not None:
+                before = 0 if self._expert_counts is None else self._expert_counts
+                self._expert_counts = self._engine.expert_counts + before
             self._engine.close()
             self._engine = None
             self._run_seconds = 0.0
@@ -352,11 +371,14 @@ class LLM:
         return run_document(self._engine, seconds, forecasts)
 
     def close(self) -> None:
-        """Write the trace, free the memory, close the files. Safe to call twice."""
+        """Write trace and expert profile, free the memory, close the files. Safe to call twice."""
         self._retire_engine()
         if self._trace_path is not None and self._events:
             write_chrome_trace(self._events, self._trace_path)
             self._events = []
+        if self._expert_counts is not None:
+            write_expert_profile(self._profile_path, self._expert_counts)
+            self._expert_counts = None
         self.files.close()
 
     def __enter__(self) -> LLM:

@@ -11,6 +11,7 @@ from pathlib import Path
 from flexrun.errors import ConfigError, TokenizerError
 from flexrun.models.families import spec_from_config
 from flexrun.models.spec import ModelSpec
+from flexrun.moe import with_expert_profile
 from flexrun.tokenizer import Tokenizer
 from flexrun.weights.catalog import resolve_model
 from flexrun.weights.checkpoint import CheckpointReader
@@ -46,8 +47,9 @@ def open_model(
     max_model_len: int | None = None,
     cache_dir: str | Path | None = None,
     chat_template: str | None = None,
+    expert_profile: str | Path | None = None,
 ) -> ModelFiles:
-    """Open a model by path or catalog name; reads headers only.
+    """Open a model by path or catalog name; reads headers only. expert_profile: see LLM.
 
     Raises CheckpointError, UnsupportedError, TokenizerError or ConfigError,
     each naming its remedy.
@@ -73,6 +75,7 @@ def open_model(
             f"give at most {limit}",
         )
     spec = replace(spec, eos_token_ids=tuple(sorted(stops)))
+    spec = spec if expert_profile is None else with_expert_profile(spec, expert_profile)
     return ModelFiles(_name(path), path, reader, spec, words, max_model_len or limit, frozenset(stops))
 
 
@@ -96,6 +99,7 @@ def read_model_plan(
     dtype: str = "auto",
     max_model_len: int | None = None,
     cache_dir: str | Path | None = None,
+    expert_profile: str | Path | None = None,
 ) -> ModelPlan:
     """Read a model's shapes from its config.json (the file, or its folder), a .gguf file or a catalog name.
 
@@ -116,6 +120,7 @@ def read_model_plan(
     if dtype == "auto" and not {"dtype", "torch_dtype"} & set(config):
         dtype = GGUF_DTYPE
     spec = spec_from_config(config, dtype)
+    spec = spec if expert_profile is None else with_expert_profile(spec, expert_profile)
     source = tokenizer or (path.parent if path.suffix == ".json" else path)
     words = Tokenizer.from_path(source) if tokenizer or _has_tokenizer(Path(source)) else None
     return ModelPlan(_name(path), spec, words, min(max_model_len or 1 << 60, spec.max_position_embeddings))

@@ -129,6 +129,7 @@ class ModelSpec:
     experts: Experts | None = None
     fused_experts: str = "fused_expert"
     sparse_layers: tuple[bool, ...] = ()  # one a layer; () = all dense
+    expert_counts: tuple[tuple[int, ...], ...] = ()  # [layer][expert], tokens of an earlier run; () = unknown
     latent: LatentAttention | None = None  # then head_dim is that of query and key
 
     # ------------------------------------------------------------------ sizes

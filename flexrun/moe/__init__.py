@@ -2,6 +2,7 @@
 
 from flexrun.moe.batching import Assignment, add_weighted, assign, chunks
 from flexrun.moe.experts import ExpertBuffers, run_experts
+from flexrun.moe.profile import with_expert_profile, write_expert_profile
 from flexrun.moe.router import route
 
 __all__ = [
@@ -12,4 +13,6 @@ __all__ = [
     "chunks",
     "route",
     "run_experts",
+    "with_expert_profile",
+    "write_expert_profile",
 ]

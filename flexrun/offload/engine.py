@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
+import numpy
 import torch
 
 from flexrun.config import Policy
@@ -221,6 +222,11 @@ class Engine:
     def failed(self) -> bool:
         """Whether a pass broke off: such an engine only closes."""
         return self._executor.failed
+
+    @property
+    def expert_counts(self) -> numpy.ndarray | None:
+        """See Executor.expert_counts."""
+        return self._executor.expert_counts
 
     def lane_statistics(self) -> dict:
         return self._executor.lane_statistics()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from types import MappingProxyType
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -151,6 +152,12 @@ class Executor:
             amount = {"flops": meter.flops} if lane is self._compute_lane else {"bytes": meter.moved_bytes}
             statistics[lane.value] = {"busy_seconds": meter.busy_seconds, **amount}
         return statistics
+
+    @property
+    def expert_counts(self) -> numpy.ndarray | None:
+        """int64 [layers, experts]: how many tokens each routed expert got so far; None for a dense model."""
+        sparse = self._activations.sparse
+        return sparse.totals.copy() if sparse else None
 
     def close(self) -> None:
         """Stop the lanes (whatever is queued is dropped) and give the activations back."""

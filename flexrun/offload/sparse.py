@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -20,7 +21,7 @@ class SparseLayers:
 
     normed: [tokens, hidden_size], what experts work on. routed: the same in float32, what they made of it so far.
     counts: of each layer, how many tokens of the pass at hand (or of the half routed last) chose each expert; on the
-    host, for the lanes that move experts.
+    host, for the lanes that move experts. totals: int64 [layers, experts], the same of all passes so far.
     """
 
     def __init__(self, spec: ModelSpec, policy: Policy, weights: WeightStore, place: torch.device):
@@ -35,6 +36,7 @@ class SparseLayers:
         self._buffers = ExpertBuffers(spec, expert_batch_rows(policy), place)
         self._assignments: dict[int, Assignment] = {}  # first row of a part of the pass -> its tokens by expert
         self.counts: dict[int, list[int]] = {}
+        self.totals = numpy.zeros((spec.num_layers, spec.experts.num_experts), dtype=numpy.int64)
 
     def route(self, step: Step, hidden: Tensor, branches: list[Tensor], chunks: list[tuple[int, int]]) -> None:
         """The MLP step: adds the attention branches of the step's rows to hidden, runs router and shared experts."""
@@ -55,6 +57,7 @@ class SparseLayers:
         assignment = assign(experts, shares, spec.experts.num_experts)
         self._assignments[step.start] = assignment
         self.counts[step.layer] = assignment.counts
+        self.totals[step.layer] += assignment.counts
 
     def run(self, step: Step, hidden: Tensor) -> None:
         """An EXPERTS step; after the last one of the layer, hidden has everything."""

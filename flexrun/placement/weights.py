@@ -66,6 +66,7 @@ class _Columns:
         self.moving = numpy.flatnonzero(self.ways == MOVES)
         self.places = self._places()
         self.place_bytes = numpy.bincount(self.places, self.nbytes[self.moving].astype(float)).astype(int).tolist()
+        self.hottest = self._hottest(spec) if spec.expert_counts else ()
         self.keys = list(keys)
         self.head = self._head_place(spec)
         self.unit_bytes = self._by_unit(self.nbytes, self.units >= 0)
@@ -85,6 +86,16 @@ class _Columns:
             key = (layer, expert_number(tensor) if tensor.module == "experts" else tensor.name)
             places.append(numbers.setdefault(key, len(numbers)))
         return numpy.array(places, dtype=numpy.int64)
+
+    def _hottest(self, spec: ModelSpec) -> list[numpy.ndarray]:
+        """Of each sparse layer the places of its experts of one size, those first that had the most tokens."""
+        groups: dict[tuple[int, int], dict[int, int]] = {}
+        for place, row in zip(self.places.tolist(), self.moving.tolist()):
+            layer, tensor = self.rows[row]
+            if tensor.module == "experts":
+                group = groups.setdefault((layer, self.place_bytes[place]), {})
+                group[place] = -spec.expert_counts[layer][expert_number(tensor)]
+        return [numpy.array(sorted(group, key=group.get)) for group in groups.values()]
 
     def _head_place(self, spec: ModelSpec) -> int:
         """Place of the head's matrix (or the embedding tied to it) among the tensors that move; -1 if it stays."""
@@ -177,8 +188,9 @@ def place_weights(spec: ModelSpec, policy: Policy, *, on_device: bool) -> Weight
     Works like error diffusion: each tensor (of experts, each expert) adds its share to a tier's credit, and goes to the
     fastest tier whose credit covers it, so the moved bytes spread evenly over the layers. The head goes first, to
     the fastest tier of whose share it takes no more than half: moved, it would be one lump at the end of each pass and
-    need a ring of its size. Tensors under 64 KiB live with the compute device. An untied token embedding is gathered by
-    rows, so it is the first to leave RAM and never counts towards the fractions.
+    need a ring of its size. Where a profile of the experts is known, the most used ones of a layer take the fastest of
+    the tiers that its experts got. Tensors under 64 KiB live with the compute device. An untied token embedding is
+    gathered by rows, so it is the first to leave RAM and never counts towards the fractions.
     """
     fractions = policy.weights
     if not on_device and fractions.gpu:
@@ -195,7 +207,10 @@ def _placed(columns: _Columns, fractions: Placement, on_device: bool) -> WeightP
     rest = 2 if fractions.disk > 1e-9 else 1 if fractions.cpu > 1e-9 else 0
     tiers = numpy.full(len(columns.rows), rest, dtype=numpy.int8)
     tiers[columns.ways == STAYS] = TIERS.index(Tier.GPU if on_device else Tier.CPU)
-    tiers[columns.moving] = _diffused(columns.place_bytes, columns.head, fractions, rest)[columns.places]
+    of_places = _diffused(columns.place_bytes, columns.head, fractions, rest)
+    for experts in columns.hottest:
+        of_places[experts] = numpy.sort(of_places[experts])  # each tier keeps its bytes
+    tiers[columns.moving] = of_places[columns.places]
     return WeightPlacement(columns, tiers, on_device)
 
 

@@ -76,7 +76,7 @@ class Layout:
         spec = self.spec
         parts = {
             name: getattr(spec, name)[-layers:]
-            for name in ("layer_windows", "layer_ropes", "sparse_layers")
+            for name in ("layer_windows", "layer_ropes", "sparse_layers", "expert_counts")
             if getattr(spec, name)
         }
         spec = dataclasses.replace(spec, num_layers=layers, **parts)

@@ -10,9 +10,11 @@ from tiny_families import prompts
 
 from flexrun import SamplingParams
 from flexrun.config import Placement, Policy
-from flexrun.core import Lane, align_up
+from flexrun.core import Lane, Tier, align_up
+from flexrun.errors import ConfigError
 from flexrun.offload.lanes import LaneMeter
 from flexrun.offload.sparse import SparseLayers
+from flexrun.placement.weights import expert_number
 
 pytestmark = pytest.mark.usefixtures("matrices_move")
 IN_RAM = Policy(sequences_in_flight=16, tokens_per_pass=1024, attention_micro_batch=16, token_micro_batch=1024)
@@ -119,3 +121,44 @@ def test_a_pass_reads_each_expert_once_whatever_the_micro_batches(open_llm, rout
             "some are read ahead at the end"
         )
         assert [len(layer) for layer in routed.values()] == [passes] * layers, "all tokens of a pass at once"
+
+
+def test_the_busiest_experts_of_a_profile_live_on_the_device(open_llm, expert_bytes, tmp_path):
+    """A run writes who was chosen; the next one of the same prompts moves fewer of them, for the same tokens."""
+    profile = tmp_path / "experts.json"
+    policy = Policy(
+        sequences_in_flight=2,
+        tokens_per_pass=8,
+        attention_micro_batch=2,
+        weights=Placement(0.5, 0.5, 0),
+        kv=Placement(1, 0, 0),
+    )
+    asked = prompts((3, 1))
+    with closing(open_llm("mixtral", policy=policy, gpu_memory="8MiB", save_expert_profile=profile)) as llm:
+        even = [output.outputs[0].token_ids for output in llm.generate(asked, GREEDY, use_tqdm=False)]
+        even_bytes = expert_bytes(llm, Lane.H2D)
+        totals = llm._engine.expert_counts
+        tokens = llm.summary()["prompt_tokens"] + llm.summary()["generated_tokens"] - len(asked)
+        account = llm.plan.layout.account
+    assert totals.shape == (llm.spec.num_layers, 8) and (totals.sum(axis=1) == 2 * tokens).all()
+    with closing(open_llm("mixtral", policy=policy, gpu_memory="8MiB", expert_profile=profile)) as llm:
+        hot = [output.outputs[0].token_ids for output in llm.generate(asked, GREEDY, use_tqdm=False)]
+        hot_bytes = expert_bytes(llm, Lane.H2D) - even_bytes
+        assert llm.plan.layout.account == account
+        placed = llm.plan.layout.placement.tensors
+    assert hot == even and 0 < hot_bytes < 0.9 * even_bytes
+    for layer, counts in enumerate(totals):
+        tiers = {
+            expert_number(each.tensor): each.tier
+            for each in placed
+            if each.layer == layer and each.tensor.module == "experts"
+        }
+        there = [counts[expert] for expert, tier in tiers.items() if tier is Tier.GPU]
+        assert 3 <= len(there) <= 5 and min(there) >= max(
+            counts[expert] for expert, tier in tiers.items() if tier is Tier.CPU
+        )
+
+
+def test_a_dense_model_has_no_profile(open_llm, tmp_path):
+    with pytest.raises(ConfigError, match="no experts"):
+        open_llm("llama", save_expert_profile=tmp_path / "experts.json")
