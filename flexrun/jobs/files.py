@@ -1,10 +1,12 @@
-"""The file work under the journal: a lock against two writers, atomic replacement, reading back what was written."""
+"""The file work under the journal: a lock against two writers, atomic replacement, reading back what was written,
+and putting back what was taken away meanwhile."""
 
 from __future__ import annotations
 
 import fcntl
 import json
 import os
+import shlex
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,7 +16,10 @@ from typing import BinaryIO
 import numpy as np
 
 from flexrun.errors import ConfigError
-from flexrun.jobs.records import record_line
+from flexrun.jobs.records import record_job, record_line
+
+MOST_SHOWN = 20
+COPY_BYTES = 1 << 20
 
 
 class FileLock:
@@ -26,7 +31,12 @@ class FileLock:
     def __init__(self, path: Path, purpose: str):
         self.path = path
         while True:
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            except OSError as error:
+                raise ConfigError(
+                    f"{path} cannot be made: {error.strerror}", "name an output in a folder that can be written"
+                ) from error
             try:
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -51,7 +61,7 @@ class FileLock:
 class WrittenRecords:
     """What a result file holds. lines, offsets, sizes: int64 [records]; answered: bool [records], status 200.
 
-    end: byte offset after the last whole record.
+    end: byte offset after the last whole record. jobs: ids of the jobs that wrote them.
     """
 
     lines: np.ndarray
@@ -59,16 +69,19 @@ class WrittenRecords:
     sizes: np.ndarray
     answered: np.ndarray
     end: int
+    jobs: frozenset[str]
 
 
 def read_records(path: Path) -> WrittenRecords:
     """Scan a result file. A last line that is torn is left out (``end`` is before it).
 
-    Raises ConfigError for a line that is no record of ours with records after it.
+    Raises ConfigError for lines that are no record of ours with records after them.
     """
     lines, offsets, sizes, answered = array("q"), array("q"), array("q"), bytearray()
     end = offset = 0
-    broken_at = 0
+    jobs: set[str] = set()
+    broken: list[int] = []  # lines with records after them
+    doubtful: list[int] = []  # lines that may be the torn end
     with open(path, "rb") as file:
         for number, raw in enumerate(file, 1):
             start, offset = offset, offset + len(raw)
@@ -77,21 +90,27 @@ def read_records(path: Path) -> WrittenRecords:
                     raise ValueError("torn")
                 record = json.loads(raw)
                 line, status = record_line(record), (record["response"] or {}).get("status_code")
-            except (ValueError, KeyError, TypeError, AttributeError):
-                broken_at = broken_at or number
+                jobs.add(record_job(record))
+            except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+                doubtful.append(number)
                 continue
-            if broken_at:
-                raise ConfigError(
-                    f"{path} line {broken_at} is not a record of this job, and whole records follow it",
-                    "restore the file, or start again with --overwrite",
-                )
+            broken += doubtful
+            doubtful.clear()
             lines.append(line)
             offsets.append(start)
             sizes.append(len(raw))
             answered.append(status == 200)
             end = offset
+    if broken:
+        shown = broken[:MOST_SHOWN]
+        more = f" and {len(broken) - len(shown):,} more" if len(broken) > len(shown) else ""
+        raise ConfigError(
+            f"{path} line {', '.join(map(str, shown))}{more}: no record of this job, and whole records follow",
+            "take such lines out, and --resume answers them again: "
+            f"sed -i '{';'.join(f'{number}d' for number in shown)}' {shlex.quote(str(path))}",
+        )
     columns = [np.array(column, dtype=np.int64) for column in (lines, offsets, sizes)]
-    return WrittenRecords(*columns, np.frombuffer(bytes(answered), dtype=bool), end)
+    return WrittenRecords(*columns, np.frombuffer(bytes(answered), dtype=bool), end, frozenset(jobs))
 
 
 def rewrite_records(path: Path, records: WrittenRecords, order: Iterable[int]) -> None:
@@ -118,6 +137,36 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync_directory(path.parent)
+
+
+def write_all(file: BinaryIO, data: bytes) -> None:
+    """Write all of ``data``: of an unbuffered file a nearly full disk takes a part and says so only the next time."""
+    left = memoryview(data)
+    while left:
+        left = left[file.write(left) :]
+
+
+def is_in_place(file: BinaryIO, path: Path) -> bool:
+    """Whether the open ``file`` is still the one at ``path``."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    except OSError:
+        return False
+
+
+def put_back(file: BinaryIO, path: Path) -> Path:
+    """Copy an open file that is no longer at ``path`` to there, or beside what is there now. Returns where it is."""
+    target = path.with_name(path.name + ".rescued") if path.exists() else path
+    target.parent.mkdir(parents=True, exist_ok=True)
+
+    def copy(copied: BinaryIO) -> None:
+        offset = 0
+        while chunk := os.pread(file.fileno(), COPY_BYTES, offset):
+            copied.write(chunk)
+            offset += len(chunk)
+
+    replace_file(target, copy)
+    return target
 
 
 def sync_directory(path: Path) -> None:

@@ -6,6 +6,7 @@ until all is answered) and OUTPUT.lock (only while it runs).
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -21,11 +22,23 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from flexrun.errors import ConfigError, ExecutionError
-from flexrun.jobs.files import FileLock, WrittenRecords, read_records, replace_file, rewrite_records, sync_directory
+from flexrun.jobs.files import (
+    FileLock,
+    WrittenRecords,
+    is_in_place,
+    put_back,
+    read_records,
+    replace_file,
+    rewrite_records,
+    sync_directory,
+    write_all,
+)
+from flexrun.jobs.records import job_id_of
 from flexrun.jobs.token_log import KEY_BYTES, Partial, TokenLog
 
 SYNC_RECORDS = 256
 SYNC_SECONDS = 2.0
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNCOMPARED_KEYS = ("flexrun_version",)
 
 
@@ -51,7 +64,8 @@ class Journal:
 
     Use: construct (claims the files, touches nothing), ``recover`` when resuming, ``start``, ``append``...,
     ``finish``; ``close`` always. A record reaches the operating system at once and the disk within SYNC_SECONDS or
-    SYNC_RECORDS, from a thread of its own, so that the engine never waits for the disk.
+    SYNC_RECORDS, from a thread of its own, so that the engine never waits. Where a file system refuses, the
+    journal raises ExecutionError and what it had taken is safe; files that are taken away meanwhile are put back.
 
     Raises ConfigError when the output exists and neither resume nor overwrite is set, or another process has it.
     """
@@ -65,12 +79,14 @@ class Journal:
         self._output = Path(output)
         self._error_file = None if error_file is None else Path(error_file)
         self._resume = resume
-        self._lock: FileLock | None = None
+        self._locks: list[FileLock] = []
         self._answers: BinaryIO | None = None
         self._failures: BinaryIO | None = None
         self._tokens: TokenLog | None = None
         self._unsynced = 0
+        self._manifest = b""
         self._sync_error: OSError | None = None
+        self._taken_away = self._was_put_back = False
         self._wake, self._stopping = threading.Event(), False
         self._syncer: threading.Thread | None = None
         if self._streams and resume:
@@ -83,22 +99,34 @@ class Journal:
                 )
         if self._error_file == self._output:
             raise ConfigError("the output file and the error file are the same", "leave --error-file out to join them")
-        if not self._streams:
-            self._lock = FileLock(self._beside("lock"), str(self._output))
+        try:
+            for path in self._paths():
+                real = Path(os.path.realpath(path))  # two names of one file are one file
+                self._locks.append(FileLock(real.with_name(real.name + ".lock"), str(path)))
+        except BaseException:
+            self._release()
+            raise
 
     def recover(self, manifest: Mapping[str, Any], retry_errors: bool = False) -> Recovered:
         """Check that the earlier run was of the same job, repair torn last lines, and tell which lines are done.
 
         retry_errors: take the earlier failures out of the files; their lines are to be done again.
-        Raises ConfigError where the manifest is missing or differs.
+        Raises ConfigError where the manifest differs, or is missing or damaged beside records of another job, and
+        where a file is damaged in its middle; ExecutionError where it cannot be repaired.
         """
         present = [path for path in self._paths() if path.exists() and path.stat().st_size]
         if not self._resume or not (present or self._beside("tokens").exists()):
             return Recovered(np.zeros(0, dtype=np.int64), 0, 0)
-        self._check_manifest(manifest)
+        with self._writing():
+            return self._recover(present, manifest, retry_errors)
+
+    def _recover(self, present: list[Path], manifest: Mapping[str, Any], retry_errors: bool) -> Recovered:
+        unreadable = self._check_manifest(manifest)
+        found = [(path, read_records(path)) for path in present]
+        if unreadable is not None and any(records.jobs - {job_id_of(manifest)} for _, records in found):
+            raise unreadable
         lines, answered_count, failed_count = [], 0, 0
-        for path in present:
-            records = read_records(path)
+        for path, records in found:
             if records.end < path.stat().st_size:
                 os.truncate(path, records.end)
             if retry_errors and not records.answered.all():
@@ -118,6 +146,10 @@ class Journal:
 
         kept: lines whose tokens of an earlier run are gone on with.
         """
+        with self._writing():
+            self._start(manifest, kept)
+
+    def _start(self, manifest: Mapping[str, Any], kept: Collection[int]) -> None:
         if self._streams:
             # Opened by name, not by number, so that /dev/null and named pipes work as they do in a shell.
             self._answers = sys.stdout.buffer if str(self._output) == "-" else open(self._output, "wb")  # noqa: SIM115
@@ -126,8 +158,8 @@ class Journal:
         self._failures = self._answers if self._error_file is None else self._open(self._error_file)
         if not self._streams:
             # After the files were emptied: a manifest must never stand beside the answers of another job.
-            text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-            replace_file(self._beside("manifest.json"), lambda file: file.write(text.encode()))
+            self._manifest = (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()
+            self._write_manifest()
             self._tokens = self._token_log(manifest)
             self._tokens.start(kept)
             self._syncer = threading.Thread(target=self._sync_loop, name="journal-sync", daemon=True)
@@ -138,7 +170,7 @@ class Journal:
         file = self._answers if record["error"] is None else self._failures
         data = json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace") + b"\n"
         with self._writing():
-            file.write(data)
+            write_all(file, data)
             file.flush()
         self._unsynced += 1
         if self._unsynced >= SYNC_RECORDS:
@@ -160,14 +192,54 @@ class Journal:
         try:
             if self._sync_error is not None:
                 raise self._sync_error
-            yield
+            if not self._taken_away:
+                yield
         except BrokenPipeError:
             raise
         except OSError as error:
-            raise ExecutionError(
-                f"cannot write {self._output}: {error.strerror or error}",
-                "free some space, then go on with --resume; nothing that was written is lost",
-            ) from error
+            if all(is_in_place(file, path) for file, path in self._open_files()):
+                raise self._refused(error) from error
+            self._taken_away = True
+        if self._taken_away:
+            raise self._put_back()
+
+    def _refused(self, error: OSError) -> ExecutionError:
+        remedy = "free some space" if error.errno in _FULL else "let it be written again"
+        if self._streams:
+            after = f"{remedy}, and start again: to a file (-o FILE), so that --resume can go on after the next one"
+        else:
+            after = f"{remedy}, then go on with --resume; nothing that was written is lost"
+        return ExecutionError(f"cannot write {error.filename or self._output}: {error.strerror or error}", after)
+
+    def _open_files(self) -> list[tuple[BinaryIO, Path]]:
+        """The open files of a job that have a name of their own."""
+        files = [] if self._streams else [(self._answers, self._output)]
+        if self._error_file is not None:
+            files.append((self._failures, self._error_file))
+        return [(file, path) for file, path in files if file is not None and not file.closed]
+
+    def _put_back(self) -> ExecutionError:
+        """Write again what was removed, moved or replaced while it was written to. Returns the error that says so."""
+        gone = [(file, path) for file, path in self._open_files() if not is_in_place(file, path)]
+        names = ", ".join(str(path) for _, path in gone)
+        message = f"{names} was removed, moved or replaced while the job was running"
+        try:
+            places = [put_back(file, path) for file, path in gone]
+            if not self._streams:
+                self._write_manifest()
+                self._tokens.put_back()
+        except OSError as error:
+            return ExecutionError(
+                f"{message}, and could not be written again: {error}",
+                "bring the folder back; what is in it can be gone on with by --resume",
+            )
+        self._taken_away, self._was_put_back = False, True
+        moves = [f"mv {place} {path}" for place, (_, path) in zip(places, gone) if place != path]
+        hint = "everything was put back" if not moves else f"first put the answers back: {'; '.join(moves)}"
+        return ExecutionError(message, f"{hint}; go on with --resume, and leave the files alone meanwhile")
+
+    def _write_manifest(self) -> None:
+        replace_file(self._beside("manifest.json"), lambda file: file.write(self._manifest))
 
     def finish(self, preserve_order: bool = False, *, keep_tokens: bool = False) -> None:
         """Make everything durable; with ``preserve_order`` put the records into the order of the input, atomically.
@@ -175,12 +247,13 @@ class Journal:
         keep_tokens: answers are still under way, for a resume to go on with.
         """
         self.close(keep_lock=True)
-        if self._tokens is not None and not keep_tokens:
-            self._tokens.remove()
-        if preserve_order and not self._streams:
-            for path in self._paths():
-                records: WrittenRecords = read_records(path)
-                rewrite_records(path, records, np.argsort(records.lines, kind="stable"))
+        with self._writing():
+            if self._tokens is not None and not keep_tokens:
+                self._tokens.remove()
+            if preserve_order and not self._streams:
+                for path in self._paths():
+                    records: WrittenRecords = read_records(path)
+                    rewrite_records(path, records, np.argsort(records.lines, kind="stable"))
         self._release()
 
     def close(self, keep_lock: bool = False) -> None:
@@ -190,21 +263,23 @@ class Journal:
         if self._syncer is not None:
             self._syncer.join()
             self._syncer = None
-        if self._tokens is not None:
-            self._tokens.close()
-        for file in {self._answers, self._failures} - {None}:
-            if not file.closed and file is not sys.stdout.buffer:
-                file.flush()
-                if not self._streams or file is not self._answers:
-                    os.fsync(file.fileno())
-                file.close()
-        if not keep_lock:
-            self._release()
+        try:
+            if not self._was_put_back:
+                with self._writing():
+                    self._sync()
+                    if self._answers is not None and not self._answers.closed:
+                        self._answers.flush()
+        finally:
+            for file in {self._answers, self._failures, self._tokens} - {None}:
+                if file is not sys.stdout.buffer:
+                    file.close()
+            if not keep_lock:
+                self._release()
 
     def _release(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        for lock in self._locks:
+            lock.close()
+        self._locks = []
 
     def _paths(self) -> list[Path]:
         answers = [] if self._streams else [self._output]
@@ -219,45 +294,54 @@ class Journal:
         return TokenLog(self._beside("tokens"), key)
 
     def _open(self, path: Path) -> BinaryIO:
-        file = open(path, "ab" if self._resume else "wb")  # noqa: SIM115 - closed by close()
+        # Unbuffered: what a full disk refuses must not be tried again by close(). Readable: to be put back.
+        file = open(path, "a+b" if self._resume else "w+b", buffering=0)  # noqa: SIM115 - closed by close()
         sync_directory(path.parent)
         return file
 
     def _sync_loop(self) -> None:
-        while not self._stopping:
+        while not (self._stopping or self._taken_away):
             self._wake.wait(SYNC_SECONDS)
             self._wake.clear()
-            if not self._unsynced:
-                continue
             self._unsynced = 0  # before the call: a record written meanwhile counts for the next one
             try:
-                for file in {self._answers, self._failures}:
-                    os.fsync(file.fileno())
-                self._tokens.sync()
+                self._sync()
             except OSError as error:
                 self._sync_error = error
 
-    def _check_manifest(self, manifest: Mapping[str, Any]) -> None:
+    def _sync(self) -> None:
+        """Put on the disk what was written, and see that it still has its name."""
+        for file, path in self._open_files():
+            os.fsync(file.fileno())
+            self._taken_away |= not is_in_place(file, path)
+        if self._tokens is not None:
+            self._tokens.sync()
+
+    def _check_manifest(self, manifest: Mapping[str, Any]) -> ConfigError | None:
+        """Raises ConfigError where it is of another job; returns the one to raise where it cannot be read."""
         path = self._beside("manifest.json")
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise ConfigError(
-                f"{path} is missing, so {self._output} cannot be resumed", "start again with --overwrite"
-            ) from error
-        except ValueError as error:
-            raise ConfigError(f"{path} is not JSON: {error}", "start again with --overwrite") from error
+            if not isinstance(before, dict):
+                raise ValueError("not an object")
+        except (FileNotFoundError, ValueError) as error:
+            state = "missing" if isinstance(error, FileNotFoundError) else f"damaged ({error})"
+            return ConfigError(
+                f"{path} is {state}, and the records of {self._output} are of another job",
+                "resume with the same input, settings and version of flexrun, or start again with --overwrite",
+            )
         now = json.loads(json.dumps(manifest))  # tuples become lists, as in the file
         for key, old, new in _differences(before, now):
             raise ConfigError(
                 f"{self._output} was made with {key}={json.dumps(old)}, this command has {key}={json.dumps(new)}",
                 "resume with the same input and settings, or start again with --overwrite",
             )
+        return None
 
 
 def _differences(before: Any, now: Any, name: str = ""):
     if isinstance(before, dict) and isinstance(now, dict):
-        for key in sorted({*before, *now} - {*_UNCOMPARED_KEYS}):
+        for key in sorted({*before, *now}.difference(_UNCOMPARED_KEYS)):
             yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
     elif before != now:
         yield name, before, now
@@ -280,5 +364,8 @@ def _check_writable(path: Path) -> None:
     folder = path.parent
     if not folder.is_dir():
         raise ConfigError(f"the folder of {path} does not exist", f"make it first: mkdir -p {folder}")
-    if not os.access(path if path.exists() else folder, os.W_OK):
-        raise ConfigError(f"{path} cannot be written", "check its permissions")
+    for place in (folder, path):
+        if place.exists() and not os.access(place, os.W_OK):
+            raise ConfigError(
+                f"{place} cannot be written", "name an output elsewhere, or check its permissions and its file system"
+            )

@@ -6,7 +6,9 @@ The line number of the input is the last part of ``id``; resume and --preserve-o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flexrun.jobs.index import LineError
@@ -15,6 +17,11 @@ from flexrun.outputs import CompletionOutput, Logprob, RequestOutput
 
 OBJECTS = {"chat": ("chat.completion", "chatcmpl"), "completion": ("text_completion", "cmpl")}
 LEAST_LOGPROB = -9999.0  # JSON has no -infinity; OpenAI and vLLM write this
+
+
+def job_id_of(manifest: Mapping[str, Any]) -> str:
+    """Eight hexadecimal digits that stand for all that decides the answers of a job."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def answer_record(
@@ -51,6 +58,11 @@ def error_record(error: LineError, job_id: str, metadata: dict[str, Any] | None 
 def record_line(record: dict[str, Any]) -> int:
     """The 1-based input line that a record answers. Raises KeyError, TypeError or ValueError on a foreign record."""
     return int(record["id"].rsplit("_", 1)[1])
+
+
+def record_job(record: dict[str, Any]) -> str:
+    """Id of the job that wrote a record. Raises as ``record_line``."""
+    return record["id"].rsplit("_", 2)[1]
 
 
 def _envelope(job_id, line, custom_id, response, error, metadata) -> dict[str, Any]:

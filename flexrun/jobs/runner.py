@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
-import json
 import sys
 import time
 from collections import Counter
@@ -24,7 +22,7 @@ from flexrun.jobs.index import ORDERS, JobIndex, LineError, index_job
 from flexrun.jobs.journal import Journal, Recovered
 from flexrun.jobs.jsonl import PromptLine
 from flexrun.jobs.progress import PLAIN_SECONDS, Progress
-from flexrun.jobs.records import answer_record, error_record
+from flexrun.jobs.records import answer_record, error_record, job_id_of
 from flexrun.jobs.signals import StopSignals
 from flexrun.jobs.source import open_source
 from flexrun.jobs.token_log import Partial
@@ -108,7 +106,7 @@ class _Job:
         self.errors: Counter[str] = Counter()
         self.answered = self.prompt_tokens = self.generated_tokens = 0
         self.seconds = {"check": 0.0, "load": 0.0, "run": 0.0}
-        self.all_sent = self.interrupted = False
+        self.stopping = self.interrupted = False
 
     def run(self, open_model: Callable[[], Any], build_llm: Callable[[Any], Any]) -> dict[str, Any]:
         config = self.config
@@ -168,7 +166,7 @@ class _Job:
             "sampling": dataclasses.asdict(config.sampling),
             **config.identity,
         }
-        self.job_id = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:8]
+        self.job_id = job_id_of(manifest)
         return manifest
 
     def _answer(self, build_llm, index, rows, recovered, journal, manifest) -> dict[str, Any] | None:
@@ -203,7 +201,7 @@ class _Job:
     def _stream(self, llm: Any, index: JobIndex, rows: np.ndarray, journal: Journal) -> None:
         total_tokens = int(index.expected_tokens(rows).sum())
         done_requests = len(index) - len(rows)
-        stop = StopSignals(self._announce_stop)
+        stop = StopSignals(partial(self._announce_stop, journal.keeps_tokens))
         with (
             closing(
                 Progress(len(index), total_tokens, done_requests=done_requests, enabled=self.config.progress)
@@ -214,7 +212,7 @@ class _Job:
                     self._requests(index, rows, stop),
                     self._workload(index, rows),
                     bar.advance,
-                    partial(self._keep_tokens, journal, stop) if journal.keeps_tokens else None,
+                    partial(self._after_pass, journal, stop),
                 )
             ) as outputs,
         ):
@@ -222,8 +220,6 @@ class _Job:
                 for output in outputs:
                     prompt, expected_tokens = self.in_flight.pop(output.request_id)
                     bar.finish(expected_tokens - self._record(prompt, output, journal))
-                    if stop.requested and self.all_sent:
-                        break
             except (KeyboardInterrupt, _Stopped):
                 self.interrupted = True
         self.interrupted |= stop.requested and bool(self.in_flight)
@@ -243,8 +239,16 @@ class _Job:
         begun = np.minimum(begun, workload.max_tokens - 1)
         return Workload(workload.prompt_tokens + begun, workload.max_tokens - begun, workload.scored_tokens)
 
-    def _keep_tokens(self, journal: Journal, stop: StopSignals, sampled: list[tuple[str, int, int]]) -> None:
-        """After each pass. Answers with log-probabilities are not kept: a resume generates them again."""
+    def _after_pass(self, journal: Journal, stop: StopSignals, sampled: list[tuple[str, int, int]]) -> None:
+        """Keep the tokens of a pass, and stop here if so asked; a stream first gets the answers that the pass ended.
+
+        Answers with log-probabilities are not kept: a resume generates them again.
+        """
+        if not journal.keeps_tokens:
+            if self.stopping:
+                raise _Stopped
+            self.stopping = stop.requested
+            return
         entries = [
             (prompt.line, choice, token)
             for prompt, choice, token in ((self.in_flight[name][0], choice, token) for name, choice, token in sampled)
@@ -264,7 +268,6 @@ class _Job:
                 self.in_flight[prompt.custom_id] = prompt, int(expected_tokens)
                 begun = self.partial.pop(prompt.line, None)
                 yield Request(prompt.custom_id, token_ids, prompt.prompt, prompt.messages, prompt.params, partial=begun)
-        self.all_sent = True
 
     def _record(self, prompt: PromptLine, output: RequestOutput, journal: Journal) -> int:
         """Write one finished request down and count it. Returns the tokens it took, prompt and answer."""
@@ -337,8 +340,9 @@ class _Job:
 
         return report
 
-    def _announce_stop(self) -> None:
-        self._say("stopping after this pass; press Ctrl-C again to stop at once")
+    def _announce_stop(self, keeps_tokens: bool) -> None:
+        lost = "" if keeps_tokens else "; the output is a stream, so answers under way will be lost"
+        self._say(f"stopping after this pass{lost}; press Ctrl-C again to stop at once")
 
     def _say(self, text: str) -> None:
         print(text, file=self.log, flush=True)

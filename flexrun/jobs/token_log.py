@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flexrun.jobs.files import replace_file, sync_directory
+from flexrun.jobs.files import is_in_place, put_back, replace_file, sync_directory, write_all
 
 MAGIC = b"FLEXRUN-TOKENS-1"
 KEY_BYTES = 16
@@ -59,7 +59,7 @@ class TokenLog:
         if not data:
             return
         block = BLOCK.pack(len(data) // ENTRY.itemsize, zlib.crc32(data)) + data
-        self._file.write(block)
+        write_all(self._file, block)
         self._bytes += len(block)
         if self._bytes > self._compact_above:
             entries = self._entries()
@@ -70,6 +70,11 @@ class TokenLog:
         with self._guard:
             if self._file is not None:
                 os.fsync(self._file.fileno())
+
+    def put_back(self) -> None:
+        """Where the file was taken away: write it again. What is lost of it costs time only."""
+        if self._file is not None and not is_in_place(self._file, self.path):
+            put_back(self._file, self.path)
 
     def close(self) -> None:
         """Let go of the file; it stays."""
@@ -104,7 +109,7 @@ class TokenLog:
         with self._guard:
             if self._file is not None:
                 self._file.close()
-            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
+            self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 - closed by close()
         self._bytes = len(self._header) + len(block)
         self._compact_above = max(COMPACT_BYTES, 4 * self._bytes)
         sync_directory(self.path.parent)

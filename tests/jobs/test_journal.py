@@ -95,7 +95,7 @@ def test_damage_before_whole_records_is_not_repaired(tmp_path):
     path = tmp_path / "out.jsonl"
     write(path, answer(1), answer(2))
     path.write_bytes(b"garbage\n" + path.read_bytes())
-    with pytest.raises(ConfigError, match="line 1 is not a record"):
+    with pytest.raises(ConfigError, match="line 1: no record"):
         write(path, resume=True)
     assert path.read_bytes().startswith(b"garbage")
 
