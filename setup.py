@@ -34,7 +34,7 @@ kernels = Extension(
     optional=True,
 )
 
-test = ["pytest", "hypothesis", "transformers", "accelerate", "ruff"]
+test = ["pytest", "hypothesis", "transformers", "accelerate", "ruff", "zstandard>=0.19"]
 
 setup(
     name="flexrun",
@@ -66,6 +66,7 @@ setup(
         "helm": ["crfm-helm"],
         "lm-eval": ["lm-eval"],
         "triton": ["triton"],
+        "zstd": ["zstandard>=0.19; python_version < '3.14'"],
     },
     entry_points={
         "console_scripts": ["flexrun = flexrun.cli:main"],

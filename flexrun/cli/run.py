@@ -38,7 +38,9 @@ RUN_FLAGS = ("cache_dir", "policy", "seed", "trace", "save_expert_profile")
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     files = parser.add_argument_group("files")
-    files.add_argument("-i", "--input-file", required=True, metavar="FILE", help="prompts, JSONL or .gz; - is stdin")
+    files.add_argument(
+        "-i", "--input-file", required=True, metavar="FILE", help="prompts, JSONL, .gz or .zst; - is stdin"
+    )
     files.add_argument("-o", "--output-file", required=True, metavar="FILE", help="answers, JSONL; - is stdout")
     files.add_argument("--error-file", metavar="FILE", help="refused and failed lines go here, not to the output")
     files.add_argument("--output-json", metavar="FILE", help="summary of the job as one JSON object; - is stdout")

@@ -4,7 +4,9 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import sys
+import threading
 import time
 import tracemalloc
 
@@ -168,14 +170,70 @@ def test_lookalike_keys_are_warned_about(index_of):
     assert "line 2: 'tools' is not run" in warnings[1]
 
 
-def test_gzip_and_stdin_are_spooled(index_of, model, tmp_path, monkeypatch):
-    content = lines_of({"prompt": "a"}, {"prompt": "b"})
-    packed = tmp_path / "in.jsonl.gz"
-    packed.write_bytes(gzip.compress(content))
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
-    for path in (packed, "-"):
-        with open_source(path) as source:
-            assert source.seekable() and source.read() == content
+def zstd_frame(content, block_bytes=1000):
+    """A zstd frame of blocks that are not compressed (RFC 8878)."""
+    header = b"\x28\xb5\x2f\xfd\xa0" + len(content).to_bytes(4, "little")  # one segment, its size in four bytes
+    blocks = [content[start : start + block_bytes] for start in range(0, len(content), block_bytes)]
+    last = len(blocks) - 1
+    heads = [(len(block) << 3 | (number == last)).to_bytes(3, "little") for number, block in enumerate(blocks)]
+    return header + b"".join(head + block for head, block in zip(heads, blocks))
+
+
+@pytest.fixture
+def zstd_library():
+    try:
+        import compression.zstd  # noqa: F401
+    except ImportError:
+        pytest.importorskip("zstandard")
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gzip"])
+@pytest.mark.parametrize("name", ["in.jsonl", "in.jsonl.gz", "-", "pipe"])
+def test_files_and_streams_plain_and_packed(name, pack, tmp_path, monkeypatch):
+    content = lines_of(*({"prompt": f"prompt {number}"} for number in range(200)))
+    if name.endswith(".gz") and pack is bytes:
+        return
+    opens_as(name, pack(content), content, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["in.jsonl.zst", "in.jsonl", "-"])
+def test_zstd_in_one_frame_or_several(name, zstd_library, tmp_path, monkeypatch):
+    content = lines_of(*({"prompt": f"prompt {number}"} for number in range(200)))
+    packed = zstd_frame(content[:100]) + zstd_frame(content[100:3000]) + zstd_frame(content[3000:])
+    opens_as(name, packed, content, tmp_path, monkeypatch)
+
+
+def opens_as(name, given, content, tmp_path, monkeypatch):
+    path = tmp_path / name if name != "-" else name
+    if name == "-":
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
+    elif name == "pipe":
+        os.mkfifo(path)
+        threading.Thread(target=lambda: path.write_bytes(given), daemon=True).start()
+    else:
+        path.write_bytes(given)
+    with open_source(path) as source:
+        assert source.seekable() and source.read() == content
+        source.seek(5)
+        assert source.read(10) == content[5:15]
+
+
+def test_zstd_without_a_library_names_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "compression.zstd", None)
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(zstd_frame(b"content"))
+    with pytest.raises(ConfigError, match="packed with zstd") as caught:
+        open_source(path)
+    assert "pip install -U zstandard" in caught.value.hint and "zstd -dc" in caught.value.hint
+
+
+@pytest.mark.parametrize("damage", [b"not zstd", b"", zstd_frame(b"content " * 999)[:-12], zstd_frame(b"a") + b"junk"])
+def test_a_broken_zstd_is_a_config_error(damage, zstd_library, tmp_path):
+    path = tmp_path / "in.jsonl.zst"
+    path.write_bytes(damage)
+    with pytest.raises(ConfigError, match="not a whole zstd file"):
+        open_source(path)
 
 
 @pytest.mark.parametrize("content", [b"not gzip", gzip.compress(b'{"prompt": "a"}\n' * 99)[:-12]])
@@ -184,6 +242,17 @@ def test_a_broken_gzip_is_a_config_error(content, tmp_path):
     path.write_bytes(content)
     with pytest.raises(ConfigError, match="gzip"):
         open_source(path)
+
+
+def test_a_line_of_ten_megabytes_costs_nobody_else_anything(index_of):
+    """Whether it is one prompt too long, or no JSON at all."""
+    fine = {"prompt": "fine"}
+    for giant in (json.dumps({"prompt": "word " * 2_000_000}).encode(), b"x" * 10_000_000):
+        index = index_of(lines_of(fine) + giant + b"\r\n" + lines_of(fine))
+        assert index.lines.tolist() == [1, 3]
+        (error,) = index.errors()
+        assert (error.line, error.code) in {(2, "context_length_exceeded"), (2, "invalid_json")}
+        assert len(error.message) < 300
 
 
 def test_missing_and_utf16_inputs_are_config_errors(tmp_path):

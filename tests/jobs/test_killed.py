@@ -11,7 +11,7 @@ import signal
 import pytest
 
 from flexrun.jobs.runner import JobConfig, run_job
-from flexrun.jobs.token_log import TokenLog
+from flexrun.jobs.token_log import KEY_BYTES, MAGIC, TokenLog
 
 KILLS = 30
 
@@ -20,21 +20,25 @@ def work(model: str, folder: str, packed: str, resume: bool) -> None:
     """One life of the job, in a process of its own."""
     import torch
 
+    from flexrun.config import Policy
     from flexrun.llm import LLM, open_model
     from flexrun.sampling import SamplingParams
 
     torch.set_num_threads(1)
+    policy = Policy(
+        sequences_in_flight=8, tokens_per_pass=32, attention_micro_batch=8
+    )  # a search takes longer
     config = JobConfig(
         f"{folder}/in.jsonl",
         f"{folder}/out.jsonl",
         "tiny",
-        SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True),
+        SamplingParams(temperature=0.0, max_tokens=25, ignore_eos=True),
         resume=resume,
         progress=False,
     )
 
     def build(files):
-        return LLM(files, threads=1, cpu_memory="256MiB", disk_dir=packed, max_num_seqs=8)
+        return LLM(files, threads=1, cpu_memory="256MiB", disk_dir=packed, policy=policy)
 
     with open(f"{folder}/log.txt", "a") as log:
         run_job(config, lambda: open_model(model, dtype="float32"), build, log)
@@ -70,7 +74,7 @@ def kept_tokens(folder) -> int:
         tokens += record["response"]["body"]["usage"]["completion_tokens"]
     log = folder / "out.jsonl.tokens"
     if log.exists():
-        partial = TokenLog(log, log.read_bytes()[16:32]).read()
+        partial = TokenLog(log, log.read_bytes()[len(MAGIC) : len(MAGIC) + KEY_BYTES]).read()
         tokens += sum(len(row) for line, rows in partial.items() if line not in done for row in rows.values())
     return tokens
 
@@ -87,7 +91,7 @@ def test_a_job_killed_thirty_times_ends_with_every_answer_once(checkpoint, packe
                 "return_token_ids": True,
             }
         )
-        for number in range(48)
+        for number in range(32)
     ]
     while kills < KILLS or expected is None:
         folder = tmp_path / str(round_number)
@@ -97,7 +101,7 @@ def test_a_job_killed_thirty_times_ends_with_every_answer_once(checkpoint, packe
         while True:
             child = process(model, str(folder), str(packed_cache), resume)
             may_kill = expected is not None and kills < KILLS
-            child.join(moments.uniform(0.05, 1.5) if may_kill else 120)
+            child.join(moments.uniform(0.02, 0.6) if may_kill else 120)
             if child.exitcode is None:
                 assert may_kill, "the job hangs"
                 os.kill(child.pid, signal.SIGKILL)
