@@ -168,7 +168,10 @@ class Journal:
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one record. Raises ExecutionError where the file system refuses (disk full, ...)."""
         file = self._answers if record["error"] is None else self._failures
-        data = json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace") + b"\n"
+        text = json.dumps(record, ensure_ascii=False, allow_nan=False)
+        for other_line_end in "\x85\u2028\u2029":  # of those who read lines as Python's splitlines does
+            text = text.replace(other_line_end, f"\\u{ord(other_line_end):04x}")
+        data = text.encode("utf-8", "replace") + b"\n"
         with self._writing():
             write_all(file, data)
             file.flush()

@@ -25,9 +25,7 @@ def work(model: str, folder: str, packed: str, resume: bool) -> None:
     from flexrun.sampling import SamplingParams
 
     torch.set_num_threads(1)
-    policy = Policy(
-        sequences_in_flight=8, tokens_per_pass=32, attention_micro_batch=8
-    )  # a search takes longer
+    policy = Policy(sequences_in_flight=8, tokens_per_pass=32, attention_micro_batch=8)  # a search takes longer
     config = JobConfig(
         f"{folder}/in.jsonl",
         f"{folder}/out.jsonl",
