@@ -10,7 +10,7 @@ import numpy
 from scipy.optimize import least_squares, nnls
 
 from flexrun.errors import ExecutionError
-from flexrun.hardware.rates import LinearWork, Rates, Transfer
+from flexrun.hardware.rates import CompressedRates, LinearWork, Rates, Transfer
 
 # (low, high) of what is searched for, far beyond any machine of today
 _SPEED = (1e6, 1e17)
@@ -29,6 +29,17 @@ class LinearReading:
     work: LinearWork
     seconds: float
     plain: bool = False
+
+
+@dataclass(frozen=True)
+class CompressedReading:
+    """One timed call of a module with compressed matrices. beside_seconds: of it, what is no product."""
+
+    rows: int
+    elements: float
+    nbytes: float
+    seconds: float
+    beside_seconds: float
 
 
 @dataclass(frozen=True)
@@ -113,3 +124,32 @@ def _rates_at(point: dict[str, float]) -> Rates:
         sharpness=1 / point["smoothness"],
         plain_weight_share=point.get("plain_share", 1.0),
     )
+
+
+def fit_compressed(readings: Sequence[CompressedReading]) -> tuple[CompressedRates, float]:
+    """The rates whose relative errors are least in the sense of ``fit_linear``, and the root mean square of these.
+
+    What counts as few rows is tried at every count up to which there is a reading.
+    """
+    counts = sorted({reading.rows for reading in readings})
+    return min((_fit_few(readings, few) for few in (0, *counts[:-1])), key=lambda fit: fit[1])
+
+
+def _fit_few(readings: Sequence[CompressedReading], few_rows: int) -> tuple[CompressedRates, float]:
+    seconds = numpy.log([reading.seconds for reading in readings])
+
+    def rates_at(point: numpy.ndarray) -> CompressedRates:
+        matmul, few, many = (math.exp(value) for value in point)
+        return CompressedRates(matmul, few if few_rows else many, many, few_rows)
+
+    def errors(point: numpy.ndarray) -> numpy.ndarray:
+        rates = rates_at(point)
+        work = [rates.seconds(each.rows, each.elements, each.nbytes) + each.beside_seconds for each in readings]
+        return numpy.log(work) - seconds
+
+    flops = max(2.0 * reading.rows * reading.elements / reading.seconds for reading in readings)
+    nbytes = max(reading.nbytes / reading.seconds for reading in readings)
+    start = numpy.log([1.2 * flops, 1.2 * nbytes, 0.6 * nbytes])
+    bounds = numpy.log(_SPEED)
+    solution = least_squares(errors, start, bounds=(bounds[0], bounds[1]), loss="soft_l1", f_scale=0.1, max_nfev=100)
+    return rates_at(solution.x), float(numpy.sqrt(numpy.mean(errors(solution.x) ** 2)))

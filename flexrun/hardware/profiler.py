@@ -93,7 +93,7 @@ def measure(
 
 def _stages(effort: Effort, dtypes: Sequence[str] | None, has_gpu: bool) -> int:
     """How often ``advance`` is called, if no shape is left out."""
-    cpu = len(dtypes or CPU_DTYPES) * (len(effort.shapes) + 1) + 2
+    cpu = len(dtypes or CPU_DTYPES) * (len(effort.shapes) + 2) + 1
     gpu = len(dtypes or GPU_DTYPES) * (len(effort.shapes) + 1) + 3
     return 4 + cpu + (gpu if has_gpu else 0)
 
@@ -117,7 +117,10 @@ def _processor(bench: Bench, dtypes: Sequence[str], memory_bytes: int, noise: di
         noise[f"{label} prefill attention {dtype}"] = prefill_spread
     # The overhead hardly depends on the dtype where it matters, which is with the fastest one.
     row_seconds, element_seconds = profile_compute.sampling_costs(bench, dtypes[-1])
-    brought_back = profile_compressed.dequantise_bytes_per_second(bench, dtypes[-1], rates[dtypes[-1]])
+    if bench.device.type == "cpu":  # which multiplies straight from codes
+        rates = profile_compressed.with_compressed(bench, rates, overhead_seconds, noise, misfit)
+        return Processor(rates, overhead_seconds, row_seconds, element_seconds)
+    brought_back = profile_compressed.dequantise_bytes_per_second(bench, dtypes[-1])
     return Processor(rates, overhead_seconds, row_seconds, element_seconds, brought_back)
 
 

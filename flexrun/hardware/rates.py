@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flexrun.errors import ConfigError
 from flexrun.hardware.document import require_range
@@ -44,6 +44,35 @@ class LinearWork:
         width = sum((inputs * outputs) ** 1.5 for inputs, outputs in shapes) / max(elements, 1)
         return cls(elements, max(width, 1.0), sum(inputs + outputs for inputs, outputs in shapes))
 
+    def part(self, share: float) -> LinearWork:
+        """That share of each of the matrices."""
+        return LinearWork(self.weight_elements * share, self.width, self.activation_elements * share)
+
+
+@dataclass(frozen=True)
+class CompressedRates:
+    """Products of a CPU with matrices of 4 or 8 bits, straight from their codes.
+
+    few_bytes_per_second: codes and factors, of calls of at most ``few_rows`` rows; many_bytes_per_second: of larger
+    ones, which make weights of the codes first and multiply then, at matmul_flops_per_second.
+    """
+
+    matmul_flops_per_second: float
+    few_bytes_per_second: float
+    many_bytes_per_second: float
+    few_rows: int = 0
+
+    def __post_init__(self):
+        speeds = ("matmul_flops_per_second", "few_bytes_per_second", "many_bytes_per_second")
+        require_range(self, speeds, 0, above=True)
+        require_range(self, ("few_rows",), 0)
+
+    def seconds(self, rows: float, elements: float, nbytes: float) -> float:
+        """Of one call, apart from its inputs and outputs."""
+        products = 2.0 * rows * elements / self.matmul_flops_per_second
+        speed = self.few_bytes_per_second if rows <= self.few_rows else self.many_bytes_per_second
+        return products + nbytes / speed
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -59,6 +88,7 @@ class Rates:
     prefill_attention_flops_per_second: attention of prompts, causal products counted only.
     plain_weight_share: part of weight_bytes_per_second that remains for weights in the layout of a checkpoint, where
     the matmul has a layout of its own that only weights resident on the CPU are brought into.
+    compressed: of a CPU, products with matrices of 4 and 8 bits, by "4" and "8".
     """
 
     matmul_flops_per_second: float
@@ -69,6 +99,7 @@ class Rates:
     half_width: float = 0.0
     sharpness: float = 4.0
     plain_weight_share: float = 1.0
+    compressed: dict[str, CompressedRates] = field(default_factory=dict)
 
     def __post_init__(self):
         speeds = (
@@ -81,6 +112,9 @@ class Rates:
         require_range(self, speeds, 0, above=True)
         require_range(self, ("half_width",), 0)
         require_range(self, ("plain_weight_share",), 0, 1, above=True)
+        for bits in self.compressed:
+            if bits not in ("4", "8"):
+                raise ConfigError(f"compressed rates of {bits!r} bits", "give those of 4 and 8")
         require_range(self, ("sharpness",), 1)  # 1 adds compute and memory; below it, they would take longer than both
 
     def linear_seconds(
@@ -97,13 +131,29 @@ class Rates:
         dtype_bytes: of an activation. weight_bytes: read for the weights together (None: stored in the same dtype).
         plain: the weights are streamed, or reside on a device, in the layout of the checkpoint.
         """
+        products = self.product_seconds(rows, work, dtype_bytes, weight_bytes, plain=plain)
+        return products + self.activation_seconds(rows, work, dtype_bytes)
+
+    def product_seconds(
+        self,
+        rows: float,
+        work: LinearWork,
+        dtype_bytes: int,
+        weight_bytes: float | None = None,
+        *,
+        plain: bool = False,
+    ) -> float:
+        """Of ``linear_seconds``, weights and products."""
         peak = self.matmul_flops_per_second / (1.0 + self.half_width / work.width)
         compute = 2.0 * rows * work.weight_elements / peak
         nbytes = work.weight_elements * dtype_bytes if weight_bytes is None else weight_bytes
         memory = nbytes / (self.weight_bytes_per_second * (self.plain_weight_share if plain else 1.0))
         high, low = max(compute, memory), min(compute, memory)
-        roofline = high * (1.0 + (low / high) ** self.sharpness) ** (1.0 / self.sharpness) if high else 0.0
-        return roofline + rows * work.activation_elements * dtype_bytes / self.activation_bytes_per_second
+        return high * (1.0 + (low / high) ** self.sharpness) ** (1.0 / self.sharpness) if high else 0.0
+
+    def activation_seconds(self, rows: float, work: LinearWork, dtype_bytes: int) -> float:
+        """The rest of ``linear_seconds``."""
+        return rows * work.activation_elements * dtype_bytes / self.activation_bytes_per_second
 
 
 @dataclass(frozen=True)
@@ -112,7 +162,8 @@ class Processor:
 
     rates: by dtype name. step_overhead_seconds: fixed cost of one step (launches, interpreter). row_overhead_seconds:
     of one sampled row. sample_element_seconds: of one logit (cast, argmax or draw). dequantise_bytes_per_second: 4-
-    and 8-bit weights, a byte of the dtype they become, beside reading their own bytes (0: not known).
+    and 8-bit weights, a byte of the dtype they become, beside reading their own bytes (0: not known); a CPU that has
+    rates of compressed products needs none.
     """
 
     rates: dict[str, Rates]

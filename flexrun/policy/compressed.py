@@ -1,25 +1,59 @@
-"""What compressed matrices weigh in each part of a layer: patterns may give every layer other bits."""
+"""What compressed matrices weigh in each part of a layer, and what products with them take: patterns may give every
+layer other bits."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 from flexrun.compress import GroupFormat, WeightBits
+from flexrun.hardware import LinearWork, Rates
 from flexrun.models.spec import ModelSpec, PackedTensor
 from flexrun.placement import stored_bytes
 
 
+class Compressed(NamedTuple):
+    """Matrices of a part of a layer, together: ``bits`` an element (16: in the dtype), with their factors."""
+
+    bits: int
+    elements: float
+    nbytes: float
+
+
 @lru_cache(maxsize=256)
-def compressed_part(spec: ModelSpec, bits: WeightBits, part: str, layer: int) -> tuple[float, float] | None:
-    """(bytes of all matrices, elements of the compressed ones) of a part (see ModelSpec.linear_shapes), or None where
-    none is compressed; averaged over the layers that are sparse, or dense, like ``layer``."""
-    layers, nbytes, elements = set(), 0, 0
+def compressed_part(spec: ModelSpec, bits: WeightBits, part: str, layer: int) -> tuple[Compressed, ...] | None:
+    """The matrices of a part (see ModelSpec.linear_shapes) by their bits, or None where none is compressed; averaged
+    over the layers that are sparse, or dense, like ``layer``."""
+    layers, elements, nbytes = set(), defaultdict(float), defaultdict(float)
     for number, tensor, form in _matrices(spec, bits, part, layer):
         layers.add(number)
-        nbytes += stored_bytes(spec, tensor, form)
-        elements += tensor.elements if form else 0
-    return (nbytes / len(layers), elements / len(layers)) if elements else None
+        stored = form.bits if form else 16
+        elements[stored] += tensor.elements
+        nbytes[stored] += stored_bytes(spec, tensor, form)
+    if not elements.keys() - {16}:
+        return None
+    return tuple(Compressed(each, elements[each] / len(layers), nbytes[each] / len(layers)) for each in elements)
+
+
+def compressed_seconds(
+    rates: Rates, rows: float, work: LinearWork, parts: Sequence[Compressed], dtype_bytes: int, plain: float
+) -> float | None:
+    """One call of a part's linear layers on a CPU, which multiplies straight from codes; None where ``rates`` do not
+    say. plain: share of the matrices in the dtype that are in the layout of the checkpoint."""
+    seconds, total = rates.activation_seconds(rows, work, dtype_bytes), sum(part.elements for part in parts)
+    for part in parts:
+        share = work.part(part.elements / total)
+        if part.bits == 16:
+            for is_plain, weight in ((True, plain), (False, 1 - plain)):
+                seconds += weight * rates.product_seconds(rows, share, dtype_bytes, plain=is_plain)
+        elif str(part.bits) in rates.compressed:
+            stored = part.nbytes * share.weight_elements / part.elements
+            seconds += rates.compressed[str(part.bits)].seconds(rows, share.weight_elements, stored)
+        else:
+            return None
+    return seconds
 
 
 def _matrices(

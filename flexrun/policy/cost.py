@@ -20,7 +20,7 @@ from flexrun.hardware import Hardware, LinearWork, Processor, Transfer
 from flexrun.models.spec import ModelSpec
 from flexrun.placement import LOGITS_ROWS, WeightPlacement, kv_bytes_per_token, part_tokens, weight_bits_of
 from flexrun.policy.attention_cost import attention_seconds, counts_above, counts_of, layers_seconds
-from flexrun.policy.compressed import compressed_part
+from flexrun.policy.compressed import Compressed, compressed_part, compressed_seconds
 from flexrun.policy.kv_writes import row_write_seconds
 from flexrun.policy.passes import Passes
 from flexrun.steps import ATTENDS, MicroBatchShape, PassShape, Step, StepKind, chosen_share, experts_moved_share
@@ -140,14 +140,17 @@ class StepCosts:
         return seconds + self._brought_back_seconds(compressed)
 
     def _matmul_seconds(
-        self, rows: float, work: LinearWork, plain: float, compressed: tuple[float, float] | None = None
+        self, rows: float, work: LinearWork, plain: float, compressed: tuple[Compressed, ...] | None = None
     ) -> float:
         """plain: share of the weights in the layout of the checkpoint; see Rates.plain_weight_share. compressed: see
         compressed_part; a CPU multiplies straight from the codes, a GPU by weights brought back before."""
         dtype_bytes = self.spec.dtype_bytes
         if compressed and self.device is self.hardware.cpu:
-            stored, elements = compressed
-            return self._rates.linear_seconds(rows, work, dtype_bytes, stored) + self.dequantise_seconds(elements)
+            seconds = compressed_seconds(self._rates, rows, work, compressed, dtype_bytes, plain)
+            if seconds is not None:
+                return seconds
+            stored = sum(part.nbytes for part in compressed)
+            return self._rates.linear_seconds(rows, work, dtype_bytes, stored) + self.dequantise_seconds(compressed)
         seconds = self._rates.linear_seconds(rows, work, dtype_bytes, plain=True) if plain else 0.0
         if plain < 1:
             packed = self._rates.linear_seconds(rows, work, dtype_bytes)
@@ -166,20 +169,18 @@ class StepCosts:
     def _plain_share(self) -> float:
         return 1.0 if self.on_device else self.placement.moved_share
 
-    def dequantise_seconds(self, elements: float) -> float:
-        """Bringing so many compressed weights back to the dtype."""
-        if not elements:
-            return 0.0
+    def dequantise_seconds(self, compressed: tuple[Compressed, ...]) -> float:
+        """Bringing compressed weights back to the dtype."""
         if not (speed := self.device.dequantise_bytes_per_second):
             raise ConfigError(
                 f"{self.hardware.name}: no dequantise_bytes_per_second, so compressed weights cannot be planned",
                 "set weight_bits to 16, measure again, or give the hardware file that number",
             )
-        return elements * self.spec.dtype_bytes / speed
+        return sum(part.elements for part in compressed if part.bits < 16) * self.spec.dtype_bytes / speed
 
-    def _brought_back_seconds(self, compressed: tuple[float, float] | None) -> float:
+    def _brought_back_seconds(self, compressed: tuple[Compressed, ...] | None) -> float:
         on_gpu = self.device is not self.hardware.cpu  # there once a module and pass
-        return self.dequantise_seconds(compressed[1]) if compressed and on_gpu else 0.0
+        return self.dequantise_seconds(compressed) if compressed and on_gpu else 0.0
 
     def embed_seconds(self, tokens: int) -> float:
         moved = 2 * tokens * self.spec.hidden_size * self.spec.dtype_bytes

@@ -10,7 +10,7 @@ from planned_models import GIB, LAPTOP, NO_GPU, T4, planned
 
 from flexrun.config import Placement, Policy
 from flexrun.core import Lane, Tier
-from flexrun.hardware import Hardware, LinearWork
+from flexrun.hardware import CompressedRates, Hardware, LinearWork
 from flexrun.models.spec import ModelSpec
 from flexrun.placement import build_scheduler, part_tokens
 from flexrun.policy.cost import StepCosts
@@ -237,6 +237,38 @@ def test_a_cpu_multiplies_by_compressed_weights_in_every_call():
     assert more[1] == pytest.approx(4 * once, rel=0.4)
     kept = costs_of(layout_of(spec, dataclasses.replace(POLICY, weight_bits=4, keep=("*=16",)), False), LAPTOP)
     assert kept.lane_seconds(few) == plain.lane_seconds(few)
+
+
+def with_compressed(machine: Hardware, found: dict[str, CompressedRates]) -> Hardware:
+    rates = {dtype: dataclasses.replace(each, compressed=found) for dtype, each in machine.cpu.rates.items()}
+    return dataclasses.replace(machine, cpu=dataclasses.replace(machine.cpu, rates=rates))
+
+
+def test_compressed_products_take_what_was_measured_for_their_bits():
+    """4 and 8 bits by their own rates, those of few rows up to few_rows; what is kept as it would be alone."""
+    spec = planned("llama")
+    slow = {"4": CompressedRates(1e10, 1e9, 2e8, few_rows=4), "8": CompressedRates(1e10, 5e8, 1e8, few_rows=4)}
+    machine = with_compressed(LAPTOP, slow)
+    elements, outputs = (
+        sum(tensor.elements for tensor in spec.layer_tensors(0) if tensor.name in names)
+        for names in (("qkv.weight", "output.weight", "gate_up.weight", "down.weight"), ("output.weight",))
+    )
+
+    def layer_seconds(rows: int, keep: tuple[str, ...] = (), bits: int = 4) -> float:
+        policy = dataclasses.replace(POLICY, weight_bits=bits, keep=keep)
+        costs = costs_of(layout_of(spec, policy, False), machine)
+        return sum(costs._linear(part, 0, rows, 0.0) for part in ("attention_inputs", "attention_output", "mlp"))
+
+    stored = elements * (0.5 + 4 / 64)
+    for rows, speed in ((1, 1e9), (4, 1e9), (5, 2e8), (100, 2e8)):
+        assert layer_seconds(rows) == pytest.approx(stored / speed + 2 * rows * elements / 1e10, rel=0.1)
+    share = outputs / elements
+    eight = share * (layer_seconds(100, bits=8) - layer_seconds(100)) + layer_seconds(100)
+    assert layer_seconds(100, keep=("*.o_proj=8",)) == pytest.approx(eight, rel=0.02)
+    plain = layer_seconds(100, bits=16)
+    assert layer_seconds(100, keep=("*.o_proj=16",)) == pytest.approx(
+        layer_seconds(100) * (1 - share) + plain * share, rel=0.02
+    )
 
 
 def test_a_gpu_brings_compressed_weights_back_once_a_module():
