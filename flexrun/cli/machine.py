@@ -48,7 +48,12 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
 
 def add_weight_flags(group: argparse._ArgumentGroup) -> None:
     """The flags of `weight_arguments`."""
-    group.add_argument("--weight-bits", type=int, choices=(4, 8, 16), help="compress the matrices; default: do not")
+    group.add_argument(
+        "--weight-bits",
+        type=_bits,
+        metavar="4|8|16|auto",
+        help="compress the matrices; auto: as far as that saves time, 4 bits for a tenth of it; default: do not",
+    )
     group.add_argument(
         "--weight-group", type=int, choices=(32, 64, 128), help="weights that share a scale; default: 64"
     )
@@ -60,6 +65,12 @@ def weight_arguments(args: argparse.Namespace) -> dict[str, Any]:
     given."""
     keep = None if args.keep is None else args.keep.split(",")
     return {"weight_bits": args.weight_bits, "weight_group": args.weight_group, "keep": keep}
+
+
+def _bits(text: str) -> int | str:
+    if text not in ("4", "8", "16", "auto"):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of 4, 8, 16 and auto")
+    return text if text == "auto" else int(text)
 
 
 def llm_arguments(args: argparse.Namespace) -> dict[str, Any]:

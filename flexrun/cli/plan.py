@@ -61,17 +61,21 @@ def call(args: argparse.Namespace) -> int:
     from flexrun.llm.planning import as_budgets, plan_of, search_plan
     from flexrun.placement import weight_bits_of
     from flexrun.policy.explain import format_plan, plan_document
-    from flexrun.policy.features import PLANNABLE, RUNNABLE
+    from flexrun.policy.features import AUTO_BITS, PLANNABLE, RUNNABLE
 
     model = read_model_plan(args.model, **{name: getattr(args, name) for name in MODEL_FLAGS})
     workload = _workload(args, model)
     hardware = settle_hardware(args.hardware, args.cache_dir, say=lambda text: print(text, file=sys.stderr))
     budgets = as_budgets({"gpu": args.gpu_memory, "cpu": args.cpu_memory, "disk": args.disk_memory}, hardware)
     if args.policy is not None:
+        if args.weight_bits == "auto":
+            raise ConfigError("--weight-bits auto needs a search, and --policy says there is none", "name the bits")
         policy = dataclasses.replace(Policy.from_json(args.policy), **_fixed(args))
         plan = plan_of(policy, model.spec, hardware, workload, budgets)
     else:
         features = PLANNABLE if args.all_features else RUNNABLE
+        if args.weight_bits == "auto":
+            features = dataclasses.replace(features, weight_bits=AUTO_BITS)
         if not 0 < args.effort <= 1000:
             raise ConfigError(f"--effort {args.effort:g} is outside (0, 1000]", "1 takes seconds")
         plan = search_plan(
@@ -132,7 +136,7 @@ def _fixed(args: argparse.Namespace) -> dict:
         except ValueError as error:
             hint = 'write for example tokens_per_pass=4096 or weights={"gpu":0,"cpu":1,"disk":0}'
             raise ConfigError(f"cannot read --fix {text!r}", hint) from error
-    values |= {name: value for name, value in weight_arguments(args).items() if value is not None}
+    values |= {name: value for name, value in weight_arguments(args).items() if value not in (None, "auto")}
     if args.max_num_seqs is not None:
         values["sequences_in_flight"] = args.max_num_seqs
     checked = dataclasses.replace(strict_dataclass(Policy, values, "--fix"))

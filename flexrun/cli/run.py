@@ -128,7 +128,9 @@ def call(args: argparse.Namespace) -> int:
     summary = run_job(
         config,
         lambda: open_model(args.model, chat_template=template, **model),
-        lambda files: LLM(files, progress=progress, log=_log, **engine, **weight_arguments(args)),
+        lambda files, **chosen: LLM(
+            files, progress=progress, log=_log, **engine, **{**weight_arguments(args), **chosen}
+        ),
     )
     print(f"\n{format_summary(summary)}", file=sys.stderr)
     if args.output_json is not None:

@@ -39,20 +39,22 @@ from flexrun.jobs.token_log import KEY_BYTES, Partial, TokenLog
 SYNC_RECORDS = 256
 SYNC_SECONDS = 2.0
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_UNCOMPARED_KEYS = ("flexrun_version",)
+CHOSEN = "chosen"  # of a manifest: what was left to the program, for a resume to repeat
+_UNCOMPARED_KEYS = ("flexrun_version", CHOSEN)
 
 
 @dataclass(frozen=True)
 class Recovered:
     """What an earlier run left. ``lines``: int64, sorted, the input lines that need no work; the counts are records.
 
-    partial: tokens of the answers that were under way.
+    partial: tokens of the answers that were under way. chosen: see CHOSEN.
     """
 
     lines: np.ndarray
     answered_count: int
     failed_count: int
     partial: Partial = field(default_factory=dict)
+    chosen: dict[str, Any] = field(default_factory=dict)
 
     def __contains__(self, line: int) -> bool:
         position = int(np.searchsorted(self.lines, line))
@@ -139,7 +141,8 @@ class Journal:
         done = np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *lines]))
         partial = {} if self._streams else self._token_log(manifest).read()
         partial = {line: choices for line, choices in partial.items() if line not in done}
-        return Recovered(done, answered_count, failed_count, partial)
+        chosen = {} if unreadable else json.loads(self._beside("manifest.json").read_text("utf-8")).get(CHOSEN, {})
+        return Recovered(done, answered_count, failed_count, partial, chosen)
 
     def start(self, manifest: Mapping[str, Any], kept: Collection[int] = ()) -> None:
         """Open the files for appending (emptied unless resuming) and write the manifest.

@@ -19,7 +19,7 @@ from flexrun import __version__
 from flexrun.errors import ConfigError, ExecutionError, FlexrunError
 from flexrun.jobs.encoder import PromptEncoder
 from flexrun.jobs.index import ORDERS, JobIndex, LineError, index_job
-from flexrun.jobs.journal import Journal, Recovered
+from flexrun.jobs.journal import CHOSEN, Journal, Recovered
 from flexrun.jobs.jsonl import PromptLine
 from flexrun.jobs.progress import PLAIN_SECONDS, Progress
 from flexrun.jobs.records import answer_record, error_record, job_id_of
@@ -74,13 +74,14 @@ class JobConfig:
 
 
 def run_job(
-    config: JobConfig, open_model: Callable[[], Any], build_llm: Callable[[Any], Any], log: TextIO | None = None
+    config: JobConfig, open_model: Callable[[], Any], build_llm: Callable[..., Any], log: TextIO | None = None
 ) -> dict[str, Any]:
     """Run one job and return its summary.
 
     open_model: returns the ModelFiles (of which tokenizer, spec.vocab_size and max_model_len are read), no weights.
     build_llm: returns the LLM of these files (of which prepare, generate_iter, summary and close are called); called
-    only once every line has been checked and some are left to do.
+    only once every line has been checked and some are left to do. A resume calls it with what the LLM of the first run
+    had chosen (its ``chosen``).
 
     The summary: requests {total, answered, failed, answered_before, failed_before, left}, finish_reasons and errors
     as counts, prompt_tokens, generated_tokens, generated_tokens_per_second, total_tokens_per_second, the seconds of
@@ -108,7 +109,7 @@ class _Job:
         self.seconds = {"check": 0.0, "load": 0.0, "run": 0.0}
         self.stopping = self.interrupted = False
 
-    def run(self, open_model: Callable[[], Any], build_llm: Callable[[Any], Any]) -> dict[str, Any]:
+    def run(self, open_model: Callable[[], Any], build_llm: Callable[..., Any]) -> dict[str, Any]:
         config = self.config
         started = time.perf_counter()
         journal = Journal(config.output_file, config.error_file, resume=config.resume, overwrite=config.overwrite)
@@ -123,7 +124,9 @@ class _Job:
             rows = index.order(config.order)
             rows = rows[~np.isin(index.lines[rows], recovered.lines)]
             self.partial = recovered.partial
-            engine = self._answer(lambda: build_llm(model), index, rows, recovered, journal, manifest)
+            engine = self._answer(
+                lambda: build_llm(model, **recovered.chosen), index, rows, recovered, journal, manifest
+            )
             journal.finish(config.preserve_order and not self.interrupted, keep_tokens=self.interrupted)
             return self._summary(index, rows, recovered, engine, time.perf_counter() - started)
 
@@ -176,6 +179,8 @@ class _Job:
             if llm is not None:
                 llm.prepare(self._workload(index, rows))  # refuses what does not fit while nothing is written yet
             self.seconds["load"] = time.perf_counter() - started
+            if chosen := recovered.chosen or getattr(llm, "chosen", None):
+                manifest = {**manifest, CHOSEN: chosen}
             journal.start(manifest, recovered.partial.keys())
             self._write_refusals(index, recovered, journal)
             if llm is None:

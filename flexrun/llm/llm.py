@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -30,8 +31,9 @@ from flexrun.moe import write_expert_profile
 from flexrun.offload.engine import Engine
 from flexrun.offload.sequence import Group
 from flexrun.outputs import Request, RequestOutput, Score
-from flexrun.placement import part_tokens
+from flexrun.placement import part_tokens, weight_bits_of
 from flexrun.policy.explain import forecast_line
+from flexrun.policy.features import AUTO_BITS
 from flexrun.policy.forecast import forecast
 from flexrun.policy.layout import Budgets, Layout
 from flexrun.policy.search import Plan, search_worth
@@ -60,7 +62,8 @@ class LLM:
     lane_bandwidths: bytes a second (as for the budgets) that lanes are held to: disk_read, disk_write, and of an
         emulated accelerator h2d and d2h; {"h2d": "2GiB"} emulates a slow link. Default: FLEXRUN_LANE_BANDWIDTHS in the
         environment, else none. Plans do not know of it: name a hardware with those rates.
-    weight_bits, keep, weight_group: in place of the policy's: bits of the matrices, of some of them
+    weight_bits, keep, weight_group: in place of the policy's: bits of the matrices ("auto": the first plan weighs 16,
+        8 and 4, and later ones keep to them), of some of them
         (``["*.down_proj=8"]``), and how many weights share a scale.
     save_expert_profile: file that tells how many tokens each expert of a mixture got, written on close().
         expert_profile: such a file of an earlier run; the most used experts then live on the fastest tiers.
@@ -91,7 +94,7 @@ class LLM:
         direct_io: bool = True,
         hardware: Hardware | str | Path | None = None,
         lane_bandwidths: Mapping[str, int | str] | None = None,
-        weight_bits: int | None = None,
+        weight_bits: int | str | None = None,
         keep: Sequence[str] | None = None,
         weight_group: int | None = None,
         expert_profile: str | Path | None = None,
@@ -115,11 +118,11 @@ class LLM:
             )
         )
         self.spec, self.tokenizer, self.max_model_len = self.files.spec, self.files.tokenizer, self.files.max_model_len
-        self._policy, self._fixed, bits = given_policy(self.spec, policy, weight_bits, keep, weight_group)
+        decided = (policy, weight_bits, keep, weight_group)
+        self._policy, self._fixed, bits, self._offered = given_policy(self.spec, *decided)
         self._cpu_budget = parse_bytes(cpu_memory) if cpu_memory is not None else None
         self._disk_budget = parse_bytes(disk_memory) if disk_memory is not None else None
-        self._hardware, self._log = hardware, log
-        self._cache_dir = cache_dir
+        self._hardware, self._log, self._cache_dir = hardware, log, cache_dir
         packed_dir = Path(disk_dir) if disk_dir else Path(cache_dir or default_cache_dir()) / "packed"
         self._packed = PackedModel(self.files, packed_dir, bits, progress)
         self._max_num_seqs = max_num_seqs
@@ -134,6 +137,7 @@ class LLM:
         self._generating = False
         self._run_seconds = 0.0  # of the engine at hand
         self._plan: Plan | None = None
+        self.chosen: dict[str, Any] = {}  # what was left to the first plan and decides the answers, as arguments
         self._planned_rows = 0
         self._answered = Lengths()
 
@@ -236,7 +240,7 @@ class LLM:
                     continue
                 if group.score_start is not None and part_tokens(self._engine.policy):
                     raise RequestError(
-                        "prompts are not scored while hidden states wait off the device", "set hidden.gpu to 1"
+                        "prompts are not scored while hidden states wait elsewhere", "set hidden.gpu to 1"
                     )
                 if sequences[0].kv_tokens > longest:
                     raise RequestError(
@@ -323,7 +327,11 @@ class LLM:
             fixed = dict(self._fixed)
             if self._max_num_seqs is not None:
                 fixed["sequences_in_flight"] = min(self._max_num_seqs, len(workload))
-            plan = search_worth(self.spec, hardware, workload, budgets, fixed=fixed)
+            plan = search_worth(self.spec, hardware, workload, budgets, fixed=fixed, features=self._offered)
+            if self._offered.weight_bits == AUTO_BITS:  # all of an LLM's answers come from the same weights
+                self.chosen = {"weight_bits": plan.policy.weight_bits}
+                self._fixed |= self.chosen
+                self._packed.choose(weight_bits_of(plan.policy))
         else:
             policy = self._policy
             if self._max_num_seqs is not None:

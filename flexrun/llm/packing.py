@@ -17,6 +17,11 @@ class PackedModel:
         self._files, self._progress = files, progress
         self._opened: PackedWeights | None = None
 
+    def choose(self, bits: WeightBits) -> None:
+        """Other bits than before; nothing where they are the same."""
+        if bits != self.bits:
+            self.bits, self._opened = bits, None
+
     def open(self) -> PackedWeights:
         """Raises what open_packed does."""
         if self._opened is None:

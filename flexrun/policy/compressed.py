@@ -3,15 +3,26 @@ layer other bits."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 from flexrun.compress import GroupFormat, WeightBits
-from flexrun.hardware import LinearWork, Rates
+from flexrun.hardware import Hardware, LinearWork, Rates
 from flexrun.models.spec import ModelSpec, PackedTensor
 from flexrun.placement import stored_bytes
+from flexrun.policy.features import Features
+from flexrun.policy.layout import Budgets
+
+
+def priced(features: Features, spec: ModelSpec, hardware: Hardware, budgets: Budgets) -> Features:
+    """Without the bits of weights that the machine's profile has no rates for; 16 are always there."""
+    device = hardware.gpu if budgets.on_device and hardware.gpu else hardware.cpu
+    straight = device.rates_of(spec.dtype).compressed if device is hardware.cpu else {}
+    known = {16, 4, 8} if device.dequantise_bytes_per_second else {16, *map(int, straight)}
+    return dataclasses.replace(features, weight_bits=tuple(bits for bits in features.weight_bits if bits in known))
 
 
 class Compressed(NamedTuple):

@@ -20,5 +20,6 @@ class Features:
     kv_bits: tuple[int, ...] = (16,)
 
 
+AUTO_BITS = (16, 8, 4)  # of weights, where the user leaves them to the search
 RUNNABLE = Features()
 PLANNABLE = Features(hidden_off_device=True)

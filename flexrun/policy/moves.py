@@ -25,6 +25,8 @@ def moves(policy: Policy, programs: Programs, *, closely: bool = False) -> Itera
     if {"sequences_in_flight", "attention_micro_batch", "tokens_per_pass"} <= free:
         yield from _other_sequences(policy, programs)
     yield from _other_passes(policy, programs, free)
+    if "weight_bits" in free:
+        yield from ({"weight_bits": bits} for bits in programs.features.weight_bits if bits != policy.weight_bits)
     if programs.budgets.on_device:
         yield from _other_attention(policy, programs, free)
     if "kv" in free and policy.kv.disk > 0:

@@ -34,17 +34,18 @@ DOUBLING_COST, AWAY_COST, FEWER_SLOTS_COST = 0.004, 0.0005, 0.0001
 PURE_TRIED, PURE_WITHIN = 8, 3.0  # free programs, within this factor of the best, whose pure forms are solved
 SIZES_ROUNDED = 4
 HALVES = "halves"
+BITS_COST = {16: 0.0, 8: 0.02, 4: 0.1}  # what accuracy is worth: 4 bits must save a tenth of the time
 
 
 def size_cost(policy: Policy) -> float:
     """Factor on a policy's time that settles what a forecast cannot tell apart.
 
     A pass twice as large must be worth it: it shows its first answers late, loses more when a run is interrupted, and
-    takes more memory. So must moving what could stay.
+    takes more memory. So must moving what could stay, and fewer bits of the weights.
     """
     doublings = math.log2(max(policy.tokens_per_pass / PASS_TOKENS[0], 1.0))
     away = (1.0 - policy.kv.gpu) + (1.0 - policy.weights.gpu) + policy.kv.disk + policy.weights.disk
-    return 1.0 + DOUBLING_COST * doublings + AWAY_COST * away
+    return 1.0 + DOUBLING_COST * doublings + AWAY_COST * away + BITS_COST[policy.weight_bits]
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class Programs:
         for choice in self.solved():
             policy = choice.policy
             by_size.setdefault((policy.tokens_per_pass, policy.weight_bits, policy.kv_bits), choice)
-        kinds = len(self._bits("weight_bits")) * len(self._bits("kv_bits"))
+        kinds = len(self.bits("weight_bits")) * len(self.bits("kv_bits"))
         others = [choice for form in self.forms for choice in self.solved(form)[:1]]
         return [*list(by_size.values())[: SIZES_ROUNDED * kinds], *others]
 
@@ -146,8 +147,8 @@ class Programs:
         return sorted(sizes, key=lambda tokens: abs(math.log(tokens / max(USUAL_PASS_TOKENS - 1, sequences))))
 
     def solve(self, sequences: int, tokens: int, form: str | None = None) -> None:
-        for weight_bits in self._bits("weight_bits"):
-            for kv_bits in self._bits("kv_bits"):
+        for weight_bits in self.bits("weight_bits"):
+            for kv_bits in self.bits("kv_bits"):
                 key = (sequences, tokens, weight_bits, kv_bits, form)
                 if key not in self._choices:
                     policy = self.discrete(sequences, tokens, weight_bits=weight_bits, kv_bits=kv_bits)
@@ -156,7 +157,8 @@ class Programs:
                     else:
                         self._choices[key] = self._program(policy, form)
 
-    def _bits(self, name: str) -> tuple[int, ...]:
+    def bits(self, name: str) -> tuple[int, ...]:
+        """To choose among, of weights or KV cache, most first."""
         return (self.fixed[name],) if name in self.fixed else getattr(self.features, name)
 
     def discrete(self, sequences: int, tokens: int, **bits: int) -> Policy:

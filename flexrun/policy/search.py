@@ -20,6 +20,7 @@ from flexrun.core import Tier
 from flexrun.errors import ConfigError
 from flexrun.hardware import Hardware
 from flexrun.models.spec import ModelSpec
+from flexrun.policy.compressed import priced
 from flexrun.policy.features import RUNNABLE, Features
 from flexrun.policy.fill import fill_weights, refuse
 from flexrun.policy.forecast import CLOSE, FULL, QUICK, Effort, Forecast, forecast
@@ -95,13 +96,14 @@ def search_worth(
     budgets: Budgets,
     *,
     fixed: Mapping[str, Any] | None = None,
+    features: Features = RUNNABLE,
 ) -> Plan:
     """The best plan that is found in seconds or, for a longer job, in SEARCH_SHARE of its time."""
-    plan = search(spec, hardware, workload, budgets, fixed=fixed)
+    plan = search(spec, hardware, workload, budgets, fixed=fixed, features=features)
     effort = min(plan.forecast.seconds * SEARCH_SHARE / SEARCH_SECONDS, MOST_EFFORT)
     if effort < 2:
         return plan
-    longer = search(spec, hardware, workload, budgets, fixed=fixed, effort=effort)
+    longer = search(spec, hardware, workload, budgets, fixed=fixed, features=features, effort=effort)
     return min(plan, longer, key=lambda each: each.forecast.seconds)
 
 
@@ -130,7 +132,7 @@ class _Search:
         self.workload: Workload = workload
         self.budgets: Budgets = budgets
         self.fixed: dict[str, Any] = fixed
-        self.programs = Programs(spec, hardware, workload, budgets, fixed, features)
+        self.programs = Programs(spec, hardware, workload, budgets, fixed, priced(features, spec, hardware, budgets))
         self._times = effort
         self._effort = QUICK
         self._scores: dict[Policy, _Score | None] = {}  # by what was asked, and by what it became
@@ -205,13 +207,14 @@ class _Search:
         sequences = self.fixed.get("sequences_in_flight", self.programs.most_sequences)
         tokens = self.fixed.get("tokens_per_pass", max(USUAL_PASS_TOKENS, sequences))
         while True:
-            policy = self.programs.discrete(sequences, tokens)
-            yield policy
-            if self.budgets.on_device and "kv" not in self.fixed:
-                yield dataclasses.replace(policy, kv=Placement(1.0, 0.0))
-            if self.programs.features.kv_on_disk and "kv" not in self.fixed:
-                alone = {} if "attention_micro_batch" in self.fixed else {"attention_micro_batch": 1}  # least staging
-                yield dataclasses.replace(policy, kv=Placement(0.0, 0.0, 1.0), **alone)
+            for weight_bits in self.programs.bits("weight_bits"):
+                policy = self.programs.discrete(sequences, tokens, weight_bits=weight_bits)
+                yield policy
+                if self.budgets.on_device and "kv" not in self.fixed:
+                    yield dataclasses.replace(policy, kv=Placement(1.0, 0.0))
+                if self.programs.features.kv_on_disk and "kv" not in self.fixed:
+                    alone = self.fixed.get("attention_micro_batch", 1)  # least staging
+                    yield dataclasses.replace(policy, kv=Placement(0.0, 0.0, 1.0), attention_micro_batch=alone)
             if sequences > 1 and "sequences_in_flight" not in self.fixed:
                 sequences //= 2
             elif tokens > 1 and "tokens_per_pass" not in self.fixed:
@@ -309,7 +312,7 @@ def _best_of_forms(scores: list[_Score]) -> list[Policy]:
     best: dict[tuple, Policy] = {}
     for score in scores:
         policy = score.layout.policy
-        form = (policy.kv.gpu > 0.5, policy.cpu_attention_share > 0.5, policy.half_batches)
+        form = (policy.kv.gpu > 0.5, policy.cpu_attention_share > 0.5, policy.half_batches, policy.weight_bits)
         best.setdefault(form, policy)
         best.setdefault((*form, policy.tokens_per_pass), policy)
     order = {score.layout.policy: place for place, score in enumerate(scores)}

@@ -55,6 +55,14 @@ def test_json_holds_everything_and_adds_up(plan):
     assert max(lane["utilisation"] for lane in forecast["lanes"].values()) <= 1.0
 
 
+def test_bits_are_weighed_where_they_are_left_to_the_plan(plan):
+    _, out, _ = plan("--json", "--weight-bits", "auto", "--gpu-memory", "6GiB", *SOON)
+    _, plain, _ = plan("--json", "--gpu-memory", "6GiB", *SOON)
+    few, all_bits = (json.loads(text) for text in (out, plain))
+    assert few["policy"]["weight_bits"] < all_bits["policy"]["weight_bits"] == 16
+    assert few["forecast"]["seconds"] < all_bits["forecast"]["seconds"]
+
+
 def test_the_policy_file_is_a_policy_and_forecasts_alike(plan, tmp_path):
     path = tmp_path / "policy.json"
     _, out, _ = plan("--json", "-o", path, *SOON)
@@ -113,6 +121,8 @@ def test_budgets_that_are_too_small_say_which_and_by_how_much(plan):
         (("--prompt-len", "5000"), "2048"),
         (("--policy", "nowhere.json"), "nowhere.json"),
         (("-i", "nowhere.jsonl"), "nowhere.jsonl"),
+        (("--policy", "nowhere.json", "--weight-bits", "auto"), "--policy says there is none"),
+        (("--weight-bits", "5"), "none of 4, 8, 16 and auto"),
         (("-o", "no/such/folder/policy.json"), "cannot be written"),
     ],
 )

@@ -39,6 +39,7 @@ class CountingLLM:
         self.slots, self.fail_ids, self.on_pass = slots, set(fail_ids), on_pass
         self.seen, self.most_in_flight, self.closed = [], 0, False
         self.generated = 0
+        self.chosen = {}  # what was left to it and came out, as LLM has it
 
     def prepare(self, workload):
         self.prepared_for = workload

@@ -253,6 +253,26 @@ def test_what_is_left_is_planned_as_it_is(run, make_llm):
     assert llm.prepared_for.max_tokens.tolist() == [3, 3]
 
 
+def test_what_an_engine_chose_is_given_to_the_one_that_goes_on(run, make_llm, model, tmp_path):
+    first = make_llm(on_pass=crash_after(2))
+    first.chosen = {"weight_bits": 4}
+    with pytest.raises(Crash):
+        run(prompts(9), first)
+    config = JobConfig(str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), "counting", resume=True)
+    for crashes in (True, False):  # a resumed job is resumed as well
+        given = []
+
+        def build(_, given=given, crashes=crashes, **chosen):
+            given.append(chosen)
+            return make_llm(on_pass=crash_after(1) if crashes else None)
+
+        try:
+            run_job(config, lambda: model, build, io.StringIO())
+        except Crash:
+            assert crashes
+        assert given == [{"weight_bits": 4}]
+
+
 def test_resuming_a_finished_job_builds_no_engine(run, tmp_path, model):
     _, records = run(prompts(5))
     config = JobConfig(str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), "counting", resume=True)

@@ -95,6 +95,27 @@ def test_a_search_takes_the_bits_that_are_given(open_llm):
     assert Policy.from_json is not None and policy == type(policy)(**{**policy.__dict__, "keep": list(policy.keep)})
 
 
+def test_bits_left_to_the_search_hold_for_all_later_calls(open_llm, monkeypatch):
+    """4 bits where they save enough, by the first plan; the tokens are those of the bits by name."""
+    asked = prompts((20,) * 3, 1)
+    for cost, bits in ((0.0, 4), (9.0, 16)):
+        monkeypatch.setattr("flexrun.policy.programs.BITS_COST", {16: 0.0, 8: 9.0, 4: cost})
+        llm = open_llm("llama", weight_bits="auto")
+        assert llm.chosen == {}
+        found = tokens_of(llm.generate(asked, GREEDY, use_tqdm=False))
+        assert llm.plan.policy.weight_bits == bits and llm.chosen == {"weight_bits": bits}
+        assert llm.pack().folder.name.count("-w4") == (bits == 4)
+        assert tokens_of(open_llm("llama", weight_bits=bits).generate(asked, GREEDY, use_tqdm=False)) == found
+        monkeypatch.setattr("flexrun.policy.programs.BITS_COST", {16: 5.0, 8: 0.0, 4: 5.0})
+        llm.generate(prompts((60,) * 12, 1), GREEDY, use_tqdm=False)
+        assert llm.plan.policy.weight_bits == bits
+
+
+def test_bits_cannot_be_left_to_a_search_that_is_none(open_llm):
+    with pytest.raises(ConfigError, match="a policy is given"):
+        open_llm("llama", policy=IN_RAM, weight_bits="auto")
+
+
 def test_a_rule_that_fits_no_matrix_is_refused_by_name(open_llm):
     for rule in ("*.down_project=8", "embed_tokens=8", "*layernorm=4"):
         with pytest.raises(ConfigError, match="no matrix that can be compressed"):

@@ -14,9 +14,9 @@ from planned_models import GIB, LAPTOP, MIB, NO_GPU, T4, planned
 from flexrun.config import Placement, Policy
 from flexrun.core import Tier, parse_bytes
 from flexrun.errors import BudgetError, ConfigError
-from flexrun.hardware import Hardware
+from flexrun.hardware import CompressedRates, Hardware
 from flexrun.placement import memory_account, place_weights
-from flexrun.policy.features import Features
+from flexrun.policy.features import AUTO_BITS, Features
 from flexrun.policy.fill import NoFit
 from flexrun.policy.forecast import FULL, forecast
 from flexrun.policy.layout import Budgets, Layout, room_for
@@ -262,6 +262,50 @@ def test_fewer_bits_are_taken_where_they_are_offered_and_pay():
     assert offered.forecast.seconds < 1.02 * full.forecast.seconds
     roomy = search(spec, T4, workload, Budgets(8 * GIB, 8 * GIB), fixed=fixed, features=either)
     assert roomy.policy.weight_bits == 16, "dequantising what fits anyway costs time"
+
+
+ANY_BITS = Features(weight_bits=AUTO_BITS)
+
+
+def with_kernels(machine: Hardware, **compressed: CompressedRates) -> Hardware:
+    """Its CPU multiplies straight from codes of these bits, and from no others."""
+    found = {name.removeprefix("bits_"): each for name, each in compressed.items()}
+    rates = {dtype: dataclasses.replace(each, compressed=found) for dtype, each in machine.cpu.rates.items()}
+    return dataclasses.replace(
+        machine, cpu=dataclasses.replace(machine.cpu, rates=rates, dequantise_bytes_per_second=0.0)
+    )
+
+
+def test_on_a_cpu_fewer_bits_must_save_a_tenth_of_the_time():
+    kernel = CompressedRates(1.2e11, 1.4e10, 5e9, few_rows=6)
+    machine = with_kernels(LAPTOP, bits_4=kernel, bits_8=kernel)
+    few = UNIFORM(4, 16, 64)  # which waits for the weights, in RAM and on disk
+    large = planned("gqa", num_hidden_layers=8, hidden_size=2048, intermediate_size=5632, vocab_size=4000)
+    for cpu_bytes in (2 * GIB, GIB // 2):
+        plain, best = (
+            search(large, machine, few, Budgets(cpu_bytes), features=each) for each in (Features(), ANY_BITS)
+        )
+        assert plain.policy.weight_bits == 16 and best.policy.weight_bits == 4
+        assert best.forecast.seconds < plain.forecast.seconds / 1.1
+    many = UNIFORM(200, 400, 1)  # which computes all the time: there are no fewer products with fewer bits
+    assert search(large, machine, many, Budgets(2 * GIB), features=ANY_BITS).policy.weight_bits == 16
+
+
+def test_bits_that_were_decided_are_kept():
+    assert plan_for(UNIFORM(4, 16, 64), GIB, features=ANY_BITS, fixed={"weight_bits": 8}).policy.weight_bits == 8
+
+
+def test_a_model_that_fits_in_few_bits_only_takes_them():
+    budgets = Budgets(32 * MIB, 0, 30 * MIB)  # on disk, of 45
+    with pytest.raises(NoFit):
+        search(SPEC, LAPTOP, UNIFORM(4, 16, 8), budgets)
+    assert search(SPEC, LAPTOP, UNIFORM(4, 16, 8), budgets, features=ANY_BITS).policy.weight_bits < 16
+
+
+def test_bits_without_rates_are_not_weighed():
+    fast = CompressedRates(1e13, 1e13, 1e13)
+    for machine, bits in ((with_kernels(LAPTOP), 16), (with_kernels(LAPTOP, bits_8=fast), 8)):
+        assert plan_for(UNIFORM(4, 16, 64), GIB, machine=machine, features=ANY_BITS).policy.weight_bits == bits
 
 
 # Whatever the model ------------------------------------------------------------------------------------
