@@ -30,6 +30,9 @@ class Placement:
             )
 
 
+KV_BITS: dict[int | str, tuple[int, int] | None] = {16: None, 8: (8, 8), "k8v4": (8, 4), 4: (4, 4)}
+
+
 @dataclass(frozen=True)
 class Policy:
     """Where tensors live and how much runs together. One JSON document; see configs/policies/.
@@ -46,7 +49,8 @@ class Policy:
         of the rows of a full pass (for two token_micro_batches at least). A pass of more rows runs each layer part by
         part, as few parts as fit two at a time, whose rows come from the host and go back; a micro-batch is then given
         at most the rows of one part.
-    weight_bits, kv_bits: 16 keeps the model's dtype, 8 and 4 are group-wise compressed.
+    weight_bits, kv_bits: 16 keeps the model's dtype, 8 and 4 are group-wise compressed; kv_bits may be "k8v4", 8 bits
+        a key and 4 a value.
     keep: matrices of other bits, as "PATTERN=BITS"; see compress.WeightBits. weight_group: weights that share a scale.
     cpu_attention_share: share of host-resident KV micro-batches attended in place on the CPU
         (the rest is copied to the GPU and attended there). Meaningless without a GPU.
@@ -69,7 +73,7 @@ class Policy:
     cpu_attention_share: float = 1.0
     kv_device_tokens_share: float = 0.0
     weight_bits: int = 16
-    kv_bits: int = 16
+    kv_bits: int | str = 16
     half_batches: bool = False
     keep: tuple[str, ...] = ()
     weight_group: int = 64
@@ -93,9 +97,15 @@ class Policy:
         object.__setattr__(self, "keep", tuple(self.keep))
         if self.weight_group not in (32, 64, 128):
             raise ConfigError(f"policy weight_group={self.weight_group!r} must be 32, 64 or 128")
-        for name in ("weight_bits", "kv_bits"):
-            if getattr(self, name) not in (16, 8, 4):
-                raise ConfigError(f"policy {name}={getattr(self, name)!r} must be 16, 8 or 4")
+        if self.weight_bits not in (16, 8, 4):
+            raise ConfigError(f"policy weight_bits={self.weight_bits!r} must be 16, 8 or 4")
+        if not isinstance(self.kv_bits, (int, str)) or self.kv_bits not in KV_BITS:
+            raise ConfigError(f"policy kv_bits={self.kv_bits!r} must be one of {', '.join(map(str, KV_BITS))}")
+
+    @property
+    def key_value_bits(self) -> tuple[int, int] | None:
+        """Bits of a key and of a value in the cache; None where they keep the model's dtype."""
+        return KV_BITS[self.kv_bits]
 
     def check_runnable(self, *, on_device: bool = True, latents: bool = False, latents_on_cpu: bool = False) -> None:
         """Raise UnsupportedError for what can be planned but is not run in this version.
@@ -104,13 +114,17 @@ class Policy:
         compute-bound: it would never pay).
         """
         splits, whole = self.kv_device_tokens_share > 0, "set kv_device_tokens_share to 0"
+        coded, uncoded = self.key_value_bits is not None, "set kv_bits to 16"
         for asked, what, remedy in (
             (splits and not on_device, "splits KV by token between the CPU and a device, and there is none", whole),
             (splits and latents, "splits latent KV by token", whole),
             (self.hidden.disk > 0, "keeps hidden states on disk", "set hidden.disk to 0"),
             (self.hidden.gpu < 1 and not on_device, "keeps hidden states off the CPU", "set hidden.gpu to 1"),
             (latents_on_cpu, "attends latent KV on the CPU beside a GPU", "set cpu_attention_share to 0"),
-            (self.kv_bits < 16, f"stores KV cache in {self.kv_bits} bits", "set kv_bits to 16"),
+            (coded and latents, "compresses latent KV", uncoded),
+            (coded and splits, "compresses KV that is split by token", whole),
+            (coded and self.hidden.gpu < 1, "compresses KV and keeps hidden states off the device", uncoded),
+            (coded and on_device, "compresses KV beside a device", uncoded),
         ):
             if asked:
                 raise UnsupportedError(f"the policy {what}, which this version plans but does not run", remedy)

@@ -61,7 +61,6 @@ def test_the_attention_share_is_a_fraction(share):
     ("planned", "named"),
     [
         ({"hidden": Placement(0.5, 0.3, 0.2)}, "hidden states on disk"),
-        ({"kv_bits": 8}, "KV cache in 8 bits"),
     ],
 )
 def test_what_is_planned_but_not_run_is_refused_by_name(planned, named):
@@ -87,6 +86,22 @@ def test_hidden_states_leave_a_device_and_no_cpu():
     policy.check_runnable(on_device=True)
     with pytest.raises(UnsupportedError, match="hidden states off the CPU"):
         policy.check_runnable(on_device=False)
+
+
+@pytest.mark.parametrize("bits", [3, "4", "k4v8", [8, 4], None])
+def test_kv_bits_are_sixteen_eight_four_or_two_of_them(bits):
+    assert [Policy(kv_bits=each).key_value_bits for each in (16, 8, "k8v4", 4)] == [None, (8, 8), (8, 4), (4, 4)]
+    with pytest.raises(ConfigError, match="kv_bits"):
+        Policy(kv_bits=bits)
+
+
+def test_compressed_kv_is_refused_where_it_is_not_run():
+    policy = Policy(kv_bits=4)
+    policy.check_runnable(on_device=False)
+    for settings, named in (({"latents": True}, "latent KV"), ({}, "beside a device")):
+        with pytest.raises(UnsupportedError, match=named) as error:
+            policy.check_runnable(**settings)
+        assert "kv_bits to 16" in error.value.hint
 
 
 def test_bits_are_sixteen_eight_or_four():

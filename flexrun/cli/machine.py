@@ -1,9 +1,11 @@
-"""Flags that several commands share: of the model, of what it runs on, and of the bits of its weights."""
+"""Flags that several commands share: of the model, of what it runs on, and of the bits of its weights and KV cache."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
+
+from flexrun.config import KV_BITS
 
 MODEL_FLAGS = ("tokenizer", "dtype", "max_model_len", "cache_dir", "expert_profile")
 MACHINE_FLAGS = (
@@ -58,13 +60,22 @@ def add_weight_flags(group: argparse._ArgumentGroup) -> None:
         "--weight-group", type=int, choices=(32, 64, 128), help="weights that share a scale; default: 64"
     )
     group.add_argument("--keep", metavar="RULES", help="other bits for some, as in layers.0.*=16,*.down_proj=8")
+    group.add_argument("--kv-bits", type=_kv_bits, metavar="4|8|16|k8v4", help="compress the KV cache; default: do not")
 
 
 def weight_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """What --weight-bits, --weight-group and --keep say, as arguments of flexrun.LLM or fields of a Policy; None: not
-    given."""
+    """What --weight-bits, --weight-group, --keep and --kv-bits say, as arguments of flexrun.LLM or fields of a Policy;
+    None: not given."""
     keep = None if args.keep is None else args.keep.split(",")
-    return {"weight_bits": args.weight_bits, "weight_group": args.weight_group, "keep": keep}
+    given = {name: getattr(args, name) for name in ("weight_bits", "weight_group", "kv_bits")}
+    return {**given, "keep": keep}
+
+
+def _kv_bits(text: str) -> int | str:
+    value = int(text) if text.isdecimal() else text
+    if value not in KV_BITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(map(str, KV_BITS))}")
+    return value
 
 
 def _bits(text: str) -> int | str:

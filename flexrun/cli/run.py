@@ -120,6 +120,7 @@ def call(args: argparse.Namespace) -> int:
                 if args.weight_bits or args.keep
                 else {}
             ),
+            **({"kv_bits": args.kv_bits} if args.kv_bits else {}),
         },
     )
     model = {name: getattr(args, name) for name in MODEL_FLAGS}

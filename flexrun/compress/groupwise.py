@@ -185,9 +185,13 @@ def _factors(low: Tensor, high: Tensor, form: GroupFormat) -> Tensor:
         half = 1 << (form.bits - 1)
         scale = torch.maximum(high.double() / (half - 0.5), -low.double() / (half + 0.5))
         return _float16_above(scale.clamp_min(0)).unsqueeze(-1)
+    return torch.stack(factors_of(low, high, form.levels), -1)
+
+
+def factors_of(low: Tensor, high: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """(scale, minimum) of groups from ``low`` to ``high``, float32 and exact in float16, that reach that far."""
     minimum = -_float16_above(-low.double())
-    scale = _float16_above((high.double() - minimum.double()).clamp_min_(0) / form.levels)
-    return torch.stack((scale, minimum), -1)
+    return _float16_above((high.double() - minimum.double()).clamp_min_(0) / levels), minimum
 
 
 def _float16_above(value: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from flexrun.compress import can_compress
+from flexrun.config import KV_BITS
 from flexrun.errors import ConfigError, ExecutionError
 from flexrun.llm import LLM
 from flexrun.outputs import Score
@@ -54,6 +55,8 @@ class Setting:
                 options["weight_bits"] = int(value)
             elif name == "weight-group" and value in ("32", "64", "128"):
                 options["weight_group"] = int(value)
+            elif name == "kv-bits" and value in map(str, KV_BITS):
+                options["kv_bits"] = int(value) if value.isdecimal() else value
             elif name == "keep" and value:
                 options["keep"] = value.split(",")
             elif name == "policy" and value:

@@ -1,4 +1,4 @@
-"""What a user decides about the policy before one is searched: all of it, or the bits of the weights alone."""
+"""What a user decides about the policy before one is searched: all of it, or the bits of weights and KV cache alone."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ def given_policy(
     weight_bits: int | str | None,
     keep: Sequence[str] | None,
     weight_group: int | None,
+    kv_bits: int | str | None = None,
 ) -> tuple[Policy | None, dict[str, Any], WeightBits, Features]:
     """(the policy, or None for the best one; fields of it that are decided; the bits of the weights; what a search may
     use).
 
-    weight_bits, keep, weight_group: where given, in place of the policy's own; of "auto", bits are found with the
-    policy.
+    weight_bits, keep, weight_group, kv_bits: where given, in place of the policy's own; of "auto", bits of weights are
+    found with the policy.
     Raises ConfigError for a rule that fits no matrix, and for bits to be found where there is nothing to search.
     """
     if policy == "auto":
@@ -44,7 +45,7 @@ def given_policy(
     if isinstance(policy, (str, Path)):
         policy = Policy.from_json(policy)
     rules = None if keep is None else tuple(keep)
-    given = {"weight_bits": weight_bits, "keep": rules, "weight_group": weight_group}
+    given = {"weight_bits": weight_bits, "keep": rules, "weight_group": weight_group, "kv_bits": kv_bits}
     fixed = {name: value for name, value in given.items() if value is not None}
     decided = dataclasses.replace(policy or Policy(), **fixed)
     bits = weight_bits_of(decided)

@@ -64,7 +64,7 @@ class LLM:
         environment, else none. Plans do not know of it: name a hardware with those rates.
     weight_bits, keep, weight_group: in place of the policy's: bits of the matrices ("auto": the first plan weighs 16,
         8 and 4, and later ones keep to them), of some of them
-        (``["*.down_proj=8"]``), and how many weights share a scale.
+        (``["*.down_proj=8"]``), and how many weights share a scale. kv_bits: likewise, of the KV cache.
     save_expert_profile: file that tells how many tokens each expert of a mixture got, written on close().
         expert_profile: such a file of an earlier run; the most used experts then live on the fastest tiers.
     seed: seeds every request that brings none. trace: path of a Chrome trace written on close().
@@ -97,6 +97,7 @@ class LLM:
         weight_bits: int | str | None = None,
         keep: Sequence[str] | None = None,
         weight_group: int | None = None,
+        kv_bits: int | str | None = None,
         expert_profile: str | Path | None = None,
         save_expert_profile: str | Path | None = None,
         log: Callable[[str], None] | None = None,
@@ -118,7 +119,7 @@ class LLM:
             )
         )
         self.spec, self.tokenizer, self.max_model_len = self.files.spec, self.files.tokenizer, self.files.max_model_len
-        decided = (policy, weight_bits, keep, weight_group)
+        decided = (policy, weight_bits, keep, weight_group, kv_bits)
         self._policy, self._fixed, bits, self._offered = given_policy(self.spec, *decided)
         self._cpu_budget = parse_bytes(cpu_memory) if cpu_memory is not None else None
         self._disk_budget = parse_bytes(disk_memory) if disk_memory is not None else None

@@ -11,6 +11,7 @@ from flexrun.core import DTYPES, Lane, Tier
 from flexrun.models.rope import RopeTables, Rotary
 from flexrun.models.spec import ModelSpec
 from flexrun.offload.batcher import MicroBatchRows, PassPlan
+from flexrun.offload.coded_kv import CodedRows, coded_rows
 from flexrun.offload.device import EmulatedDevice
 from flexrun.offload.kv_store import KVStore
 from flexrun.offload.pass_rows import PassRows, Places
@@ -18,6 +19,7 @@ from flexrun.offload.sparse import SparseLayers
 from flexrun.offload.tiers import Buffer, MemoryTier
 from flexrun.offload.weight_store import TOKEN_EMBEDDING, WeightStore
 from flexrun.placement import (
+    kv_scratch_bytes,
     logits_block_rows,
     merge_bytes,
     offloaded_query_bytes,
@@ -36,8 +38,9 @@ class Activations:
     numbers that rows have in the pass. host_hidden: [tokens, hidden_size], hidden states of parts that are not there;
     sampled: of rows that the head takes, kept of each part.
     hidden: [tokens, hidden_size]. query: [tokens, heads, head_dim]; attended: [tokens, heads, attended_head_dim].
-    new_rows: what the pass adds to the cache, [tokens, heads, width] of each plane, kept only for KV that lives
-    elsewhere, until a copy lane has carried it there. host_query, host_attended: host copies for attention on the CPU.
+    new_rows: what the pass adds to the cache, [tokens, heads, width] of each plane, kept for KV that is
+    compressed, or lives elsewhere, until a copy lane has carried it there. host_query, host_attended: host copies for
+    attention on the CPU.
     Where KV is split by token: leaving_rows, of new_rows those for the host, packed to the front of their micro-batch's
     rows; attended_below, what the host has attended; lse_below and lse_above: float32 [tokens, heads], of either side;
     host_lse: the first of them on the host.
@@ -74,6 +77,9 @@ class Activations:
             self._reserved.append((memory, "kv_merge", merge_bytes(spec, policy)[1]))
         row_bytes = weights.embedding_rows.row_bytes if weights.embedding_rows else 0
         self.embedding_rows = host.allocate("embedding_rows", tokens * row_bytes) if row_bytes else None
+        self._kv = kv
+        if kv.form is not None:
+            self._reserved.append((memory, "kv_scratch", kv_scratch_bytes(spec, policy)))
         for tier, kind, nbytes in self._reserved:
             tier.reserve(kind, nbytes)
 
@@ -93,7 +99,8 @@ class Activations:
         # A copy lane may still read the query when its projection's memory is used again on another stream.
         self.copies_query = attends_on_host and accelerator.is_separate
         self.branches: dict[int, list[Tensor]] = {}  # first row -> attention branch of each chunk, until the MLP
-        if away:  # rows that a copy lane carries to where the KV lives while the compute lane goes on
+        # rows that a copy lane carries to where the KV lives while the compute lane goes on, or that are compressed
+        if away or kv.form is not None:
             planes, *row = spec.kv_planes
             self.new_rows = [rows_of(*row) for _ in range(planes)]
             self.leaving_rows = [rows_of(*row) for _ in range(planes if splits else 0)]
@@ -129,7 +136,11 @@ class Activations:
         )
         self.positions = upload("positions", positions)
         self.kv_rows, self.split_rows = {}, {}
+        self.coded_rows: dict[int, CodedRows] = {}
         for rows in plan.micro_batches:
+            if self._kv.form is not None:
+                places = self._kv.places(rows.index, rows.segments.kv_start)
+                self.coded_rows[rows.index] = coded_rows(rows.segments, places)
             if rows.split is None:
                 self.kv_rows[rows.index] = upload(f"kv rows {rows.index}", torch.from_numpy(rows.kv_rows))
                 continue

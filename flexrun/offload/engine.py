@@ -30,6 +30,7 @@ from flexrun.placement import (
     MemoryAccount,
     WeightPlacement,
     build_scheduler,
+    kv_format,
     kv_micro_batches,
     micro_batch_sequences,
     rotary_positions,
@@ -139,6 +140,7 @@ class Engine:
             folder,
             max_sequences=micro_batch_sequences(self.policy),
             direct=direct,
+            form=kv_format(spec, self.policy),
         )
 
     @property

@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
+import torch
 from torch import Tensor
 
 from flexrun.attention import Segments
+from flexrun.compress import GROUP_TOKENS, KVFormat
 from flexrun.core import DTYPES, Lane, Tier, align_up
 from flexrun.models.spec import ModelSpec
+from flexrun.offload.coded_kv import CodedSlab
 from flexrun.offload.kv_file import GAP_BYTES, Blocks, KVFile, blocks_of_pass, cover
 from flexrun.offload.tiers import Buffer, MemoryTier
 from flexrun.placement import KV_SLOTS, KVMicroBatch, host_kv_slots, kv_block_bytes
@@ -90,9 +93,11 @@ class KVStore:
         *,
         max_sequences: int = 1,
         direct: bool = True,
+        form: KVFormat | None = None,
     ):
         """``disk`` and ``folder``: where micro-batches whose home is the disk live, of at most ``max_sequences``
-        sequences each. Raises BudgetError or ConfigError where a tier is too small or the folder cannot be written."""
+        sequences each. form: how KV is compressed, None: not at all. Raises BudgetError or ConfigError where a tier is
+        too small or the folder cannot be written."""
         self.micro_batches = micro_batches
         self._spec = spec
         self._dtype = DTYPES[spec.dtype]
@@ -101,23 +106,28 @@ class KVStore:
         self._buffers: list[Buffer] = []
         self._slabs: list[list[Tensor]] = []
         self._device_slabs: list[list[Tensor]] = []  # of what a micro-batch on the host has on the device
-        self._row_bytes = spec.kv_elements_per_token * self._dtype.itemsize
+        self.form = form
+        self._row_bytes = spec.kv_elements_per_token * self._dtype.itemsize if form is None else form.token_bytes
         self._slot_bytes = align_up(self.largest_sequence_tokens * self._row_bytes)
         self._moves: dict[int, tuple[Segments, _Moves]] = {}  # of each micro-batch, for the pass at hand
         self._host_slots: Buffer | None = None
         self._device_slots: Buffer | None = None
         self._tails: Buffer | None = None  # of each slab on disk: a block for each of its sequences
-        self._tail_places: dict[int, dict[int, int]] = {}  # micro-batch -> start of a region -> its place among them
+        self._recent: Tensor | None = None  # [layers, micro-batches, 2, max_sequences, 64, heads, width]; see coded_kv
+        # micro-batch -> start of a region -> its place among tails or recent rows
+        self._places: dict[int, dict[int, int]] = {}
         self._tails_bytes = max_sequences * kv_block_bytes(spec)  # of one slab
         self.file: KVFile | None = None
         on_disk = [index for index, place in enumerate(micro_batches) if place.home is Tier.DISK]
         self._disk_places = {index: place for place, index in enumerate(on_disk)}
         if on_disk:  # first: a full disk shows before any memory is filled
-            self._tail_places = {index: {} for index in on_disk}
             slabs, block_bytes = len(on_disk) * spec.num_layers, kv_block_bytes(spec)
             self.file = KVFile(folder, self._slot_bytes, slabs, block_bytes, disk, direct=direct)
+        self._places = {index: {} for index in (on_disk if form is None else range(len(micro_batches)))}
         try:
             self._allocate(host, device)
+            if form is not None:
+                self._recent = self._new_recent(host, max_sequences)
         except BaseException:
             self.close()
             raise
@@ -142,7 +152,16 @@ class KVStore:
             return []
         layers, slab_bytes, (planes, *row) = self._spec.num_layers, tokens * self._row_bytes, self._spec.kv_planes
         buffer = self._buffer(memory, "kv", slab_bytes * layers)
+        if self.form is not None:
+            shape = (tokens // GROUP_TOKENS, self.form.record_bytes)
+            return [buffer.view(layer * slab_bytes, shape, torch.uint8) for layer in range(layers)]
         return [buffer.view(layer * slab_bytes, (planes, tokens, *row), self._dtype) for layer in range(layers)]
+
+    def _new_recent(self, memory: MemoryTier, max_sequences: int) -> Tensor:
+        planes, *row = self._spec.kv_planes
+        shape = (self._spec.num_layers, len(self.micro_batches), planes, max_sequences, GROUP_TOKENS, *row)
+        buffer = self._buffer(memory, "kv_recent", torch.Size(shape).numel() * self._dtype.itemsize)
+        return buffer.view(0, shape, self._dtype)
 
     def _buffer(self, memory: MemoryTier, kind: str, nbytes: int) -> Buffer:
         self._buffers.append(memory.allocate(kind, nbytes, touch=True))
@@ -150,6 +169,8 @@ class KVStore:
 
     def _view(self, buffer: Buffer, offset: int, micro_batch: KVMicroBatch) -> Tensor:
         tokens, (planes, *row) = micro_batch.capacity_tokens, self._spec.kv_planes
+        if self.form is not None:
+            return buffer.view(offset, (tokens // GROUP_TOKENS, self.form.record_bytes), torch.uint8)
         if micro_batch.home is Tier.DISK:
             return buffer.view(offset, (tokens, planes, *row), self._dtype).transpose(0, 1)
         return buffer.view(offset, (planes, tokens, *row), self._dtype)
@@ -163,12 +184,14 @@ class KVStore:
             (index for index, count in enumerate(self.sequences) if count < max_sequences),
             key=lambda index: (len(self._regions[index]), -self._spaces[index].free_tokens, index),
         )
+        if self.form is not None:  # the last tokens, of a group that is never complete, wait elsewhere
+            tokens = max(tokens // GROUP_TOKENS, 1) * GROUP_TOKENS
         for index in order:
             start = self._spaces[index].allocate(tokens)
             if start is not None:
                 self._regions[index][start] = tokens
-                if index in self._tail_places:
-                    places = self._tail_places[index]
+                if index in self._places:
+                    places = self._places[index]
                     places[start] = min(set(range(len(places) + 1)) - set(places.values()))
                 return Region(index, start, tokens)
         return None
@@ -176,7 +199,7 @@ class KVStore:
     def release(self, region: Region) -> None:
         self._spaces[region.micro_batch].release(region.start, region.capacity)
         del self._regions[region.micro_batch][region.start]
-        self._tail_places.get(region.micro_batch, {}).pop(region.start, None)
+        self._places.get(region.micro_batch, {}).pop(region.start, None)
 
     @property
     def sequences(self) -> list[int]:
@@ -196,6 +219,14 @@ class KVStore:
         """The same of what a micro-batch whose home is the host has on the device."""
         return self._device_slabs[micro_batch][layer]
 
+    def coded(self, layer: int, micro_batch: int, slot: int) -> CodedSlab:
+        """A compressed slab at home, or in the host's ``slot`` where it lives on disk, with its recent rows."""
+        return CodedSlab(self.form, self.on_host(layer, micro_batch, slot), self._recent[layer, micro_batch])
+
+    def places(self, micro_batch: int, starts: numpy.ndarray) -> numpy.ndarray:
+        """The place among the recent rows of the sequences whose regions begin at ``starts``; int64."""
+        return numpy.array([self._places[micro_batch][start] for start in starts.tolist()], dtype=numpy.int64)
+
     def on_host(self, layer: int, micro_batch: int, slot: int) -> Tensor:
         """The slab of a micro-batch that lives on the host, or the host's ``slot`` for one that lives on disk."""
         if micro_batch in self._disk_places:
@@ -214,11 +245,11 @@ class KVStore:
 
     def read_parts(self, step: Step, segments: Segments) -> list[Callable[[], None]]:
         """READ_KV: what earlier passes left of a micro-batch's ``segments``, to the host slot ``step.offset``."""
-        return self.file.read_parts(*self._moved(step, segments))
+        return self.file.read_parts(*self._moved(step, segments)) or [_nothing]
 
     def write_parts(self, step: Step, segments: Segments) -> list[Callable[[], None]]:
         """WRITE_KV: the rows that this pass adds to ``segments``, out of the host slot ``step.offset``."""
-        return self.file.write_parts(*self._moved(step, segments))
+        return self.file.write_parts(*self._moved(step, segments)) or [_nothing]
 
     def _moved(self, step: Step, segments: Segments) -> tuple[int, Blocks, int, int]:
         slab = self._disk_places[step.micro_batch] * self._spec.num_layers + step.layer
@@ -238,22 +269,28 @@ class KVStore:
         if known is None or known[0] is not segments:
             start, stop = segments.kv_start, segments.kv_start + segments.kv_len
             middle = stop - segments.query_len
+            if self.form is not None:
+                stop, middle = (each // GROUP_TOKENS * GROUP_TOKENS for each in (stop, middle))
             runs = cover(numpy.stack([start, middle], axis=1), 1, GAP_BYTES // self._row_bytes)
             blocks = None
-            if micro_batch in self._tail_places:
-                places = [self._tail_places[micro_batch][at] for at in start.tolist()]
+            if micro_batch in self._disk_places:
+                places = self.places(micro_batch, start).tolist()
                 rows = numpy.stack([start, middle, stop], axis=1) * self._row_bytes
                 blocks = blocks_of_pass(rows, places, kv_block_bytes(self._spec))
             self._moves[micro_batch] = known = (segments, _Moves([(*run,) for run in runs.tolist()], blocks))
         return known[1]
 
     def close(self) -> None:
-        self._slabs, self._device_slabs, self._tails = [], [], None
+        self._slabs, self._device_slabs, self._tails, self._recent = [], [], None, None
         self._host_slots = self._device_slots = None
         for buffer in self._buffers:
             buffer.close()
         if self.file is not None:
             self.file.close()
+
+
+def _nothing() -> None:
+    """The part of a step that moves nothing: no group of compressed KV is complete yet."""
 
 
 def pieces(slab: Tensor, start: int, stop: int) -> list[Tensor]:

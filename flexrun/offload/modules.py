@@ -13,6 +13,7 @@ from flexrun.models import decoder
 from flexrun.models.spec import ModelSpec
 from flexrun.offload.activations import Activations
 from flexrun.offload.batcher import MicroBatchRows
+from flexrun.offload.coded_kv import attend_coded, store_coded, store_late
 from flexrun.offload.kv_store import KVStore
 from flexrun.offload.pass_rows import PassRows
 from flexrun.offload.token_split import SplitRows
@@ -85,7 +86,7 @@ class Modules:
                 if low >= high:
                     continue
                 part = slice(low - start, high - start)
-                if activations.in_place(rows.index):
+                if self._kv.form is None and activations.in_place(rows.index):
                     slab = self._kv.slab(step.layer, rows.index)
                     kv_rows = activations.kv_rows[rows.index][low - rows.start : high - rows.start]
                     store(slab, kv_rows, [rows[part] for rows in new])
@@ -114,6 +115,9 @@ class Modules:
         activations = self._activations
         rows = activations.rows[step.micro_batch]
         segments, beside = rows.segments, activations.beside_kv.get(step.layer)
+        if self._kv.form is not None:
+            self._attend_coded(step, beside)
+            return
         if rows.split is not None:
             self._attend_above(step, rows.split, beside)
             return
@@ -126,6 +130,16 @@ class Modules:
             own = [rows[step.start : step.stop] for rows in activations.new_rows]
             store(slab, activations.kv_rows[rows.index][: step.rows], own)
         attend_rows(self._spec, step, segments, slab, beside, activations.query, activations.attended)
+
+    def _attend_coded(self, step: Step, beside: Tensor | None) -> None:
+        """Take the rows of a micro-batch into its compressed slab, and attend it."""
+        activations, slab = self._activations, self._kv.coded(step.layer, step.micro_batch, step.offset)
+        rows, own = activations.coded_rows[step.micro_batch], slice(step.start, step.stop)
+        new = [kept[own] for kept in activations.new_rows]
+        store_coded(slab, rows, new, f"KV cache of layer {step.layer}")
+        form, query = self._spec.attention_form(step.layer), activations.query[own]
+        attend_coded(query, slab, rows, new, form, beside, activations.attended[own])
+        store_late(slab, rows, new)
 
     def _attend_above(self, step: Step, split: SplitRows, beside: Tensor | None) -> None:
         """The device's part of sequences whose KV is split; the sinks go with the host's part, where there is one."""

@@ -1,5 +1,13 @@
 """A policy in whole tensors, micro-batches and bytes: read by the planner and the executor alike."""
 
+from flexrun.placement.kv_bits import (
+    DENSE_TOKENS,
+    kv_format,
+    kv_room,
+    kv_scratch_bytes,
+    kv_token_bytes,
+    recent_kv_bytes,
+)
 from flexrun.placement.memory import (
     KV_SLOTS,
     LOGITS_ROWS,
@@ -38,6 +46,7 @@ from flexrun.placement.weights import (
 from flexrun.placement.work import build_scheduler, model_work
 
 __all__ = [
+    "DENSE_TOKENS",
     "KV_SLOTS",
     "LOGITS_ROWS",
     "KVMicroBatch",
@@ -53,7 +62,11 @@ __all__ = [
     "host_kv_slots",
     "kv_block_bytes",
     "kv_bytes_per_token",
+    "kv_format",
     "kv_micro_batches",
+    "kv_room",
+    "kv_scratch_bytes",
+    "kv_token_bytes",
     "least_ring_bytes",
     "logits_block_rows",
     "memory_account",
@@ -64,6 +77,7 @@ __all__ = [
     "part_tokens",
     "pass_row_bytes",
     "place_weights",
+    "recent_kv_bytes",
     "ring_bytes",
     "rotary_positions",
     "stored_bytes",

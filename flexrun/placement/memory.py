@@ -14,6 +14,7 @@ from flexrun.config import Policy
 from flexrun.core import PAGE_BYTES, Lane, Tier, align_up
 from flexrun.models.rope import rope_table_bytes
 from flexrun.models.spec import ModelSpec
+from flexrun.placement.kv_bits import kv_format, kv_room, kv_scratch_bytes, kv_token_bytes, recent_kv_bytes
 from flexrun.placement.weights import WeightPlacement, compressed_bytes
 
 RING_BYTES = 4 << 30  # rings of models with huge layers need not hold three of them
@@ -64,7 +65,7 @@ def kv_micro_batches(policy: Policy, kv_tokens: int, *, on_device: bool) -> tupl
     to attend in one of them.
     """
     count = max(-(-policy.sequences_in_flight // policy.attention_micro_batch), 1)
-    capacity_tokens = -(-kv_tokens // count)
+    capacity_tokens = kv_room(policy, -(-kv_tokens // count))
     on_gpu = int(count * policy.kv.gpu + 1e-9) if on_device else 0
     on_disk = min(math.ceil(count * policy.kv.disk - 1e-9), count - on_gpu)
     on_host = count - on_gpu - on_disk
@@ -197,7 +198,7 @@ def merge_bytes(spec: ModelSpec, policy: Policy) -> tuple[int, int]:
 
 
 def kv_bytes_per_token(spec: ModelSpec, bits: int = 16) -> int:
-    """All layers, keys and values."""
+    """All layers, keys and values; with fewer bits in groups of 64 elements, as FlexGen has them."""
     if bits == 16:
         return spec.num_layers * spec.kv_bytes_per_token
     return spec.num_layers * compressed_bytes(spec.kv_elements_per_token, bits)
@@ -262,7 +263,7 @@ def memory_account(
     libraries (about 0.3 GiB) are outside the account.
     """
     micro_batches = kv_micro_batches(policy, kv_tokens, on_device=on_device)
-    token_bytes = kv_bytes_per_token(spec, policy.kv_bits)
+    token_bytes = spec.num_layers * kv_token_bytes(spec, policy)
     kv = dict.fromkeys(Tier, 0)
     slot_bytes = align_up(micro_batches[0].capacity_tokens * token_bytes // spec.num_layers)
     for micro_batch in micro_batches:
@@ -285,6 +286,10 @@ def memory_account(
     if placement.embedding_on_disk:
         row_bytes = spec.embedding_size * spec.dtype_bytes
         kinds[Tier.CPU]["embedding_rows"] = align_up(policy.tokens_per_pass * row_bytes)
+    if kv_format(spec, policy) is not None:
+        compute = kinds[Tier.GPU if on_device else Tier.CPU]
+        compute["kv_recent"] = recent_kv_bytes(spec, policy, len(micro_batches))
+        compute["kv_scratch"] = kv_scratch_bytes(spec, policy)
     if kv[Tier.DISK]:
         kinds[Tier.CPU]["kv_staging"] = slots * slot_bytes
         kinds[Tier.CPU]["kv_tails"] = slabs * micro_batch_sequences(policy) * kv_block_bytes(spec)

@@ -18,7 +18,7 @@ from flexrun.core import Lane, Tier
 from flexrun.errors import ConfigError
 from flexrun.hardware import Hardware, LinearWork, Processor, Transfer
 from flexrun.models.spec import ModelSpec
-from flexrun.placement import LOGITS_ROWS, WeightPlacement, kv_bytes_per_token, part_tokens, weight_bits_of
+from flexrun.placement import LOGITS_ROWS, WeightPlacement, kv_token_bytes, part_tokens, weight_bits_of
 from flexrun.policy.attention_cost import attention_seconds, counts_above, counts_of, layers_seconds
 from flexrun.policy.compressed import Compressed, compressed_part, compressed_seconds
 from flexrun.policy.kv_writes import row_write_seconds
@@ -49,7 +49,7 @@ class StepCosts:
         self.device: Processor = hardware.gpu if on_device and hardware.gpu else hardware.cpu
         self.h2d: Transfer = hardware.h2d or hardware.host_copy
         self.d2h: Transfer = hardware.d2h or hardware.host_copy
-        self.kv_bytes = kv_bytes_per_token(spec, policy.kv_bits) / spec.num_layers
+        self.kv_bytes = float(kv_token_bytes(spec, policy))
         experts = spec.experts
         self._share_per_token = experts.experts_per_token / experts.num_experts if experts else 1.0
         self._rates, self._bits = self.device.rates_of(spec.dtype), weight_bits_of(policy)

@@ -25,10 +25,12 @@ from flexrun.placement import (
     device_row_bytes,
     host_kv_slots,
     kv_block_bytes,
-    kv_bytes_per_token,
+    kv_scratch_bytes,
+    kv_token_bytes,
     merge_bytes,
     micro_batch_sequences,
     offloaded_query_bytes,
+    recent_kv_bytes,
     workspace_bytes,
 )
 from flexrun.policy.cost import StepCosts
@@ -143,13 +145,14 @@ class _Program:
     def _add_memory(self, kv_room_tokens: int, streamed: WeightPlacement) -> None:
         spec, policy, budgets, weights, kv = self.spec, self.policy, self.budgets, self.weights, self.kv
         weight_bytes = streamed.stored_bytes
-        kv_bytes = kv_room_tokens * kv_bytes_per_token(spec, policy.kv_bits)
+        kv_bytes = kv_room_tokens * spec.num_layers * kv_token_bytes(spec, policy)
         host_ring, device_ring = streamed.max_unit_stream_bytes  # what a ring must have; it is given more if there is
         slot = kv_bytes / (max(self.micro_batches, 1) * spec.num_layers)
         at_work = 2 * min(policy.token_micro_batch, policy.tokens_per_pass)
         rows = (policy.tokens_per_pass - at_work) * device_row_bytes(spec)  # that may wait elsewhere
         waiting = policy.tokens_per_pass * spec.hidden_size * spec.dtype_bytes
         fixed_work = max(workspace_bytes(spec, dataclasses.replace(policy, hidden=Placement(1.0, 0.0))) - rows, 0)
+        fixed_work += recent_kv_bytes(spec, policy, self.micro_batches) + kv_scratch_bytes(spec, policy)
         host_kv = kv["cpu_to_gpu"] + kv["cpu_on_cpu"]
         disk_kv = kv["disk_to_gpu"] + kv["disk_on_cpu"]
         above = policy.kv_device_tokens_share * kv_bytes  # of KV that is split by token

@@ -25,7 +25,12 @@ def test_bits_of_weights(command):
         "weight_bits": 4,
         "weight_group": 32,
         "keep": ["layers.0.*=16", "*.down_proj=8"],
+        "kv_bits": None,
     }
+    for words, bits in (("4", 4), ("16", 16), ("k8v4", "k8v4")):
+        assert weight_arguments(parse(command, "--kv-bits", words))["kv_bits"] == bits
+    with pytest.raises(SystemExit):
+        parse(command, "--kv-bits", "k4v8")
     assert set(weight_arguments(parse(command)).values()) == {None}
 
 

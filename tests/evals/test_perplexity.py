@@ -60,10 +60,11 @@ def test_fewer_bits_are_counted_and_tell(open_llm):
 
 
 def test_settings_are_read_or_refused_by_name():
+    assert [Setting.parse(f"kv-bits={bits}").options for bits in ("4", "k8v4")] == [{"kv_bits": 4}, {"kv_bits": "k8v4"}]
     setting = Setting.parse("keep=layers.0.*=16,*.down_proj=8 weight-bits=4")
     assert setting.options == {"weight_bits": 4, "keep": ["layers.0.*=16", "*.down_proj=8"]}
     assert Setting.parse("policy=a.json").options == {"policy": "a.json"} and Setting.parse("").options == {}
-    for text in ("weight-bits=3", "bits=4", "keep=", "weight-bits"):
+    for text in ("weight-bits=3", "kv-bits=k4v8", "bits=4", "keep=", "weight-bits"):
         with pytest.raises(ConfigError, match="cannot read"):
             Setting.parse(text)
 

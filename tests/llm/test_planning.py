@@ -263,8 +263,8 @@ def test_a_budget_of_nothing_is_no_default():
 
 
 def test_a_policy_that_only_can_be_planned_is_not_run(open_llm):
-    llm = open_llm("llama", policy=Policy(kv_bits=8))
-    with pytest.raises(UnsupportedError, match="stores KV cache in 8 bits"):
+    llm = open_llm("llama", policy=Policy(hidden=Placement(0.5, 0.0, 0.5)))
+    with pytest.raises(UnsupportedError, match="keeps hidden states on disk"):
         llm.prepare(Workload.uniform(4, 10, 5))
 
 

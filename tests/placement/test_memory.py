@@ -20,6 +20,8 @@ from flexrun.placement import (
     kv_block_bytes,
     kv_bytes_per_token,
     kv_micro_batches,
+    kv_room,
+    kv_scratch_bytes,
     memory_account,
     offloaded_query_bytes,
     part_tokens,
@@ -68,9 +70,21 @@ def test_matrices_take_their_bits_and_the_embedding_stays(bits, share, name):
 @pytest.mark.parametrize("bits, share", [(8, 0.5 + 1 / 32), (4, 0.25 + 1 / 32)])
 def test_the_cache_takes_its_bits(bits, share):
     assert kv_bytes_per_token(SPEC, bits) == pytest.approx(share * kv_bytes_per_token(SPEC))
-    full, packed = (account(dataclasses.replace(POLICY, kv_bits=each)) for each in (16, bits))
-    kv = full.bytes_by_kind[Tier.CPU]["kv"]
-    assert packed.bytes_by_kind[Tier.CPU]["kv"] == pytest.approx(share * kv, abs=4 * PAGE_BYTES)
+    policy = dataclasses.replace(POLICY, kv_bits=bits)
+    places = kv_micro_batches(policy, KV_TOKENS, on_device=False)
+    assert [place.capacity_tokens for place in places] == [256] * 4, "whole groups of 64"
+    kv = sum(place.capacity_tokens for place in places) * kv_bytes_per_token(SPEC)
+    kinds = account(policy).bytes_by_kind[Tier.CPU]
+    assert kinds["kv"] <= (share + 0.001) * kv + 4 * PAGE_BYTES
+    assert kinds["kv_recent"] == pytest.approx(8 * 64 * kv_bytes_per_token(SPEC), abs=PAGE_BYTES)
+    assert kinds["kv_scratch"] == kv_scratch_bytes(SPEC, policy) > 0 == kv_scratch_bytes(SPEC, POLICY)
+
+
+def test_a_small_sequence_takes_a_group_of_compressed_kv():
+    policy = dataclasses.replace(POLICY, kv_bits="k8v4")
+    assert kv_room(policy, 65) == kv_room(policy, 1) == 2 * 64
+    assert kv_room(policy, 129) == 3 * 64
+    assert kv_room(POLICY, 129) == 129
 
 
 def test_a_latent_cache_is_counted_once_for_all_heads():

@@ -1,0 +1,216 @@
+"""A KV cache in 8 or 4 bits: new rows go in, complete groups are compressed, and queries attend what decoding sees.
+
+A query sees tokens of its own group of 64 in the model's dtype, and all tokens before as they come back from the cache:
+whether it is of a prompt or decoded, and however passes were cut. So a group is compressed when its last token is in,
+and the tokens of the group at hand wait, row by row, among the ``recent`` ones of their sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy
+import torch
+from torch import Tensor
+
+from flexrun.attention import Segments, attend, merge
+from flexrun.compress import GROUP_TOKENS, KVFormat, dequantise_kv, quantise_kv
+from flexrun.models.spec import AttentionForm
+from flexrun.placement import DENSE_TOKENS
+
+
+@dataclass(frozen=True)
+class CodedSlab:
+    """What one layer has of a micro-batch. records: uint8 [groups, record_bytes] of its room. recent: [2, places, 64,
+    heads, head_dim], the newest keys and values of each sequence. One device."""
+
+    form: KVFormat
+    records: Tensor
+    recent: Tensor
+
+
+@dataclass(frozen=True)
+class _Old:
+    """Queries over records brought back together. chosen: int64, records; segments: over their tokens; rows: first and
+    last query row of these, and one past it."""
+
+    chosen: Tensor
+    segments: Segments
+    rows: slice
+
+
+@dataclass(frozen=True)
+class CodedRows:
+    """Where the rows of one micro-batch go and what they attend; the same for every layer of a pass.
+
+    early, late: (rows, places, offsets), int64: rows that go among the recent ones, before and after attention: a chunk
+    of a prompt may end a group and begin another. whole_recent, whole_new: (sources, records): groups that are
+    complete, out of the recent ones of a place or of 64 new rows from one on. own_recent, own_new: queries over their
+    own group, among the recent rows of all places or among the new ones; None where there are none.
+    """
+
+    early: tuple[Tensor, Tensor, Tensor]
+    late: tuple[Tensor, Tensor, Tensor]
+    whole_recent: tuple[Tensor, Tensor]
+    whole_new: tuple[Tensor, Tensor]
+    own_recent: Segments | None
+    own_new: Segments | None
+    old: list[_Old]
+
+
+def coded_rows(segments: Segments, places: numpy.ndarray) -> CodedRows:
+    """Tables of whole sequences: query rows from 0, KV rows of the slab's tokens, whole groups to begin with.
+
+    places: int64 [segments], of each sequence among the recent rows.
+    """
+    early, late, whole_recent, whole_new, own_recent, own_new = [], [], [], [], [], []
+    pieces = []  # query_start, query_len, first record, groups before, position
+    for (row, count, kv_start, kv_len), place in zip(segments.rows, places.tolist()):
+        position, record = kv_len - count, kv_start // GROUP_TOKENS
+        end = row + count
+        while row < end:
+            group, offset = divmod(position, GROUP_TOKENS)
+            length = min(GROUP_TOKENS - offset, end - row)
+            whole = offset + length == GROUP_TOKENS
+            if offset or count == 1:
+                early.append((row, length, place, offset))
+                own_recent.append((row, length, place * GROUP_TOKENS, offset + length))
+                if whole:
+                    whole_recent.append((place, record + group))
+            else:
+                own_new.append((row, length, row, length))
+                if whole:
+                    whole_new.append((row, record + group))
+                else:
+                    late.append((row, length, place, 0))
+            if group:
+                pieces.append((row, length, record, group, position))
+            row, position = row + length, position + length
+    return CodedRows(
+        _moved(early),
+        _moved(late),
+        _pairs(whole_recent),
+        _pairs(whole_new),
+        _segments(own_recent),
+        _segments(own_new),
+        _old(pieces),
+    )
+
+
+def _moved(runs: list[tuple[int, int, int, int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """(rows, places, offsets) of runs (row, length, place, offset)."""
+    table = numpy.array(runs, dtype=numpy.int64).reshape(-1, 4)
+    lengths = table[:, 1]
+    steps = numpy.arange(lengths.sum()) - numpy.repeat(numpy.cumsum(lengths) - lengths, lengths)
+    rows, places, offsets = (numpy.repeat(table[:, column], lengths) for column in (0, 2, 3))
+    return torch.from_numpy(rows + steps), torch.from_numpy(places), torch.from_numpy(offsets + steps)
+
+
+def _pairs(pairs: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    first, second = numpy.array(pairs, dtype=numpy.int64).reshape(-1, 2).T
+    return torch.from_numpy(first.copy()), torch.from_numpy(second.copy())
+
+
+def _segments(rows: list[tuple[int, int, int, int]]) -> Segments | None:
+    return Segments(*numpy.array(rows, dtype=numpy.int64).T) if rows else None
+
+
+def _old(pieces: list[tuple[int, int, int, int, int]]) -> list[_Old]:
+    """Batches of at most DENSE_TOKENS tokens that are brought back; a longer sequence is in several."""
+    most, found = DENSE_TOKENS // GROUP_TOKENS, []
+    chosen: list[int] = []
+    rows: list[tuple[int, int, int, int, int]] = []
+    by_sequence: dict[int, list[tuple[int, int, int, int]]] = {}
+    for row, length, record, groups, position in pieces:
+        by_sequence.setdefault(record, []).append((row, length, groups, position))
+
+    def finish() -> None:
+        first, last = min(row for row, *_ in rows), max(row + length for row, length, *_ in rows)
+        shifted = numpy.array(rows, dtype=numpy.int64).T
+        shifted[0] -= first
+        found.append(_Old(torch.tensor(chosen), Segments(*shifted), slice(first, last)))
+        chosen.clear()
+        rows.clear()
+
+    for record, own in by_sequence.items():
+        groups = max(groups for _, _, groups, _ in own)
+        for start in range(0, groups, most):
+            count = min(most, groups - start)
+            if chosen and len(chosen) + count > most:
+                finish()
+            base = len(chosen) * GROUP_TOKENS
+            chosen.extend(range(record + start, record + start + count))
+            for row, length, seen, position in own:
+                if seen > start:
+                    tokens = min(seen - start, count) * GROUP_TOKENS
+                    rows.append((row, length, base, tokens, position - start * GROUP_TOKENS))
+    if rows:
+        finish()
+    return found
+
+
+def store_coded(slab: CodedSlab, rows: CodedRows, new: list[Tensor], name: str) -> None:
+    """Take in new keys and values [rows, heads, head_dim], apart from those that wait until what was there is attended.
+
+    name: of the slab, where what comes in cannot be compressed.
+    """
+    _keep(slab, rows.early, new)
+    places, records = rows.whole_recent
+    if len(places):
+        _compress(slab, *slab.recent.index_select(1, places), records, name)
+    starts, records = rows.whole_new
+    if len(starts):
+        chosen = (starts[:, None] + torch.arange(GROUP_TOKENS)).flatten()
+        _compress(
+            slab, *(plane.index_select(0, chosen).unflatten(0, (-1, GROUP_TOKENS)) for plane in new), records, name
+        )
+
+
+def _compress(slab: CodedSlab, keys: Tensor, values: Tensor, records: Tensor, name: str) -> None:
+    made = torch.empty(len(records), slab.form.record_bytes, dtype=torch.uint8, device=slab.records.device)
+    most = DENSE_TOKENS // GROUP_TOKENS
+    for start in range(0, len(records), most):
+        part = slice(start, start + most)
+        quantise_kv(keys[part], values[part], slab.form, made[part], name)
+    slab.records.index_copy_(0, records, made)
+
+
+def store_late(slab: CodedSlab, rows: CodedRows, new: list[Tensor]) -> None:
+    """Take in the rest: once the queries of the pass have attended."""
+    _keep(slab, rows.late, new)
+
+
+def _keep(slab: CodedSlab, moved: tuple[Tensor, Tensor, Tensor], new: list[Tensor]) -> None:
+    rows, places, offsets = moved
+    if len(rows):
+        for plane, values in enumerate(new):
+            slab.recent[plane, places, offsets] = values.index_select(0, rows)
+
+
+def attend_coded(
+    query: Tensor,
+    slab: CodedSlab,
+    rows: CodedRows,
+    new: list[Tensor],
+    form: AttentionForm,
+    sinks: Tensor | None,
+    out: Tensor,
+) -> None:
+    """Attention of the rows of a micro-batch, after ``store_coded`` and before ``store_late``.
+
+    query, out: [rows, num_heads, head_dim]; new: keys and values of the same rows; sinks: see flexrun.attention.
+    """
+    options = {"scale": form.scale, "window": form.window, "softcap": form.softcap}
+    lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device) if rows.old else None
+    if rows.own_recent is not None:
+        attend(query, *slab.recent.flatten(1, 2), rows.own_recent, **options, sinks=sinks, out=out, lse=lse)
+    if rows.own_new is not None:
+        attend(query, *new, rows.own_new, **options, sinks=sinks, out=out, lse=lse)
+    for old in rows.old:
+        keys, values = dequantise_kv(slab.records.index_select(0, old.chosen), slab.form, query.dtype)
+        part = query[old.rows]
+        there = torch.zeros_like(part)
+        lse_there = torch.full(part.shape[:2], float("-inf"), device=query.device)
+        attend(part, keys, values, old.segments, **options, out=there, lse=lse_there)
+        target, lse_here = out[old.rows], lse[old.rows]
+        merge(target, lse_here, there, lse_there, target, lse_here)

@@ -1,0 +1,53 @@
+"""The KV cache in the bits of a policy: what a token takes of it, and what waits beside it in the model's dtype."""
+
+from __future__ import annotations
+
+from flexrun.compress import GROUP_TOKENS, KVFormat
+from flexrun.config import Policy
+from flexrun.core import align_up
+from flexrun.models.spec import ModelSpec
+from flexrun.placement.weights import compressed_bytes
+
+DENSE_TOKENS = 2048  # of a compressed cache brought back, or compressed, at a time
+SCRATCH_BYTES = 12  # of an element meanwhile
+
+
+def kv_format(spec: ModelSpec, policy: Policy) -> KVFormat | None:
+    """How the cache is compressed; None: not at all. Latent caches are planned in these bits, but not run."""
+    if policy.key_value_bits is None or spec.latent is not None:
+        return None
+    return KVFormat(*policy.key_value_bits, spec.num_kv_heads, spec.head_dim)
+
+
+def kv_token_bytes(spec: ModelSpec, policy: Policy) -> int:
+    """Bytes of a token in the cache of one layer, factors included."""
+    form = kv_format(spec, policy)
+    if form is not None:
+        return form.token_bytes
+    if policy.key_value_bits is not None:
+        return compressed_bytes(spec.kv_elements_per_token, max(policy.key_value_bits))
+    return spec.kv_bytes_per_token
+
+
+def kv_room(policy: Policy, tokens: int) -> int:
+    """Room for ``tokens`` tokens of one micro-batch, in tokens: whole groups where it is compressed, one at least for
+    each of its sequences."""
+    if policy.key_value_bits is None:
+        return tokens
+    sequences = min(policy.attention_micro_batch, policy.sequences_in_flight)
+    return max(-(-tokens // GROUP_TOKENS), sequences) * GROUP_TOKENS
+
+
+def kv_scratch_bytes(spec: ModelSpec, policy: Policy) -> int:
+    """What bringing groups back, and compressing them, works in: codes, values in float32, values in the dtype."""
+    if kv_format(spec, policy) is None:
+        return 0
+    return align_up(DENSE_TOKENS * spec.kv_elements_per_token * (SCRATCH_BYTES + spec.dtype_bytes))
+
+
+def recent_kv_bytes(spec: ModelSpec, policy: Policy, micro_batches: int) -> int:
+    """Bytes for the newest tokens of every sequence, whose group is not complete, in all layers."""
+    if kv_format(spec, policy) is None:
+        return 0
+    sequences = min(policy.attention_micro_batch, policy.sequences_in_flight) * micro_batches
+    return align_up(spec.num_layers * sequences * GROUP_TOKENS * spec.kv_bytes_per_token)

@@ -1,0 +1,142 @@
+"""A KV cache in 8 and 4 bits: the tokens of a model that sees exactly these keys and values, wherever they are."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tiny_families import prompts
+
+from flexrun import SamplingParams
+from flexrun.compress import GROUP_TOKENS, KVFormat, dequantise_kv, quantise_kv
+from flexrun.config import Placement, Policy
+from flexrun.core import Tier
+from flexrun.errors import UnsupportedError
+from flexrun.placement import kv_token_bytes
+
+pytestmark = pytest.mark.usefixtures("matrices_move")
+GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
+IN_RAM = Policy(sequences_in_flight=16, tokens_per_pass=1024)
+LENGTHS = (150, 61, 3, 128, 118)
+BITS = {8: (8, 8), 4: (4, 4), "k8v4": (8, 4)}
+OTHERS = {
+    "chunks of prompts": Policy(sequences_in_flight=3, tokens_per_pass=37, attention_micro_batch=2),
+    "alone": Policy(sequences_in_flight=1, tokens_per_pass=9),
+    "on disk": Policy(sequences_in_flight=4, tokens_per_pass=90, attention_micro_batch=2, kv=Placement(0, 0, 1)),
+    "both": Policy(sequences_in_flight=5, tokens_per_pass=64, attention_micro_batch=1, kv=Placement(0, 0.5, 0.5)),
+}
+
+
+def tokens_of(outputs):
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+def as_it_is_said(bits):
+    """Attention over keys and values as they are, row by row, of what each query is said to see: the oracle."""
+
+    def attend(query, keys, values, segments, *, scale, window, softcap, sinks, out, lse=None):
+        _, heads, head_dim = keys.shape
+        form, group = KVFormat(*bits, heads, head_dim), query.shape[1] // heads
+        for row, count, start, length in segments.rows:
+            planes = [plane[start : start + length] for plane in (keys, values)]
+            whole = length // GROUP_TOKENS
+            records = torch.empty(whole, form.record_bytes, dtype=torch.uint8)
+            parts = (plane[: whole * GROUP_TOKENS].unflatten(0, (whole, GROUP_TOKENS)) for plane in planes)
+            if whole:
+                quantise_kv(*parts, form, records)
+            back = dequantise_kv(records, form, torch.float64)
+            for place in range(count):
+                position = length - count + place
+                old = position // GROUP_TOKENS * GROUP_TOKENS
+                seen = [torch.cat((rounded[:old], plane[old : position + 1])) for rounded, plane in zip(back, planes)]
+                seen = [plane[max(len(plane) - window, 0) if window else 0 :] for plane in seen]
+                k, v = (plane.repeat_interleave(group, 1).transpose(0, 1).double() for plane in seen)
+                scores = (k @ query[row + place].double()[:, :, None]).squeeze(-1) * scale
+                if softcap:
+                    scores = softcap * torch.tanh(scores / softcap)
+                if sinks is not None:
+                    scores = torch.cat((scores, sinks.double()[:, None]), 1)
+                weights = scores.softmax(1)[:, : k.shape[1]]
+                out[row + place] = (weights[:, None] @ v).squeeze(1).float()
+        return out
+
+    return attend
+
+
+@pytest.mark.parametrize(("name", "bits"), [("llama", 4), ("llama", 8), ("gemma2_untied", "k8v4"), ("gpt_oss", 4)])
+def test_tokens_are_those_of_attention_over_what_is_stored(run, monkeypatch, name, bits):
+    asked = prompts(LENGTHS, 2)
+    found = tokens_of(run(name, asked, GREEDY, policy=IN_RAM, kv_bits=bits))
+    monkeypatch.setattr("flexrun.offload.modules.attend", as_it_is_said(BITS[bits]))
+    assert tokens_of(run(name, asked, GREEDY, policy=IN_RAM)) == found
+
+
+@pytest.mark.parametrize(("name", "bits"), [("llama", 4), ("llama", 8), ("gemma2_untied", "k8v4"), ("gpt_oss", 4)])
+def test_tokens_are_the_same_under_any_policy(run, name, bits):
+    asked = prompts(LENGTHS, 2)
+    expected = tokens_of(run(name, asked, GREEDY, policy=IN_RAM, kv_bits=bits))
+    for policy in OTHERS.values():
+        assert tokens_of(run(name, asked, GREEDY, policy=policy, kv_bits=bits)) == expected
+
+
+def test_four_bits_show(run):
+    asked = prompts(LENGTHS, 2)
+    assert tokens_of(run("llama", asked, GREEDY, kv_bits=4)) != tokens_of(run("llama", asked, GREEDY))
+
+
+def test_a_prompt_is_scored_by_what_decoding_sees(open_llm):
+    """So a perplexity tells what answers are made with."""
+    llm = open_llm("llama", policy=IN_RAM, kv_bits=4)
+    (prompt,) = prompts((100,), 3)
+    params = SamplingParams(temperature=0, max_tokens=90, ignore_eos=True, logprobs=0)
+    (output,) = llm.generate([prompt], params, use_tqdm=False)
+    (score,) = llm.score([prompt], [output.outputs[0].token_ids], use_tqdm=False)
+    assert score.logprob == pytest.approx(output.outputs[0].cumulative_logprob, rel=1e-5)
+    with_all = open_llm("llama", policy=IN_RAM)
+    (other,) = with_all.score([prompt], [output.outputs[0].token_ids], use_tqdm=False)
+    assert not math.isclose(other.logprob, score.logprob, rel_tol=1e-3), "the cache is not compressed"
+
+
+@pytest.mark.parametrize("bits", [8, 4, "k8v4"])
+@pytest.mark.parametrize("kv", [Placement(), Placement(0, 0.5, 0.5)])
+def test_bytes_held_are_those_planned(open_llm, bits, kv):
+    policy = Policy(sequences_in_flight=4, tokens_per_pass=90, attention_micro_batch=2, kv=kv)
+    llm = open_llm("llama", policy=policy, kv_bits=bits)
+    llm.generate(prompts((150,) * 6, 1), GREEDY, use_tqdm=False)
+    layout = llm.plan.layout
+    for tier, told in llm.summary()["tiers"].items():
+        assert told["peak_bytes"] == layout.account.total(Tier(tier))
+    tokens = sum(place.capacity_tokens for place in layout.micro_batches)
+    held = sum(layout.account.bytes_by_kind[tier].get("kv", 0) for tier in Tier)
+    form = KVFormat(*BITS[bits], llm.spec.num_kv_heads, llm.spec.head_dim)
+    assert kv_token_bytes(llm.spec, layout.policy) == form.record_bytes / GROUP_TOKENS
+    assert held == pytest.approx(tokens * llm.spec.num_layers * form.token_bytes, abs=4096 * (1 + llm.spec.num_layers))
+
+
+def test_a_disk_gets_compressed_groups_and_nothing_else(open_llm):
+    policy = Policy(sequences_in_flight=2, tokens_per_pass=500, attention_micro_batch=2, kv=Placement(0, 0, 1))
+    llm = open_llm("llama", policy=policy, kv_bits=4)
+    llm.generate(prompts((200, 190), 1), GREEDY, use_tqdm=False)
+    file, spec = llm._engine.kv.file, llm.spec
+    assert 0 < file.written_bytes <= spec.num_layers * 2 * 3 * KVFormat(4, 4, 2, 10).record_bytes
+
+
+def test_a_search_takes_the_bits_that_are_given(open_llm):
+    llm = open_llm("llama", kv_bits="k8v4")
+    llm.generate(prompts((20,) * 3, 1), GREEDY, use_tqdm=False)
+    assert llm.plan.policy.kv_bits == "k8v4"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("deepseek_v2", {}, "compresses latent KV"),
+        ("llama", {"gpu_memory": "64MiB"}, "compresses KV beside a device"),
+    ],
+)
+def test_what_is_not_compressed_yet_is_refused_by_name(open_llm, name, options, said):
+    llm = open_llm(name, policy=Policy(sequences_in_flight=2), kv_bits=4, **options)
+    with pytest.raises(UnsupportedError, match=said) as caught:
+        llm.generate(prompts((9,)), GREEDY, use_tqdm=False)
+    assert "kv_bits to 16" in caught.value.hint
