@@ -34,7 +34,7 @@ kernels = Extension(
     optional=True,
 )
 
-test = ["pytest", "hypothesis", "transformers", "accelerate", "ruff", "zstandard>=0.19"]
+test = ["pytest", "pytest-xdist", "hypothesis", "transformers", "accelerate", "ruff", "zstandard>=0.19"]
 
 setup(
     name="flexrun",

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 
 from flexrun.openmp import import_torch
+
+if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
+    # Workers that run beside each other do not take each other's cores: threads that spin would starve the others.
+    worker, workers = int(os.environ["PYTEST_XDIST_WORKER"][2:]), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    own_cores = sorted(os.sched_getaffinity(0))[worker::workers]
+    if own_cores:
+        os.sched_setaffinity(0, own_cores)
 
 import_torch()  # isort: split
 

@@ -7,6 +7,8 @@ import pytest
 
 from flexrun.hardware.profile_contention import shares, speeds
 
+pytestmark = pytest.mark.timed
+
 
 class Resource:
     """Something that is half as fast while two use it."""

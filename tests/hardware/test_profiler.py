@@ -65,6 +65,7 @@ def test_the_bar_names_the_stages(tiny_effort, tmp_path):
         assert stage in terminal.text
 
 
+@pytest.mark.timed
 @pytest.mark.slow
 def test_a_quick_measurement_is_plausible_and_quick(tmp_path):
     start_seconds = time.perf_counter()

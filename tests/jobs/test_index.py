@@ -236,7 +236,7 @@ def test_a_broken_zstd_is_a_config_error(damage, zstd_library, tmp_path):
         open_source(path)
 
 
-@pytest.mark.parametrize("content", [b"not gzip", gzip.compress(b'{"prompt": "a"}\n' * 99)[:-12]])
+@pytest.mark.parametrize("content", [b"not gzip", gzip.compress(b'{"prompt": "a"}\n' * 99, mtime=0)[:-12]])
 def test_a_broken_gzip_is_a_config_error(content, tmp_path):
     path = tmp_path / "in.jsonl.gz"
     path.write_bytes(content)

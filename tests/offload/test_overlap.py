@@ -33,7 +33,7 @@ from flexrun.weights.packed import open_packed
 from flexrun.weights.readers import open_checkpoint
 from flexrun.workload import Workload
 
-pytestmark = pytest.mark.usefixtures("matrices_move")
+pytestmark = [pytest.mark.timed, pytest.mark.usefixtures("matrices_move")]
 LAYERS, SEQUENCES, MICRO_BATCH = 16, 8, 2
 COMPUTE_SHARES = {StepKind.ATTENTION_INPUTS: 0.25, StepKind.ATTENTION_OUTPUT: 0.15, StepKind.MLP: 0.6}
 ROWS_DOWN_SHARE = 0.03  # of a layer's time, for queries, keys and values on their way to the CPU

@@ -258,7 +258,7 @@ def test_two_processes_at_once_share_one_cache(model, cache):
         subprocess.Popen([*command, str(number)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root)
         for number in range(2)
     ]
-    answers = [worker.communicate(timeout=60) for worker in workers]
+    answers = [worker.communicate(timeout=300) for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], answers
     assert answers[0][0] == answers[1][0], "the second waited and reused what the first wrote"
     assert len(list(cache.glob("m-float32-????????????????"))) == 1
