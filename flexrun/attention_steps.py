@@ -55,6 +55,7 @@ class Part:
     place: int = 0
     loaded: list[Dependency] = field(default_factory=list)  # its hidden rows are on the device
     saved: list[Dependency] = field(default_factory=list)  # they are on the host
+    routed: list[Dependency] = field(default_factory=list)  # what experts on the CPU made of its rows is on the device
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,8 @@ class Policy:
     kv_device_tokens_share: of each sequence whose KV the CPU attends in place, the share of its cache room, its newest
         tokens, that lives on the device and is attended there; what both find is joined exactly. A sequence keeps the
         border it was given for good: nothing is moved across it. 0 keeps each sequence whole.
+    cpu_experts_share: of the routed experts that live in RAM beside a GPU, the share that the CPU runs where they lie:
+        they never cross the link, only the rows of tokens do. Meaningless without a GPU.
     half_batches: where the CPU attends beside a GPU, run each pass as two halves that take turns: the CPU attends one
         while the GPU runs the matmuls of the other. Weights are moved once all the same, but read twice by the GPU.
     """
@@ -75,6 +77,7 @@ class Policy:
     weight_bits: int = 16
     kv_bits: int | str = 16
     half_batches: bool = False
+    cpu_experts_share: float = 0.0
     keep: tuple[str, ...] = ()
     weight_group: int = 64
 
@@ -87,7 +90,7 @@ class Policy:
             raise ConfigError(f"policy expert_batch={self.expert_batch!r} must be a whole number; 0 sets no limit")
         if not isinstance(self.kv_tokens, int) or isinstance(self.kv_tokens, bool) or self.kv_tokens < 0:
             raise ConfigError(f"policy kv_tokens={self.kv_tokens!r} must be a whole number; 0 sizes it by the requests")
-        for name in ("cpu_attention_share", "kv_device_tokens_share"):
+        for name in ("cpu_attention_share", "kv_device_tokens_share", "cpu_experts_share"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ConfigError(f"policy {name}={getattr(self, name)} is outside [0, 1]")
         if not isinstance(self.half_batches, bool):

@@ -35,6 +35,7 @@ class _Stage:
     layer: int
     module: str
     flops_per_token: float
+    ends_layer: bool = False
 
 
 class Scheduler:
@@ -75,6 +76,7 @@ class Scheduler:
         self.part_tokens = part_tokens if self.on_device else 0
         self.part_starts: list[int] = []  # first rows of the parts of the last pass, where it ran in parts
         self._stages = _stages(units, work, num_layers)
+        self._cpu_experts = [sum(unit.cpu_experts for unit in units if unit.layer == n) for n in range(num_layers)]
         self._stages_of = [[stage for stage in self._stages if stage.layer == layer] for layer in range(num_layers)]
         self._last: Dependency | None = None  # step of a module
         self._stream = WeightStream(
@@ -236,6 +238,8 @@ class Scheduler:
             if self._halved:
                 self._finish_attention(part, stage.layer)
             waits, part.attended = part.attended, []
+        elif stage.kind is StepKind.EXPERTS and stage.ends_layer:
+            waits, part.routed = part.routed, []
         loaded = self._stream.use(stage.layer, stage.module)
         step = self._emit(
             stage.kind,
@@ -250,6 +254,8 @@ class Scheduler:
         )
         if stage.kind is StepKind.MLP:
             self._stream.routed(stage.layer, step)
+            if self._cpu_experts[stage.layer]:
+                self._run_on_cpu(part, stage.layer, step)
         self._last = step
         self._stream.used(stage.layer, stage.module, step)
         if stage.kind is StepKind.ATTENTION_INPUTS:
@@ -261,6 +267,18 @@ class Scheduler:
                     self._attention.attend_staged(part, stage.layer, micro_batch, start)
             if not self._halved:
                 self._attention.merge(part)
+
+    def _run_on_cpu(self, part: Part, layer: int, router: Dependency) -> None:
+        """Experts that run where they lie, beside the device's and the link's copies of those."""
+        work, tokens = self.work, part.stop - part.start
+        where = {"layer": layer, "start": part.start, "stop": part.stop}
+        down = self._emit(
+            StepKind.OFFLOAD_NORMED, Lane.D2H, (router,), bytes=tokens * work.normed_bytes_per_token, **where
+        )
+        flops = int(tokens * self._cpu_experts[layer] * work.flops_per_expert_and_token)
+        done = self._emit(StepKind.EXPERTS, Lane.CPU, (down,), flops=flops, **where)
+        nbytes = tokens * work.routed_bytes_per_token
+        part.routed = [self._emit(StepKind.RETURN_ROUTED, Lane.H2D, (done,), bytes=nbytes, **where)]
 
     def _finish_attention(self, part: Part, layer: int) -> None:
         """What a half does when its turn comes: KV that must be copied first is attended last."""
@@ -339,8 +357,8 @@ def _stages(units: Sequence[WeightUnit], work: ModelWork, num_layers: int) -> li
         ]
         for unit in later.get(layer, (None,)):
             if unit is not None and unit.experts:
-                flops = unit.experts * work.flops_per_expert_and_token
-                stages.append(_Stage(StepKind.EXPERTS, layer, unit.module, flops))
+                flops = (unit.experts - unit.cpu_experts) * work.flops_per_expert_and_token
+                stages.append(_Stage(StepKind.EXPERTS, layer, unit.module, flops, unit is later[layer][-1]))
             else:
                 module = "mlp" if unit is None else unit.module
                 stages.append(_Stage(StepKind.MLP, layer, module, work.mlp_flops_per_token[layer]))

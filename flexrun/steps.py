@@ -34,7 +34,9 @@ class StepKind(str, enum.Enum):
     KEEP_SAMPLED = "keep_sampled"  # of such a part, after the last layer, the rows that are sampled
     ATTENTION_OUTPUT = "attention_output"
     MLP = "mlp"
-    EXPERTS = "experts"
+    EXPERTS = "experts"  # on the CPU beside a device: all those of a layer that run where they lie
+    OFFLOAD_NORMED = "offload_normed"  # device -> host: what such experts work on, and which rows are whose
+    RETURN_ROUTED = "return_routed"  # host -> device: what they made of it
     LOGITS = "logits"
 
 
@@ -107,6 +109,7 @@ class WeightUnit:
 
     disk_bytes: read from disk (4 KiB-aligned tensors). host_bytes: copied from host RAM to the device (0 without one).
     experts: routed experts among them; the rest of a sparse layer is in its "attention" and "mlp" units.
+    cpu_experts: of those, how many the CPU runs beside a device; their bytes do not move.
     """
 
     index: int
@@ -115,6 +118,7 @@ class WeightUnit:
     disk_bytes: int = 0
     host_bytes: int = 0
     experts: int = 0
+    cpu_experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,8 @@ class ModelWork:
     flops_per_expert_and_token: float = 0.0  # of one routed expert, averaged over all tokens of a pass
     experts_share_per_token: float = 1.0  # of a layer's routed experts, those that a token is sent to
     lse_bytes_per_token: int = 0  # log-sum-exp of one layer's attention, which comes back where it is merged
+    normed_bytes_per_token: int = 0  # what experts on the CPU beside a device get of a row, with its choices
+    routed_bytes_per_token: int = 0  # what comes back
 
     def moved_share(self, tokens: int) -> float:
         """Share of the streamed experts that a pass of so many tokens moves; see experts_moved_share."""

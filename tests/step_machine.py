@@ -30,6 +30,7 @@ FEEDS = {  # whose rows a step needs, of its own layer
     StepKind.ATTENTION_OUTPUT: (*ATTENDS, StepKind.RETURN_ATTENDED, StepKind.MERGE),
     StepKind.MLP: (StepKind.ATTENTION_OUTPUT,),
     StepKind.EXPERTS: (StepKind.MLP,),
+    StepKind.OFFLOAD_NORMED: (StepKind.MLP,),
     **dict.fromkeys((StepKind.SAVE_HIDDEN, StepKind.KEEP_SAMPLED), (StepKind.MLP, StepKind.EXPERTS)),
 }
 HIDDEN = (  # steps that read or write the hidden rows on the device
@@ -134,7 +135,7 @@ class Machine:
             if unit.disk_bytes:
                 self._check_there(HOST, step, step.source_offset, unit.disk_bytes)
             self._fill(DEVICE, step, moved_bytes)
-        elif step.kind in COMPUTE_WITH_WEIGHTS and moved_bytes:
+        elif step.kind in COMPUTE_WITH_WEIGHTS and step.unit >= 0 and moved_bytes:
             self._check_there(self.compute_ring, step, step.offset, moved_bytes)
         elif step.kind is StepKind.READ_KV:
             self._host_slot(step, step.offset).read_under_way = True
@@ -159,6 +160,9 @@ class Machine:
             assert not late, f"{step} overwrites hidden rows that {late} still needs"
         if step.kind is StepKind.ATTENTION_INPUTS:
             late = [other for other in self._unfinished() if self._reads_rows_before(other, step)]
+            assert not late, f"{step} overwrites rows that {late} still needs"
+        if step.kind in (StepKind.MLP, StepKind.OFFLOAD_NORMED):
+            late = [other for other in self._unfinished() if self._reads_normed_before(other, step)]
             assert not late, f"{step} overwrites rows that {late} still needs"
         late = [other for other in self._unfinished() if self._feeds(other, step)]
         assert not late, f"{step} starts before {late}"
@@ -280,19 +284,33 @@ class Machine:
         return reads and earlier and (_same_rows(other, inputs) or other.pass_index < inputs.pass_index)
 
     @staticmethod
+    def _reads_normed_before(other: Step, step: Step) -> bool:
+        """Whether ``other`` runs experts on the CPU, or moves their rows, for an earlier layer or pass."""
+        on_cpu = other.kind is StepKind.EXPERTS and other.lane is Lane.CPU and step.lane is not Lane.CPU
+        brings = on_cpu or other.kind in (StepKind.OFFLOAD_NORMED, StepKind.RETURN_ROUTED)
+        earlier = (other.pass_index, other.layer) < (step.pass_index, step.layer)
+        return brings and earlier and (_same_rows(other, step) or other.pass_index < step.pass_index)
+
+    @staticmethod
     def _feeds(other: Step, step: Step) -> bool:
         """Whether ``step`` needs rows that ``other`` makes."""
         if step.kind is StepKind.LOGITS:
-            return other.kind in (StepKind.MLP, StepKind.EXPERTS, StepKind.KEEP_SAMPLED)
+            return other.kind in (StepKind.MLP, StepKind.EXPERTS, StepKind.RETURN_ROUTED, StepKind.KEEP_SAMPLED)
         if step.kind is StepKind.LOAD_HIDDEN:
             return other.kind is StepKind.SAVE_HIDDEN and other.layer == step.layer - 1 and _same_rows(other, step)
         if step.kind is StepKind.ATTENTION_INPUTS and other.kind is StepKind.LOAD_HIDDEN:
             return other.layer == step.layer and _same_rows(other, step)
-        if step.kind is StepKind.ATTENTION_INPUTS and other.kind in (StepKind.EMBED, StepKind.MLP, StepKind.EXPERTS):
+        makes_hidden = StepKind.EMBED, StepKind.MLP, StepKind.EXPERTS, StepKind.RETURN_ROUTED
+        if step.kind is StepKind.ATTENTION_INPUTS and other.kind in makes_hidden:
             return other.layer < step.layer and _same_rows(other, step)
         kinds = FEEDS.get(step.kind, ())
         if step.kind is StepKind.ATTEND and step.lane is Lane.CPU:
             kinds = (*kinds, StepKind.OFFLOAD_QUERY)
+        if step.kind is StepKind.EXPERTS and step.lane is Lane.CPU:
+            kinds = (*kinds, StepKind.OFFLOAD_NORMED)
+        if step.kind is StepKind.RETURN_ROUTED:
+            same = (other.pass_index, other.layer) == (step.pass_index, step.layer) and _same_rows(other, step)
+            return other.kind is StepKind.EXPERTS and other.lane is Lane.CPU and same
         if step.kind is StepKind.RETURN_ATTENDED:
             return other.kind is StepKind.ATTEND and other.lane is Lane.CPU and _same_kv(other, step)
         return other.kind in kinds and other.layer == step.layer and _same_rows(other, step)
@@ -315,8 +333,12 @@ def unit_keys(layers: int, groups: int = 0) -> list[tuple[int, str]]:
     return [*keys, (layers, "head")]
 
 
-def make_units(layers: int, sizes: list[tuple[int, int]], on_device: bool, groups: int = 0) -> list[WeightUnit]:
+def make_units(
+    layers: int, sizes: list[tuple[int, int]], on_device: bool, groups: int = 0, cpu_experts: int = 0
+) -> list[WeightUnit]:
+    """Of each group's two experts the CPU runs ``cpu_experts`` beside a device."""
+    counts = {True: (2, cpu_experts if on_device else 0), False: (0, 0)}
     return [
-        WeightUnit(index, layer, module, disk, host if on_device else 0, 2 if module.startswith("experts") else 0)
+        WeightUnit(index, layer, module, disk, host if on_device else 0, *counts[module.startswith("experts")])
         for index, ((layer, module), (disk, host)) in enumerate(zip(unit_keys(layers, groups), sizes, strict=True))
     ]

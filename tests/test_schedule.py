@@ -22,7 +22,7 @@ from flexrun.core import Lane, Tier
 from flexrun.schedule import Scheduler, cut_rows
 from flexrun.steps import ATTENDS, STREAMING, MicroBatchShape, ModelWork, PassShape, Step, StepKind, WeightUnit
 
-WORK = ModelWork(2, 3, 5, (7,) * 8, 11, 13, 17, 19, 23, 29.0, lse_bytes_per_token=31)
+WORK = ModelWork(2, 3, 5, (7,) * 8, 11, 13, 17, 19, 23, 29.0, 1.0, 31, 37, 41)
 
 
 def stream_sizes(units: list[WeightUnit]) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -65,7 +65,7 @@ def machines(draw, roomy: bool = False, halves: bool = True, choosy: bool = True
     layers, groups = draw(st.integers(1, 4)), draw(st.integers(0, 2))
     size, count = st.one_of(st.just(0), st.integers(1, 9)), len(unit_keys(layers, groups))
     sizes = draw(st.lists(st.tuples(size, size), min_size=count, max_size=count))
-    units = make_units(layers, sizes, on_device, groups)
+    units = make_units(layers, sizes, on_device, groups, draw(st.integers(0, 2)))
     part_tokens = draw(st.sampled_from([0, 8, 9])) if halves else 0  # no micro-batch has more than 8 rows
     rings = {}
     for name, (unit_bytes, layer_bytes) in zip((HOST, DEVICE), stream_sizes(units)):
@@ -242,6 +242,33 @@ def test_weights_cross_the_pass_border():
     reads = [step.unit for step in steps if step.kind is StepKind.READ_WEIGHTS]
     assert reads[:7] == list(range(7))
     assert reads[7:11] == [0, 1, 2, 3], "two layers of the next pass are read before this one ends"
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(machines())
+def test_experts_on_the_cpu_get_all_rows_once_a_layer_and_the_last_step_waits_for_them(drawn):
+    scheduler, units, _, shapes, _ = drawn
+    steps = [step for shape in shapes for step in scheduler.pass_steps(shape)]
+    by_order = {(step.lane, step.order): step for step in steps}
+    beside = [step for step in steps if step.kind is StepKind.EXPERTS and step.lane is not scheduler.compute_lane]
+    there = {unit.layer: 0 for unit in units} | {unit.layer: unit.cpu_experts for unit in units if unit.experts}
+    groups = sum(unit.layer == 1 and unit.experts > 0 for unit in units)
+    for shape in shapes:
+        for layer in range(scheduler.num_layers):
+            mine = [step for step in beside if (step.pass_index, step.layer) == (shape.index, layer)]
+            assert covered(mine, (StepKind.EXPERTS,)) == (list(range(shape.tokens)) if there[layer] else [])
+            assert sum(step.flops for step in mine) == shape.tokens * there[layer] * groups * 29
+    for step in beside:
+        (down,) = (by_order[each] for each in step.depends_on)
+        assert (down.kind, down.bytes) == (StepKind.OFFLOAD_NORMED, 37 * step.rows)
+        key = (step.pass_index, step.layer, step.start, step.stop)
+        (back,) = (
+            each for each in steps if each.kind is StepKind.RETURN_ROUTED and (step.lane, step.order) in each.depends_on
+        )
+        assert (back.pass_index, back.layer, back.start, back.stop, back.bytes) == (*key, 41 * step.rows)
+        last = [each for each in steps if each.kind is StepKind.EXPERTS and each.lane is Lane.GPU]
+        last = [each for each in last if (each.pass_index, each.layer, each.start, each.stop) == key][-1]
+        assert (back.lane, back.order) in last.depends_on
 
 
 PART = MicroBatchShape(0, 4, 4, 10, Tier.CPU, Lane.CPU)

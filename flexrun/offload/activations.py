@@ -118,7 +118,7 @@ class Activations:
             self._host_rows = host.allocate("offloaded_query", offloaded_query_bytes(spec, policy))
             self.host_query = self._host_rows.view(0, (tokens, *heads), dtype)
             self.host_attended = self._host_rows.view(self.host_query.nbytes, (tokens, *attended_heads), dtype)
-        self.sparse = SparseLayers(spec, policy, weights, place) if spec.experts else None
+        self.sparse = SparseLayers(spec, policy, weights, host, device, accelerator) if spec.experts else None
         self.plan: PassPlan | None = None
         self.rows: dict[int, MicroBatchRows] = {}
 
@@ -197,6 +197,8 @@ class Activations:
         while self._reserved:
             tier, kind, nbytes = self._reserved.pop()
             tier.release(kind, nbytes)
+        if self.sparse is not None:
+            self.sparse.close()
         for buffer in (self._host_rows, self._host_lse, self._hidden_rows, self.embedding_rows):
             if buffer is not None:
                 buffer.close()

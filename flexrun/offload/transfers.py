@@ -1,4 +1,4 @@
-"""The steps of worker lanes: what moves between tiers while the compute lane goes on, and attention on the host."""
+"""The steps of worker lanes: what moves between tiers, and what the host does, while the compute lane goes on."""
 
 from __future__ import annotations
 
@@ -45,6 +45,9 @@ class Transfers:
             StepKind.RETURN_ATTENDED: self._return_attended,
             StepKind.LOAD_HIDDEN: self._load_hidden,
             StepKind.SAVE_HIDDEN: self._save_hidden,
+            StepKind.OFFLOAD_NORMED: lambda step: activations.sparse.offload(step),
+            StepKind.EXPERTS: lambda step: activations.sparse.on_cpu.run(step),
+            StepKind.RETURN_ROUTED: lambda step: activations.sparse.on_cpu.bring_back(step),
         }
 
     def parts(self, step: Step) -> list[Callable[[], None]]:

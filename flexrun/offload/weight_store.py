@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -60,7 +60,8 @@ class WeightStore:
         direct: bool = True,
         pack: Callable[[Tensor], Tensor] | None = None,
     ):
-        """``pack`` turns a resident matrix into the form the host's matmul likes best (it takes the same bytes)."""
+        """``pack`` turns a matrix in RAM that the host multiplies by into the form its matmul likes best (it takes the
+        same bytes)."""
         self.spec, self.packed, self.placement = spec, packed, placement
         self._dtype = DTYPES[spec.dtype]
         self._compute_tier = Tier.CPU if device is None else Tier.GPU
@@ -72,7 +73,9 @@ class WeightStore:
         self.embedding: dict[str, Tensor] = {}
         self.embedding_rows: RowFile | None = None
         self._buffers: list[Buffer] = []
-        self._pack = pack if device is None else None
+        # layer -> experts that the CPU runs beside a device, and their weights
+        self._on_cpu: dict[int, tuple[list[int], dict[str, Weight]]] = {}
+        self._pack = pack
         self._host, self._accelerator = host, accelerator or EmulatedDevice()
         self._packed_bytes = 0
         self._staging: Buffer | None = None
@@ -138,7 +141,8 @@ class WeightStore:
         """Matrices that only a matmul ever reads; an embedding is read by rows as well, a router cast to float32."""
         tensor = placed.tensor
         is_matrix = len(tensor.shape) == 2 and tensor.module != "embedding" and "router" not in tensor.name
-        return self._pack is not None and is_matrix and placed.form is None and placed.tier is Tier.CPU
+        by_cpu = placed.stays or (placed.tier is Tier.CPU and self._compute_tier is Tier.CPU)
+        return self._pack is not None and is_matrix and placed.form is None and by_cpu
 
     def _load_packed(self, placed: PlacedTensor, pool: ThreadPoolExecutor) -> Tensor:
         nbytes = align_up(placed.nbytes)
@@ -175,6 +179,12 @@ class WeightStore:
                 entry = self.packed.entry(placed.layer, name)
                 row_bytes = placed.nbytes // placed.tensor.shape[0]
                 self.embedding_rows = RowFile(self.packed.path(entry), entry.offset, row_bytes)
+        if placed.stays:
+            experts, weights = self._on_cpu.setdefault(placed.layer, ([], {}))
+            weights[name], expert = value, expert_number(placed.tensor)
+            if expert not in experts[-1:]:  # tensors come in their order
+                experts.append(expert)
+            return
         key = unit_of(self.spec, placed.layer, placed.tensor)
         if key is None:
             return
@@ -232,8 +242,12 @@ class WeightStore:
         return sum(align_up(placed.nbytes) for placed in moved if _is_moved(placed, chosen))
 
     def experts_of(self, unit: int) -> list[int]:
-        """The routed experts among a unit's weights, ascending."""
+        """The routed experts among a unit's weights that the compute lane runs, ascending."""
         return sorted(self._units[unit].experts)
+
+    def cpu_experts(self, layer: int) -> tuple[list[int], Mapping[str, Weight]]:
+        """The routed experts of a layer that the CPU runs beside a device, ascending, and their weights in RAM."""
+        return self._on_cpu.get(layer, ([], {}))
 
     def is_last_of_layer(self, unit: int) -> bool:
         return self._units[unit].is_last_of_layer
@@ -283,7 +297,7 @@ class WeightStore:
                 file.close()
         for unit in self._units:
             unit.resident, unit.from_host = {}, []
-        self.embedding = {}
+        self.embedding, self._on_cpu = {}, {}
         for buffer in (*self._buffers, self._staging):
             if buffer is not None:
                 buffer.close()

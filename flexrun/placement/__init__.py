@@ -9,10 +9,13 @@ from flexrun.placement.kv_bits import (
     recent_kv_bytes,
 )
 from flexrun.placement.memory import (
+    CPU_EXPERT_ROWS,
     KV_SLOTS,
     LOGITS_ROWS,
     KVMicroBatch,
     MemoryAccount,
+    cpu_expert_rows,
+    cpu_experts_bytes,
     device_row_bytes,
     expert_batch_rows,
     expert_buffer_bytes,
@@ -25,6 +28,7 @@ from flexrun.placement.memory import (
     memory_account,
     merge_bytes,
     micro_batch_sequences,
+    normed_row_bytes,
     offloaded_query_bytes,
     part_tokens,
     pass_row_bytes,
@@ -46,6 +50,7 @@ from flexrun.placement.weights import (
 from flexrun.placement.work import build_scheduler, model_work
 
 __all__ = [
+    "CPU_EXPERT_ROWS",
     "DENSE_TOKENS",
     "KV_SLOTS",
     "LOGITS_ROWS",
@@ -55,6 +60,8 @@ __all__ = [
     "WeightPlacement",
     "build_scheduler",
     "compressed_bytes",
+    "cpu_expert_rows",
+    "cpu_experts_bytes",
     "device_row_bytes",
     "expert_batch_rows",
     "expert_buffer_bytes",
@@ -73,6 +80,7 @@ __all__ = [
     "merge_bytes",
     "micro_batch_sequences",
     "model_work",
+    "normed_row_bytes",
     "offloaded_query_bytes",
     "part_tokens",
     "pass_row_bytes",

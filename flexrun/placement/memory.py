@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from flexrun.attention import LATENT_BUFFERS, LATENT_BYTES
 from flexrun.compress import DEQUANTISE_BYTES
@@ -21,6 +22,7 @@ RING_BYTES = 4 << 30  # rings of models with huge layers need not hold three of 
 LOGITS_ROWS = 128  # rows of logits computed and sampled at once, so that a large vocabulary stays bounded
 FEWEST_LOGITS_ROWS = 16  # room for them where few sequences are in flight: scored prompts take many
 SHARE_PARTS = 1 << 16  # shares of tokens are taken in whole parts, exactly
+CPU_EXPERT_ROWS = 256  # of one call of an expert on a CPU: its inner rows, the widest there are, stay in the cache
 KV_SLOTS = 2  # staging slots on the device for KV that comes there to be attended
 HOST_KV_SLOTS = 4  # on the host for KV from disk, at least: one is read, one attended, two wait for their rows' write
 MOST_HOST_KV_SLOTS = 16
@@ -139,6 +141,32 @@ def expert_buffer_bytes(spec: ModelSpec, rows: int) -> int:
     return rows * ((kept + 2 * wide) * spec.dtype_bytes + 4 * spec.hidden_size)
 
 
+def cpu_expert_rows(policy: Policy) -> int:
+    """Rows of the largest call of an expert that the CPU runs beside a device."""
+    return min(expert_batch_rows(policy), CPU_EXPERT_ROWS)
+
+
+def normed_row_bytes(spec: ModelSpec) -> int:
+    """Bytes of one token row on its way to experts on the CPU: what they work on, and its choices' rows and weights."""
+    return spec.hidden_size * spec.dtype_bytes + spec.experts.experts_per_token * (8 + 4) if spec.experts else 0
+
+
+class CPUExpertsBytes(NamedTuple):
+    """What only experts on the CPU beside a device need. rows: on the host, what goes down and, in float32, what they
+    make of it. working: there as well. returned: on the device, where that comes back to."""
+
+    rows: int
+    working: int
+    returned: int
+
+
+def cpu_experts_bytes(spec: ModelSpec, policy: Policy) -> CPUExpertsBytes:
+    returned = policy.tokens_per_pass * spec.hidden_size * 4
+    working = expert_buffer_bytes(spec, cpu_expert_rows(policy)) + _brought_back_bytes(policy)
+    rows = policy.tokens_per_pass * normed_row_bytes(spec) + returned
+    return CPUExpertsBytes(align_up(rows), align_up(working), align_up(returned))
+
+
 def workspace_bytes(spec: ModelSpec, policy: Policy) -> int:
     """Activations of the largest pass: rows that live through it, plus the widest micro-batch inside a module."""
     rows = min(policy.token_micro_batch, policy.tokens_per_pass)
@@ -151,8 +179,11 @@ def workspace_bytes(spec: ModelSpec, policy: Policy) -> int:
         through_pass += policy.sequences_in_flight * spec.hidden_size * spec.dtype_bytes
     latent = LATENT_BUFFERS * LATENT_BYTES if spec.latent else 0
     routed = policy.tokens_per_pass * routed_row_bytes(spec) + expert_buffer_bytes(spec, expert_batch_rows(policy))
-    brought_back = DEQUANTISE_BYTES if policy.weight_bits < 16 or policy.keep else 0
-    return align_up(through_pass + latent + max(inside, logits) + routed + brought_back)
+    return align_up(through_pass + latent + max(inside, logits) + routed + _brought_back_bytes(policy))
+
+
+def _brought_back_bytes(policy: Policy) -> int:
+    return DEQUANTISE_BYTES if policy.weight_bits < 16 or policy.keep else 0
 
 
 def logits_block_rows(policy: Policy) -> int:
@@ -301,6 +332,10 @@ def memory_account(
             kinds[Tier.CPU]["offloaded_query"] = offloaded_query_bytes(spec, policy)
         if any(micro_batch.device_share for micro_batch in micro_batches):
             kinds[Tier.CPU]["kv_merge"], kinds[Tier.GPU]["kv_merge"] = merge_bytes(spec, policy)
+        if placement.cpu_experts:
+            sizes = cpu_experts_bytes(spec, policy)
+            kinds[Tier.CPU]["cpu_experts"] = sizes.rows + sizes.working
+            kinds[Tier.GPU]["cpu_experts"] = sizes.returned
     used = {tier: sum(parts.values()) for tier, parts in kinds.items()}
     spare = tuple(
         None if budget is None else max(budget - used[tier], 0)

@@ -31,7 +31,7 @@ STAYS, BY_ROWS, MOVES = range(3)  # how a tensor is placed: with the compute dev
 class PlacedTensor:
     """A packed tensor, its layer (-1: embedding, num_layers: head) and its tier; ``nbytes`` unpadded.
 
-    form: how it is compressed, None where it is in its dtype.
+    form: how it is compressed, None where it is in its dtype. stays: of an expert that the CPU runs beside a device.
     """
 
     tensor: PackedTensor
@@ -39,6 +39,7 @@ class PlacedTensor:
     tier: Tier
     nbytes: int
     form: GroupFormat | None = None
+    stays: bool = False
 
 
 class _Columns:
@@ -71,6 +72,7 @@ class _Columns:
         self.head = self._head_place(spec)
         self.unit_bytes = self._by_unit(self.nbytes, self.units >= 0)
         self.experts = [len(experts.get(key, ())) for key in self.keys]
+        self.expert_places, self.expert_units, self.expert_of_rows = self._movable_experts()
         head = (spec.num_layers, "head")  # a tied one was met with the embedding, before the layers
         self.order = [number for number, key in enumerate(self.keys) if key != head] + [self.keys.index(head)]
         self.token_embedding = next(
@@ -86,6 +88,17 @@ class _Columns:
             key = (layer, expert_number(tensor) if tensor.module == "experts" else tensor.name)
             places.append(numbers.setdefault(key, len(numbers)))
         return numpy.array(places, dtype=numpy.int64)
+
+    def _movable_experts(self) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
+        """The routed experts that can leave the compute device, layer by layer: their places and units; and of each
+        tensor the place of its expert (-1: of none)."""
+        keys = [(layer, expert_number(tensor)) if tensor.module == "experts" else None for layer, tensor in self.rows]
+        found: dict[tuple[int, int], tuple[int, int]] = {}
+        for row, place in zip(self.moving.tolist(), self.places.tolist()):
+            if keys[row] is not None:
+                found.setdefault(keys[row], (place, self.units[row]))
+        places, units = numpy.array(list(found.values()), dtype=numpy.int64).reshape(-1, 2).T
+        return places, units, numpy.array([found.get(key, (-1, -1))[0] for key in keys])
 
     def _hottest(self, spec: ModelSpec) -> list[numpy.ndarray]:
         """Of each sparse layer the places of its experts of one size, those first that had the most tokens."""
@@ -107,12 +120,15 @@ class _Columns:
         sums = numpy.bincount(self.units[chosen], nbytes[chosen].astype(float), len(self.keys))
         return sums.astype(numpy.int64)  # exact: sums of whole numbers below 2^53
 
-    def weight_units(self, tiers: numpy.ndarray, on_device: bool) -> tuple[WeightUnit, ...]:
+    def weight_units(
+        self, tiers: numpy.ndarray, on_device: bool, stays: numpy.ndarray, by_cpu: numpy.ndarray
+    ) -> tuple[WeightUnit, ...]:
         has_unit = self.units >= 0
         disk = self._by_unit(self.padded, has_unit & (tiers == TIERS.index(Tier.DISK))).tolist()
-        host = self._by_unit(self.padded, has_unit & (tiers == TIERS.index(Tier.CPU))).tolist()
+        host = self._by_unit(self.padded, has_unit & (tiers == TIERS.index(Tier.CPU)) & ~stays & on_device).tolist()
+        experts = numpy.bincount(self.expert_units[by_cpu[self.expert_places]], minlength=len(self.keys)).tolist()
         return tuple(
-            WeightUnit(index, *self.keys[number], disk[number], host[number] if on_device else 0, self.experts[number])
+            WeightUnit(index, *self.keys[number], disk[number], host[number], self.experts[number], experts[number])
             for index, number in enumerate(self.order)
         )
 
@@ -123,20 +139,25 @@ def _columns(spec: ModelSpec, bits: WeightBits, small_bytes: int) -> _Columns:
 
 
 class WeightPlacement:
-    """A tier for every tensor. units: what moves in each pass, in order of use."""
+    """A tier for every tensor. units: what moves in each pass, in order of use. cpu_experts: how many routed experts
+    the CPU runs beside a device, all layers together."""
 
-    def __init__(self, columns: _Columns, tiers: numpy.ndarray, on_device: bool):
+    def __init__(self, columns: _Columns, tiers: numpy.ndarray, on_device: bool, by_cpu: numpy.ndarray):
+        """tiers: of each tensor. by_cpu: of each place, whether it is an expert that the CPU runs."""
         self._columns, self._tiers = columns, tiers
-        self.units = columns.weight_units(tiers, on_device)
+        self._stays = numpy.append(by_cpu, False)[columns.expert_of_rows]
+        tiers[self._stays] = TIERS.index(Tier.CPU)  # biases, which would stay with the device, go with their expert
+        self.cpu_experts = int(by_cpu.sum())
+        self.units = columns.weight_units(tiers, on_device, self._stays, by_cpu)
         self.embedding_on_disk = bool(tiers[columns.token_embedding] == TIERS.index(Tier.DISK))
 
     @cached_property
     def tensors(self) -> tuple[PlacedTensor, ...]:
         columns = self._columns
         return tuple(
-            PlacedTensor(tensor, layer, TIERS[tier], nbytes, form)
-            for (layer, tensor), tier, nbytes, form in zip(
-                columns.rows, self._tiers.tolist(), columns.nbytes.tolist(), columns.forms
+            PlacedTensor(tensor, layer, TIERS[tier], nbytes, form, stays)
+            for (layer, tensor), tier, nbytes, form, stays in zip(
+                columns.rows, self._tiers.tolist(), columns.nbytes.tolist(), columns.forms, self._stays.tolist()
             )
         )
 
@@ -198,11 +219,12 @@ def place_weights(spec: ModelSpec, policy: Policy, *, on_device: bool) -> Weight
             f"the policy places {fractions.gpu:.0%} of the weights on a GPU, but there is no GPU memory",
             "give --gpu-memory, or a policy with weights.gpu = 0",
         )
-    return _placed(_columns(spec, weight_bits_of(policy), SMALL_TENSOR_BYTES), fractions, on_device)
+    columns = _columns(spec, weight_bits_of(policy), SMALL_TENSOR_BYTES)
+    return _placed(columns, fractions, on_device, policy.cpu_experts_share if on_device else 0.0)
 
 
 @lru_cache(maxsize=64)
-def _placed(columns: _Columns, fractions: Placement, on_device: bool) -> WeightPlacement:
+def _placed(columns: _Columns, fractions: Placement, on_device: bool, cpu_experts_share: float) -> WeightPlacement:
     # The slowest tier in use takes what the credit of the faster ones does not cover.
     rest = 2 if fractions.disk > 1e-9 else 1 if fractions.cpu > 1e-9 else 0
     tiers = numpy.full(len(columns.rows), rest, dtype=numpy.int8)
@@ -211,7 +233,20 @@ def _placed(columns: _Columns, fractions: Placement, on_device: bool) -> WeightP
     for experts in columns.hottest:
         of_places[experts] = numpy.sort(of_places[experts])  # each tier keeps its bytes
     tiers[columns.moving] = of_places[columns.places]
-    return WeightPlacement(columns, tiers, on_device)
+    return WeightPlacement(columns, tiers, on_device, _run_by_cpu(columns, of_places, cpu_experts_share))
+
+
+def _run_by_cpu(columns: _Columns, of_places: numpy.ndarray, share: float) -> numpy.ndarray:
+    """Of each place whether it is an expert that the CPU runs: so large a share of those in RAM, as evenly over the
+    layers as can be. Of a layer, those with the fewest tokens where that is known. of_places: their tiers."""
+    tier, by_cpu = TIERS.index(Tier.CPU), numpy.zeros(len(of_places), dtype=bool)
+    in_ram = of_places[columns.expert_places] == tier
+    due = numpy.floor(numpy.cumsum(in_ram) * share + 1e-9)
+    by_cpu[columns.expert_places] = numpy.diff(due, prepend=0) > 0
+    for experts in columns.hottest:
+        of_layer = experts[of_places[experts] == tier]
+        by_cpu[of_layer] = numpy.sort(by_cpu[of_layer])
+    return by_cpu
 
 
 def _diffused(sizes: list[int], head: int, fractions: Placement, rest: int) -> numpy.ndarray:

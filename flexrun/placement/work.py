@@ -6,7 +6,7 @@ from flexrun.config import Policy
 from flexrun.core import Lane
 from flexrun.models.spec import ModelSpec
 from flexrun.placement.kv_bits import kv_token_bytes
-from flexrun.placement.memory import KV_SLOTS, MemoryAccount, part_tokens
+from flexrun.placement.memory import KV_SLOTS, MemoryAccount, normed_row_bytes, part_tokens
 from flexrun.placement.weights import WeightPlacement
 from flexrun.schedule import Scheduler
 from flexrun.steps import ModelWork
@@ -34,6 +34,8 @@ def model_work(spec: ModelSpec, kv_bytes_per_token: int | None = None) -> ModelW
         else 0.0,
         experts_share_per_token=experts.experts_per_token / experts.num_experts if experts else 1.0,
         lse_bytes_per_token=spec.num_heads * 4,
+        normed_bytes_per_token=normed_row_bytes(spec),
+        routed_bytes_per_token=spec.hidden_size * 4,
     )
 
 

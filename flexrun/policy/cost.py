@@ -15,15 +15,16 @@ import numpy
 
 from flexrun.config import Policy
 from flexrun.core import Lane, Tier
-from flexrun.errors import ConfigError
 from flexrun.hardware import Hardware, LinearWork, Processor, Transfer
 from flexrun.models.spec import ModelSpec
 from flexrun.placement import LOGITS_ROWS, WeightPlacement, kv_token_bytes, part_tokens, weight_bits_of
 from flexrun.policy.attention_cost import attention_seconds, counts_above, counts_of, layers_seconds
-from flexrun.policy.compressed import Compressed, compressed_part, compressed_seconds
+from flexrun.policy.compressed import Compressed, compressed_part
+from flexrun.policy.expert_cost import ExpertCosts
 from flexrun.policy.kv_writes import row_write_seconds
+from flexrun.policy.matmul_cost import dequantise_seconds, matmul_seconds
 from flexrun.policy.passes import Passes
-from flexrun.steps import ATTENDS, MicroBatchShape, PassShape, Step, StepKind, chosen_share, experts_moved_share
+from flexrun.steps import ATTENDS, MicroBatchShape, PassShape, Step, StepKind, experts_moved_share
 
 ROW_READ_SECONDS = 4e-6  # one embedding row out of the page cache
 SEQUENCE_SECONDS = 22e-6  # planning one sequence's part of a pass
@@ -50,12 +51,12 @@ class StepCosts:
         self.h2d: Transfer = hardware.h2d or hardware.host_copy
         self.d2h: Transfer = hardware.d2h or hardware.host_copy
         self.kv_bytes = float(kv_token_bytes(spec, policy))
-        experts = spec.experts
-        self._share_per_token = experts.experts_per_token / experts.num_experts if experts else 1.0
+        self._experts = ExpertCosts(spec, placement, self._one_expert_seconds, self.transfer)
+        self.experts_seconds = self._experts.seconds
         self._rates, self._bits = self.device.rates_of(spec.dtype), weight_bits_of(policy)
         self._work = lru_cache(maxsize=None)(lambda part, layer: LinearWork.of(spec.linear_shapes(part, layer)))
-        self._absorption = LinearWork.of(spec.decode_absorption_shapes)
-        self._expansion = LinearWork.of(spec.prefill_expansion_shapes)
+        absorbing, expanding = spec.decode_absorption_shapes, spec.prefill_expansion_shapes
+        self._absorption, self._expansion = LinearWork.of(absorbing), LinearWork.of(expanding)
         self._linear = lru_cache(maxsize=4096)(self._linear_seconds)
         self._compute = lru_cache(maxsize=None)(self._compute_seconds)
         self._part = lru_cache(maxsize=4096)(self._part_seconds)
@@ -74,7 +75,7 @@ class StepCosts:
             ),
             StepKind.MLP: lambda step, shape: self._linear("mlp", step.layer, step.rows, self._plain(step)),
             StepKind.WRITE_KV: self._write_kv_step,
-            StepKind.EXPERTS: lambda step, shape: self.experts_seconds(placement.units[step.unit].experts, step.rows),
+            StepKind.EXPERTS: lambda step, shape: self._experts.of_step(step, Lane.GPU if on_device else Lane.CPU),
             StepKind.LOGITS: lambda step, shape: self.logits_seconds(shape.logits_rows, self._plain(step)),
         }
 
@@ -142,20 +143,7 @@ class StepCosts:
     def _matmul_seconds(
         self, rows: float, work: LinearWork, plain: float, compressed: tuple[Compressed, ...] | None = None
     ) -> float:
-        """plain: share of the weights in the layout of the checkpoint; see Rates.plain_weight_share. compressed: see
-        compressed_part; a CPU multiplies straight from the codes, a GPU by weights brought back before."""
-        dtype_bytes = self.spec.dtype_bytes
-        if compressed and self.device is self.hardware.cpu:
-            seconds = compressed_seconds(self._rates, rows, work, compressed, dtype_bytes, plain)
-            if seconds is not None:
-                return seconds
-            stored = sum(part.nbytes for part in compressed)
-            return self._rates.linear_seconds(rows, work, dtype_bytes, stored) + self.dequantise_seconds(compressed)
-        seconds = self._rates.linear_seconds(rows, work, dtype_bytes, plain=True) if plain else 0.0
-        if plain < 1:
-            packed = self._rates.linear_seconds(rows, work, dtype_bytes)
-            seconds = plain * seconds + (1 - plain) * packed
-        return seconds
+        return matmul_seconds(self.spec, self.hardware, self.device, rows, work, plain, compressed)
 
     def _plain(self, step: Step) -> float:
         return self._plain_shares[step.unit] if step.unit >= 0 else self._plain_share
@@ -169,18 +157,10 @@ class StepCosts:
     def _plain_share(self) -> float:
         return 1.0 if self.on_device else self.placement.moved_share
 
-    def dequantise_seconds(self, compressed: tuple[Compressed, ...]) -> float:
-        """Bringing compressed weights back to the dtype."""
-        if not (speed := self.device.dequantise_bytes_per_second):
-            raise ConfigError(
-                f"{self.hardware.name}: no dequantise_bytes_per_second, so compressed weights cannot be planned",
-                "set weight_bits to 16, measure again, or give the hardware file that number",
-            )
-        return sum(part.elements for part in compressed if part.bits < 16) * self.spec.dtype_bytes / speed
-
     def _brought_back_seconds(self, compressed: tuple[Compressed, ...] | None) -> float:
         on_gpu = self.device is not self.hardware.cpu  # there once a module and pass
-        return self.dequantise_seconds(compressed) if compressed and on_gpu else 0.0
+        dequantises = compressed and on_gpu
+        return dequantise_seconds(self.spec, self.hardware, self.device, compressed) if dequantises else 0.0
 
     def embed_seconds(self, tokens: int) -> float:
         moved = 2 * tokens * self.spec.hidden_size * self.spec.dtype_bytes
@@ -203,17 +183,13 @@ class StepCosts:
                     seconds += self._matmul_seconds(rows, work, plain)
         return seconds
 
-    def experts_seconds(self, experts: int, tokens: int) -> float:
-        """``experts`` routed experts of one layer, each over its share of the pass's tokens.
-
-        An expert that no token chose is not computed.
-        """
-        hit = chosen_share(self._share_per_token, tokens)
-        rows = max(tokens * self._share_per_token / hit, 1.0)
-        work = self._work("expert", 0)
-        compressed = compressed_part(self.spec, self._bits, "expert", 0)
-        one = self._matmul_seconds(rows, work, self._plain_share, compressed) + self.device.step_overhead_seconds
-        return experts * hit * (one + self._brought_back_seconds(compressed))
+    def _one_expert_seconds(self, rows: float, beside: bool) -> float:
+        """One routed expert. beside: on the CPU beside a device, where its weights stay in the layout that it likes."""
+        work, compressed = self._work("expert", 0), compressed_part(self.spec, self._bits, "expert", 0)
+        processor, plain = (self.hardware.cpu, 0.0) if beside else (self.device, self._plain_share)
+        seconds = matmul_seconds(self.spec, self.hardware, processor, rows, work, plain, compressed)
+        seconds += processor.step_overhead_seconds
+        return seconds if beside else seconds + self._brought_back_seconds(compressed)
 
     def logits_seconds(self, rows: int, plain: float) -> float:
         """Head and sampling, in blocks of LOGITS_ROWS rows."""
@@ -293,7 +269,8 @@ class StepCosts:
         for layer, count in self._layer_kinds:
             total += count * self._linear("mlp", layer, tokens, plain)
             if spec.is_sparse(layer):
-                total += count * self.experts_seconds(spec.experts.num_experts, tokens)
+                on_device = count * spec.experts.num_experts - self.placement.cpu_experts
+                total += self.experts_seconds(on_device, tokens)
         return total
 
     @cached_property
@@ -318,7 +295,7 @@ class StepCosts:
 
     def _moved_weight_seconds(self, tokens: numpy.ndarray, halved: numpy.ndarray) -> dict[Lane, numpy.ndarray]:
         """The same for passes of so many tokens; few move the chosen experts alone, but in halves."""
-        spared = (1.0 - experts_moved_share(self._share_per_token, tokens)) * ~halved
+        spared = (1.0 - experts_moved_share(self._experts.share_per_token, tokens)) * ~halved
         return {lane: whole - spared * of_experts for lane, (whole, of_experts) in self._weight_seconds.items()}
 
     def attend_pass_seconds(self, processor: Processor, micro_batch: MicroBatchShape) -> float:
@@ -356,6 +333,9 @@ class StepCosts:
             seconds[compute][number] += sum(itertools.starmap(self._part, parts))
             for lane, (rows, _) in itertools.product((Lane.H2D, Lane.D2H), parts):
                 seconds[lane][number] += (layers - 1) * self.transfer(lane).seconds(rows * self._hidden_row_bytes)
+        halved = zip((tokens - halves[0]).tolist(), halves[0].tolist())
+        in_parts = {number: [rows for rows, _ in parts] for number, parts in cut.items()}
+        self._experts.add_beside(seconds, {**dict(enumerate(halved)), **in_parts}.items())
         if self.placement.embedding_on_disk:
             seconds[Lane.DISK_READ] += tokens * ROW_READ_SECONDS
         for number, place in enumerate(passes.places):

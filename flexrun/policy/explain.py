@@ -136,6 +136,8 @@ def _policy_words(layout: Layout) -> list[str]:
         places.append(f"{away.count(Lane.CPU) / len(away):.0%} of the KV off the GPU attended on the CPU")
     if any(place.device_share for place in micro_batches):
         places.append(f"of which the newest {policy.kv_device_tokens_share:.0%} of each sequence on the GPU")
+    if layout.placement.cpu_experts:
+        places.append(f"{policy.cpu_experts_share:.0%} of the experts in RAM run by the CPU")
     if policy.weight_bits < 16 or policy.key_value_bits or policy.keep:
         places.append(f"weights in {weight_bits_of(policy)} bits, KV in {policy.kv_bits} bits")
     return [", ".join(words), "; ".join(places)]

@@ -212,6 +212,7 @@ def _simulated(
     on_disk = sum(place.home is Tier.DISK for place in layout.micro_batches)
     split = sum(place.device_share > 0 for place in layout.micro_batches)
     steps_a_layer = 3 + 3 * len(layout.micro_batches) + 2 * on_disk + 2 * split
+    steps_a_layer += 3 * (layout.placement.cpu_experts > 0)
     steps_a_pass = layout.spec.num_layers * steps_a_layer + 2 * units
     if steps_a_pass * len(passes) <= effort.steps:
         timeline = simulate_layout(layout, hardware, passes)

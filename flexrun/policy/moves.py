@@ -22,6 +22,8 @@ def moves(policy: Policy, programs: Programs, *, closely: bool = False) -> Itera
     if closely and "weights" in free:
         for weights in _near(policy.weights):
             yield {"weights": weights}
+    if "cpu_experts_share" in free and _has_experts_for_cpu(policy, programs):
+        yield from ({"cpu_experts_share": share} for share in _other_shares(policy.cpu_experts_share))
     if {"sequences_in_flight", "attention_micro_batch", "tokens_per_pass"} <= free:
         yield from _other_sequences(policy, programs)
     yield from _other_passes(policy, programs, free)
@@ -38,6 +40,21 @@ def moves(policy: Policy, programs: Programs, *, closely: bool = False) -> Itera
         for rows in (256, 512, 1024, 2048):
             if rows <= min(policy.tokens_per_pass, most):
                 yield {"token_micro_batch": rows}
+
+
+def _has_experts_for_cpu(policy: Policy, programs: Programs) -> bool:
+    """Whether a device has experts beside it, and the profile says what they take on the CPU."""
+    if not (programs.budgets.on_device and programs.spec.experts and policy.weights.cpu > 0):
+        return False
+    cpu = programs.hardware.cpu
+    straight = cpu.rates_of(programs.spec.dtype).compressed
+    return (policy.weight_bits == 16 and not policy.keep) or bool(cpu.dequantise_bytes_per_second or straight)
+
+
+def _other_shares(share: float) -> list[float]:
+    """All or nothing, and more or less of it."""
+    near = {1.0, 0.0, share + 0.5, share - 0.5, share + 0.125, share - 0.125}
+    return sorted((each for each in near if 0.0 <= each <= 1.0 and each != share), reverse=True)
 
 
 def whole(share: float, count: int) -> float:

@@ -13,7 +13,7 @@ from flexrun.config import Placement, Policy
 from flexrun.core import Tier
 from flexrun.hardware import Hardware
 from flexrun.models.spec import ModelSpec
-from flexrun.placement import WeightPlacement, kv_micro_batches, place_weights
+from flexrun.placement import CPU_EXPERT_ROWS, WeightPlacement, kv_micro_batches, place_weights
 from flexrun.policy.features import Features
 from flexrun.policy.forecast import drawn, passes_guess
 from flexrun.policy.kinds import PassKind, pass_kinds
@@ -28,7 +28,6 @@ PASS_TOKENS = (512, USUAL_PASS_TOKENS, 8192, 32768, 131072)
 LP_MICRO_BATCHES = 4  # assumed beside a device while only fractions are solved
 KIND_PASSES = 60  # passes looked at to see what kinds a job has
 CPU_ROWS, GPU_ROWS = 512, 2048  # of one linear-layer call: enough to reach the matmul rate
-CPU_EXPERT_ROWS = 256  # of one call of an expert: its inner rows, the widest there are, stay in the cache
 PRICED_BYTES = 8 << 30
 DOUBLING_COST, AWAY_COST, FEWER_SLOTS_COST = 0.004, 0.0005, 0.0001
 PURE_TRIED, PURE_WITHIN = 8, 3.0  # free programs, within this factor of the best, whose pure forms are solved

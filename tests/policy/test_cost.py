@@ -58,6 +58,10 @@ ON_DEVICE = [
     (DISK, DISK, 1.0),
 ]
 ON_CPU = [(RAM, RAM, 1.0), (HALF_DISK, RAM, 1.0), (DISK, HALF_DISK, 1.0)]
+CPU_EXPERTS = [
+    dataclasses.replace(POLICY, cpu_experts_share=share, half_batches=halves)
+    for share, halves in ((0.4, False), (1.0, False), (0.4, True))
+]
 SPLIT_MODELS = ("gqa", "windows")
 MODELS = ("llama", "gqa", "window", "windows", "mixtral", "deepseek")
 
@@ -72,6 +76,8 @@ def test_the_seconds_of_a_lane_are_those_of_its_steps(name, machine, on_device):
     cases += [(*case, IN_PARTS) for case in places[:5] if on_device and spec.experts is None]  # not run with them
     split = [dataclasses.replace(base, kv_device_tokens_share=share) for base, share in SPLIT]
     cases += [(RAM, kv, 1.0, base) for kv in (RAM, MIX) for base in split if on_device and name in SPLIT_MODELS]
+    if on_device and spec.experts:
+        cases += [(*places[number], each) for number in (0, 2, 5) for each in CPU_EXPERTS]
     for weights, kv, share, base in cases:
         policy = dataclasses.replace(base, weights=weights, kv=kv, cpu_attention_share=share)
         layout = layout_of(spec, policy, on_device)
@@ -341,6 +347,28 @@ def test_a_group_of_experts_takes_its_share_of_a_layer():
     for tokens in (1, 7, 300):
         layer = costs.experts_seconds(8, tokens)
         assert costs.experts_seconds(2, tokens) + costs.experts_seconds(6, tokens) == pytest.approx(layer)
+
+
+def test_experts_on_the_cpu_leave_the_link_and_the_device():
+    spec = planned("mixtral")
+    alone_on_device, shared, by_cpu = (
+        costs_of(
+            layout_of(spec, dataclasses.replace(POLICY, kv=Placement(1.0, 0.0), cpu_experts_share=share), True), T4
+        )
+        for share in (0.0, 0.5, 1.0)
+    )
+    on_gpu = {"home": Tier.GPU, "lane": Lane.GPU}
+    few, many = decoding(4, 10, **on_gpu), decoding(400, 10, **on_gpu)
+    none, half, whole = (costs.lane_seconds(few) for costs in (alone_on_device, shared, by_cpu))
+    assert none[Lane.CPU] == 0 < half[Lane.CPU] == pytest.approx(whole[Lane.CPU] / 2)
+    for lane in (Lane.H2D, Lane.GPU):
+        assert none[lane] > half[lane] > whole[lane]
+        assert half[lane] == pytest.approx((none[lane] + whole[lane]) / 2, rel=0.01)
+    work = LinearWork.of(spec.linear_shapes("expert"))
+    hit = 8 * (1 - 0.75**4)
+    one = T4.cpu.rates["float16"].linear_seconds(4 * 2 / hit, work, 2) + T4.cpu.step_overhead_seconds
+    assert whole[Lane.CPU] == pytest.approx(spec.num_layers * hit * one), "those that were chosen, by their weights"
+    assert by_cpu.lane_seconds(many)[Lane.CPU] > 3 * whole[Lane.CPU], "many rows wait for its products"
 
 
 def test_only_sparse_layers_have_experts():
