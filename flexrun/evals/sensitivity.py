@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 
 import numpy
 
@@ -12,6 +14,8 @@ from flexrun.errors import ConfigError
 from flexrun.evals.perplexity import score_pieces, windows
 from flexrun.llm import LLM
 from flexrun.models.spec import ModelSpec, PackedTensor
+
+LEVELS = (4, 8, 16)
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,12 @@ def sensitivities(
     return found
 
 
+def from_changes(spec: ModelSpec, changes: Mapping[str, float]) -> list[Sensitivity]:
+    """Of each matrix, as an earlier measurement found it, by rule. Raises KeyError for one that it lacks."""
+    found = [Sensitivity(layer, tensor, 0.0) for layer, tensor in matrices(spec)]
+    return [replace(each, change=float(changes[each.rule])) for each in found]
+
+
 def matrices(spec: ModelSpec) -> Iterator[tuple[int, PackedTensor]]:
     """Those that can be compressed, with their layers."""
     return (row for row in spec.tensors_by_layer() if can_compress(row[1]))
@@ -70,6 +80,49 @@ def choose(found: Sequence[Sensitivity], target_bits: float, low: GroupFormat, h
             left -= more
             rules.append(f"{each.rule}={high.bits}")
     return tuple(rules)
+
+
+def meet(
+    llm: LLM,
+    token_ids: Sequence[int],
+    context_tokens: int,
+    found: Sequence[Sensitivity],
+    bits: int,
+    most_loss: float,
+    on_trial: Callable[[], None] = int,
+) -> tuple[tuple[str, ...], float]:
+    """(rules, loss): as few of the matrices in more than ``bits`` as keep the loss below ``most_loss``.
+
+    Those of the largest change an element are given 8 bits in place of 4, then 16 in place of 8, and all together are
+    measured on the text, by halving. loss: by how much its perplexity grows (0.01: 1 %), or would grow on a text of the
+    model's own, whichever is more: small changes may go either way on one text. Raises as ``sensitivities``.
+    """
+    order = sorted(found, key=lambda each: -each.change / each.tensor.elements)
+    levels = [level for level in LEVELS if level >= bits]
+    pieces = list(windows(token_ids, context_tokens))
+    plain = _logprobs(llm, pieces)
+
+    def bits_after(steps: int) -> list[int]:
+        level, further = divmod(steps, len(order))
+        return [levels[min(level + (place < further), len(levels) - 1)] for place in range(len(order))]
+
+    def loss_after(steps: int) -> float:
+        with ExitStack() as stack:
+            for each, own in zip(order, bits_after(steps)):
+                if own < 16:
+                    stack.enter_context(llm.compressed(each.layer, each.tensor.name, GroupFormat(own)))
+            change = _logprobs(llm, pieces) - plain
+        on_trial()
+        return math.expm1(max(-float(change.mean()), float(numpy.square(change).mean()) / 2))
+
+    low, high, loss = -1, len(order) * (len(levels) - 1), 0.0
+    while high - low > 1:
+        middle = (low + high) // 2
+        if (lost := loss_after(middle)) <= most_loss:
+            high, loss = middle, lost
+        else:
+            low = middle
+    return tuple(f"{each.rule}={own}" for each, own in zip(order, bits_after(high)) if own != bits), loss
 
 
 def average_bits(spec: ModelSpec, bits: WeightBits) -> float:

@@ -23,7 +23,12 @@ def test_weights_are_packed_ahead(model, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("flags", "complaint"),
-    [(["--auto"], "needs a text"), (["--auto", "--text", "x", "--keep", "a=8"], "finds the rules itself")],
+    [
+        (["--auto"], "needs a text"),
+        (["--auto", "--text", "x", "--keep", "a=8"], "finds the rules itself"),
+        (["--auto", "--text", "x", "--weight-bits", "8"], "from 4 bits on"),
+        (["--auto", "--text", "x", "--max-loss", "0"], "not above 0"),
+    ],
 )
 def test_what_does_not_go_together_is_refused(model, flags, complaint, capsys):
     assert main(["quantize", "--model", model, *flags]) == 2

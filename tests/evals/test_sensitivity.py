@@ -1,5 +1,7 @@
 """Bits where they are needed: one matrix compressed at a time, and a budget given to those that change most."""
 
+import math
+
 import pytest
 from tiny_families import prompts
 
@@ -8,7 +10,7 @@ from flexrun.compress import GroupFormat, WeightBits
 from flexrun.config import Placement, Policy
 from flexrun.errors import ConfigError
 from flexrun.evals.perplexity import perplexity
-from flexrun.evals.sensitivity import average_bits, choose, matrices, sensitivities
+from flexrun.evals.sensitivity import average_bits, choose, from_changes, matrices, meet, sensitivities
 
 TEXT = prompts((60,), 3)[0]
 LOW, HIGH = GroupFormat(4), GroupFormat(8)
@@ -61,5 +63,26 @@ def test_a_budget_goes_to_those_that_change_most_a_byte(open_llm):
     some = choose(found, (least + most) / 2, LOW, HIGH)
     assert everything[0] in some and 0 < len(some) < len(found)
     assert least < average_bits(llm.spec, WeightBits(4, some)) <= (least + most) / 2
+    assert from_changes(llm.spec, {each.rule: each.change for each in found}) == found
     with pytest.raises(ConfigError, match="4 bits for all take"):
         choose(found, least - 0.1, LOW, HIGH)
+
+
+def test_as_few_matrices_as_a_loss_allows_get_more_bits(open_llm):
+    """What is promised is what a run with these rules loses; one matrix less would lose more."""
+    llm = open_llm(policy=IN_RAM)
+    plain = perplexity(llm, TEXT, 20).nats
+    found = sensitivities(llm, TEXT, 20, LOW)
+    order = sorted(found, key=lambda each: -each.change / each.tensor.elements)
+    everything, worst = meet(llm, TEXT, 20, found, 4, 1e9)
+    assert everything == () and worst > 0
+    for bits, share in ((4, 0.5), (4, 1e-5), (8, 1e-7)):
+        trials = []
+        rules, loss = meet(llm, TEXT, 20, found, bits, share * worst, lambda trials=trials: trials.append(1))
+        assert 0 < len(rules) <= len(found) and loss <= share * worst and len(trials) <= 5
+        assert [rule.rpartition("=")[0] for rule in rules] == [each.rule for each in order[: len(rules)]]
+        other = open_llm(policy=IN_RAM, weight_bits=bits, keep=list(rules))
+        assert math.expm1(perplexity(other, TEXT, 20).nats - plain) <= loss + 1e-6
+    none, loss = meet(llm, TEXT, 20, found, 4, 0.0)
+    assert loss == 0.0 and set(none) == {f"{each.rule}=16" for each in found}
+    assert perplexity(llm, TEXT, 20).nats == plain
