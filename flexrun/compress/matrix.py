@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from flexrun import native
-from flexrun.compress.groupwise import GroupFormat, dequantise, dequantised_parts, split
+from flexrun.compress import triton_kernels
+from flexrun.compress.groupwise import PANEL_TILES, TILE_ROWS, GroupFormat, dequantise, dequantised_parts, split
 
 DEQUANTISE_BYTES = 16 << 20  # at most, of what is brought back at a time where no kernel multiplies by codes
-_PART_ELEMENTS = DEQUANTISE_BYTES // 32  # bytes an element takes on the way, in float32
+_TORCH_BYTES = 32  # that an element takes on the way in torch's form, in float32
 
 
 class GroupwiseMatrix:
@@ -44,13 +48,47 @@ class GroupwiseMatrix:
         form = self.form
         if native.multiply(x, self._codes, self._factors, form.bits, form.group, bias, out):
             return out
-        for rows, weights in dequantised_parts(self.data, self.shape, form, self.dtype, _PART_ELEMENTS):
+        for rows, weights in self._parts():
             out[:, rows] = F.linear(x, weights, None if bias is None else bias[rows])
         return out
+
+    def _parts(self) -> Iterator[tuple[slice, Tensor]]:
+        """Rows, and their weights in memory that the next part takes again; DEQUANTISE_BYTES in all."""
+        kernel = _gpu_kernel(self.device)
+        if kernel is None:
+            elements = DEQUANTISE_BYTES // _TORCH_BYTES
+            yield from dequantised_parts(self.data, self.shape, self.form, self.dtype, elements)
+            return
+        rows, columns = self.shape
+        panel = PANEL_TILES * TILE_ROWS
+        step = min(max(DEQUANTISE_BYTES // (panel * columns * self.dtype.itemsize), 1) * panel, rows)
+        scratch = torch.empty(step, columns, dtype=self.dtype, device=self.device)
+        for start in range(0, rows, step):
+            part = slice(start, min(start + step, rows))
+            weights = scratch[: part.stop - start]
+            kernel(self.data, self.shape, self.form, weights, part)
+            yield part, weights
 
     def dequantised(self) -> Tensor:
         """The weights [outputs, inputs] in the dtype."""
         out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         if native.dequantise(self._codes, self._factors, self.form.bits, self.form.group, out):
             return out
+        if (kernel := _gpu_kernel(self.device)) is not None:
+            kernel(self.data, self.shape, self.form, out)
+            return out
         return dequantise(self.data, self.shape, self.form, self.dtype, out)
+
+
+@cache
+def _gpu_kernel(device: torch.device) -> Callable[..., None] | None:
+    """The Triton kernel (see triton_kernels.dequantise) where the device is a GPU and it runs there."""
+    if device.type != "cuda":
+        return None
+    try:
+        form, shape = GroupFormat(), (1, 32)
+        data = torch.zeros(form.nbytes(shape), dtype=torch.uint8, device=device)
+        triton_kernels.dequantise(data, shape, form, torch.empty(shape, dtype=torch.float16, device=device))
+    except Exception:  # no triton, none for this GPU, or no C compiler for its launcher: torch does the same
+        return None
+    return triton_kernels.dequantise

@@ -134,11 +134,11 @@ class StepCosts:
 
     def _linear_seconds(self, part: str, layer: int, tokens: int, plain: float) -> float:
         work, compressed = self._work(part, layer), compressed_part(self.spec, self._bits, part, layer)
-        seconds = sum(
-            count * (self._matmul_seconds(rows, work, plain, compressed) + self.device.step_overhead_seconds)
+        each_call = self.device.step_overhead_seconds + self._brought_back_seconds(compressed)
+        return sum(
+            count * (self._matmul_seconds(rows, work, plain, compressed) + each_call)
             for count, rows in self._chunks(tokens)
         )
-        return seconds + self._brought_back_seconds(compressed)
 
     def _matmul_seconds(
         self, rows: float, work: LinearWork, plain: float, compressed: tuple[Compressed, ...] | None = None
@@ -158,7 +158,7 @@ class StepCosts:
         return 1.0 if self.on_device else self.placement.moved_share
 
     def _brought_back_seconds(self, compressed: tuple[Compressed, ...] | None) -> float:
-        on_gpu = self.device is not self.hardware.cpu  # there once a module and pass
+        on_gpu = self.device is not self.hardware.cpu  # there by every call
         dequantises = compressed and on_gpu
         return dequantise_seconds(self.spec, self.hardware, self.device, compressed) if dequantises else 0.0
 
@@ -197,8 +197,9 @@ class StepCosts:
             return self.device.step_overhead_seconds
         work, compressed = self._work("head", 0), compressed_part(self.spec, self._bits, "head", 0)
         full, rest = divmod(rows, LOGITS_ROWS)
-        seconds = self._brought_back_seconds(compressed) + sum(
-            count * self._matmul_seconds(block, work, plain, compressed)
+        brought_back = self._brought_back_seconds(compressed)
+        seconds = sum(
+            count * (self._matmul_seconds(block, work, plain, compressed) + brought_back)
             for count, block in ((full, LOGITS_ROWS), (1, rest))
             if count and block
         )
