@@ -1,9 +1,12 @@
 """Files of very many lines: seconds of checking and of running a line, and whether memory grows with the file.
 
     python benchmarks/many_lines.py --lines 1000 10000 100000
+    python benchmarks/many_lines.py --lines 1000000 --start-only                               # until answers come
+    python benchmarks/many_lines.py --lines 1000000 --start-only --model smollm2-135m-instruct # and lines of text
 
 The model is tiny and each line asks for one token, so what is measured is the job around the engine: reading,
-checking, scheduling, journal. The last line of stdout is one JSON document.
+checking, scheduling, journal. With a --model the lines are questions in words, which are tokenised too. The last line
+of stdout is one JSON document.
 """
 
 from __future__ import annotations
@@ -35,12 +38,28 @@ def write_lines(path: Path, count: int, vocab_size: int, seed: int = 0) -> None:
             file.write(f'{{"prompt_token_ids": {ids}, "max_tokens": 1}}\n')
 
 
+def write_texts(path: Path, count: int) -> None:
+    """``count`` JSONL lines of short questions in words."""
+    words = Path(__file__).read_text().split()
+    draw = random.Random(0)
+    with open(path, "w") as file:
+        for number in range(count):
+            text = " ".join(draw.choices(words, k=draw.randint(6, 14)))
+            line = {"custom_id": f"question-{number}", "prompt": f"Question {number}: {text}?", "max_tokens": 1}
+            file.write(json.dumps(line) + "\n")
+
+
 def run_lines(count: int, settings: argparse.Namespace, scratch: Path) -> dict:
     """``flexrun run`` over ``count`` lines, with its resident memory sampled against the answers on disk."""
     lines, answers, summary = (scratch / f"{count}{end}" for end in (".jsonl", ".out.jsonl", ".summary.json"))
-    write_lines(lines, count, SHAPES["llama-tiny"]["vocab_size"])
+    if settings.model:
+        write_texts(lines, count)
+    else:
+        write_lines(lines, count, SHAPES["llama-tiny"]["vocab_size"])
     command = [sys.executable, "-m", "flexrun", "run", "--input-file", lines, "--output-file", answers]
-    command += ["--model", scratch / "model", "--cache-dir", scratch / "cache", "--output-json", summary]
+    command += ["--output-json", summary]
+    command += ["--model", settings.model or scratch / "model"]
+    command += [] if settings.model else ["--cache-dir", scratch / "cache"]
     command += ["--max-model-len", settings.max_model_len, "--max-num-seqs", settings.max_num_seqs]
     command += [
         "--cpu-memory",
@@ -55,13 +74,25 @@ def run_lines(count: int, settings: argparse.Namespace, scratch: Path) -> dict:
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen([str(word) for word in command], stdout=errors, stderr=errors)
         try:
-            samples = sample(process, answers)
+            samples = sample(process, answers, settings.start_only)
         finally:
             process.kill()
             process.wait()
         errors.seek(0)
-        if process.returncode:
+        if process.returncode and not settings.start_only:
             raise SystemExit(f"flexrun run ended with {process.returncode}:\n{errors.read()[-2000:]}")
+        said = errors.read()
+    if settings.start_only:
+        if not any(written for _, _, written in samples):
+            raise SystemExit(f"no answer came:\n{said[-2000:]}")
+        return {
+            "lines": count,
+            "input_bytes": lines.stat().st_size,
+            "seconds_to_first_answer": samples[-1][0],
+            "rss_bytes_peak": max(rss for _, rss, _ in samples),
+            "said": said,
+            **outside_use(before, MachineTimes.now()),
+        }
     document = json.loads(summary.read_text())
     answered = document["requests"]["answered"]
     if answered != count:
@@ -82,8 +113,8 @@ def run_lines(count: int, settings: argparse.Namespace, scratch: Path) -> dict:
     }
 
 
-def sample(process: subprocess.Popen, answers: Path) -> list[tuple[float, int, int]]:
-    """(seconds since start, resident bytes, bytes of answers written), until the process ends."""
+def sample(process: subprocess.Popen, answers: Path, start_only: bool) -> list[tuple[float, int, int]]:
+    """(seconds since start, resident bytes, bytes of answers written), until the process ends, or answers come."""
     start, page_bytes, samples = time.perf_counter(), os.sysconf("SC_PAGE_SIZE"), []
     while process.poll() is None:
         with contextlib.suppress(OSError, IndexError):
@@ -91,6 +122,8 @@ def sample(process: subprocess.Popen, answers: Path) -> list[tuple[float, int, i
             written = answers.stat().st_size if answers.exists() else 0
             if resident:
                 samples.append((round(time.perf_counter() - start, 2), resident, written))
+            if written and start_only:
+                break
         time.sleep(SAMPLE_SECONDS)
     return samples
 
@@ -99,6 +132,14 @@ def rss_at(samples: list[tuple[float, int, int]], share: float) -> int | None:
     """Resident bytes when ``share`` of the answers had been written; None where the run was too short to tell."""
     final = max((written for _, _, written in samples), default=0)
     return next((rss for _, rss, written in samples if final and written >= share * final), None)
+
+
+def print_starts(results: list[dict]) -> None:
+    for result in results:
+        print(
+            f"  {result['lines']:>9,} lines, {result['input_bytes'] / 1e6:,.0f} MB: first answers after "
+            f"{result['seconds_to_first_answer']:.1f} s, RSS peak {result['rss_bytes_peak'] / 1e6:,.0f} MB"
+        )
 
 
 def print_results(results: list[dict]) -> None:
@@ -120,6 +161,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--cpu-memory", default="1GiB")
     parser.add_argument("--threads", type=int, default=1, help="a tiny model only loses time by sharing work out")
+    parser.add_argument("--start-only", action="store_true", help="end each run when its first answers are written")
+    parser.add_argument("--model", help="a model with a tokenizer: the lines are text then")
     parser.add_argument("--scratch", type=Path, help="folder for the files (default: a temporary one)")
     parser.add_argument("--output", type=Path, help="write the JSON document here as well")
     parser.add_argument("flags", nargs="*", help="further flags of flexrun run, after --")
@@ -135,7 +178,7 @@ def main() -> int:
         for count in settings.lines:
             say(f"{count:,} lines")
             results.append(run_lines(count, settings, Path(scratch)))
-    print_results(results)
+    (print_starts if settings.start_only else print_results)(results)
     document = {"results": results}
     print(json.dumps(document))
     if settings.output:
