@@ -70,6 +70,7 @@ setup(
     },
     entry_points={
         "console_scripts": ["flexrun = flexrun.cli:main"],
+        "helm": ["flexrun = flexrun.evals.helm_plugin"],
         "lm_eval.models": ["flexrun = flexrun.evals.lm_eval_adapter:FlexrunLM"],
     },
 )

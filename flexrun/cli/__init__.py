@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from flexrun import __version__
-from flexrun.cli import bench, eval_perplexity, plan, profile, quantize, run
+from flexrun.cli import bench, bench_helm, eval_perplexity, plan, profile, quantize, run
 from flexrun.cli.parser import Parser
 from flexrun.cli.style import print_error
 from flexrun.errors import ExecutionError, FlexrunError
@@ -23,6 +23,7 @@ COMMANDS = {
     "plan": plan,
     "profile": profile,
     "bench": bench,
+    "bench helm": bench_helm,
     "quantize": quantize,
     "eval-perplexity": eval_perplexity,
 }
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line (default: the process's own) and return its exit code."""
     command_line = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        args = build_parser().parse_args(command_line)
+        args = build_parser().parse_args(_with_two_words(command_line))
     except SystemExit as ending:  # argparse leaves this way after --help, --version and errors
         return int(ending.code or 0)
     args.command_line = command_line
@@ -50,6 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of stdout went away, as in "flexrun ... | head"
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return SOME_FAILED
+
+
+def _with_two_words(words: list[str]) -> list[str]:
+    """A command of two words, as argparse wants it: in one."""
+    return [" ".join(words[:2]), *words[2:]] if " ".join(words[:2]) in COMMANDS and len(words) > 1 else words
 
 
 def build_parser() -> Parser:

@@ -4,7 +4,8 @@
         --max-eval-instances 100 --llm cpu_memory=8GiB
 
 registers the model as ``flexrun/NAME``, adds ``model=flexrun/NAME`` to each run entry that names none, and is helm-run
-from there on; helm-summarize reads what it writes. By hand: the classes below, named in HELM's own YAML files, and
+from there on; helm-summarize reads what it writes. ``flexrun bench helm`` does the same and prints what came of it.
+With helm-run itself: see helm_plugin.py, or name the classes below in HELM's own YAML files; and in both cases give
 ``--runner-class-name flexrun.evals.helm_adapter.WholeScenarioRunner``.
 """
 
@@ -21,10 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from flexrun.errors import ConfigError, UnsupportedError
+from flexrun.evals.helm_results import Execution
 from flexrun.llm import LLM
 from flexrun.outputs import CompletionOutput, RequestOutput
 from flexrun.outputs import Request as EngineRequest
 from flexrun.sampling import SamplingParams
+from flexrun.workload import Workload
 
 try:
     from helm.benchmark.adaptation.scenario_state import ScenarioState
@@ -32,6 +35,7 @@ try:
     from helm.benchmark.model_deployment_registry import ClientSpec, ModelDeployment, register_model_deployment
     from helm.benchmark.model_metadata_registry import get_unknown_model_metadata, register_model_metadata
     from helm.benchmark.run import build_parser, helm_run
+    from helm.benchmark.run_spec import RunSpec
     from helm.benchmark.runner import Runner
     from helm.benchmark.tokenizer_config_registry import TokenizerConfig, TokenizerSpec, register_tokenizer_config
     from helm.clients.client import Client, truncate_sequence
@@ -41,6 +45,8 @@ try:
 except ImportError as error:
     raise UnsupportedError(f"HELM cannot be imported: {error}", "pip install 'flexrun[helm]'") from error
 
+
+EXECUTIONS: dict[str, Execution] = {}  # by the name of the run, of this process
 _MODELS: dict[str, LLM] = {}  # one for each model and settings, whatever clients and tokenizers ask for it
 _OPENING = threading.Lock()
 
@@ -75,6 +81,7 @@ class FlexrunClient(Client):
         has_template = bool(self._llm.tokenizer.chat_template)
         self._chats = has_template if apply_chat_template is None else apply_chat_template
         self._running = threading.Lock()
+        self.latest = Execution(0, 0.0, 0, 0)
 
     def make_request(self, request: Request) -> RequestResult:
         return self.make_requests([request])[0]
@@ -91,10 +98,18 @@ class FlexrunClient(Client):
                 asked.append(self._engine_request(number, request))
             except (UnsupportedError, ConfigError, ValueError) as error:
                 refused[number] = str(error)
-        started, start_seconds = time.time(), time.perf_counter()
+        workload = self._workload(asked)
         with self._running:
-            outputs = {int(output.request_id): output for output in self._llm.generate_iter(asked)}
-        seconds = time.perf_counter() - start_seconds
+            self._llm.prepare(workload)  # planning and loading are no request's time
+            started, start_seconds = time.time(), time.perf_counter()
+            outputs = {int(output.request_id): output for output in self._llm.generate_iter(asked, workload)}
+            seconds = time.perf_counter() - start_seconds
+        self.latest = Execution(
+            len(requests),
+            seconds,
+            sum(len(output.prompt_token_ids or ()) for output in outputs.values()),
+            sum(len(answer.token_ids) for output in outputs.values() for answer in output.outputs),
+        )
         results = []
         for number, request in enumerate(requests):
             output = outputs.get(number)
@@ -107,7 +122,7 @@ class FlexrunClient(Client):
                 RequestResult(
                     success=True,
                     embedding=[],
-                    completions=[self._completion(request, output, each) for each in output.outputs],
+                    completions=self._completions(request, output),
                     cached=False,
                     request_time=seconds / max(len(asked), 1),
                     request_datetime=int(started),
@@ -116,6 +131,17 @@ class FlexrunClient(Client):
                 )
             )
         return results
+
+    def _workload(self, requests: Sequence[EngineRequest]) -> Workload:
+        """What the requests ask for, those that are too long left out."""
+        rows = []
+        for request in requests:
+            tokens, params = len(request.token_ids), request.params
+            room = self._llm.max_model_len - tokens
+            if tokens and room >= 0:
+                scored = 0 if params.prompt_logprobs is None else tokens - 1
+                rows += [(tokens, min(params.max_tokens, room), scored)] * params.n
+        return Workload.of(*zip(*rows)) if rows else Workload.uniform(1, 1, 1)
 
     def _engine_request(self, number: int, request: Request) -> EngineRequest:
         if request.embedding or request.multimodal_prompt or request.image_generation_parameters:
@@ -144,6 +170,11 @@ class FlexrunClient(Client):
             seed=seed,
         )
         return EngineRequest(str(number), tokenizer.encode(text), text, params=params)
+
+    def _completions(self, request: Request, output: RequestOutput) -> list[GeneratedOutput]:
+        """num_completions of them: greedy ones are all alike, so one was generated for all."""
+        found = [self._completion(request, output, each) for each in output.outputs]
+        return found * (request.num_completions // len(found))
 
     def _completion(self, request: Request, output: RequestOutput, answer: CompletionOutput) -> GeneratedOutput:
         decode = self._llm.tokenizer.decode
@@ -184,7 +215,12 @@ class FlexrunTokenizer(CachingTokenizer):
 
 
 class WholeScenarioExecutor(Executor):
-    """Hands all requests for flexrun's models to the engine at once; those of other clients go HELM's way."""
+    """Hands all requests for flexrun's models to the engine at once; those of other clients go HELM's way.
+
+    run_name: of the run whose requests come next; what they take is put down in EXECUTIONS.
+    """
+
+    run_name = ""
 
     def execute(self, scenario_state: ScenarioState) -> ScenarioState:
         if self.execution_spec.dry_run:
@@ -200,6 +236,7 @@ class WholeScenarioExecutor(Executor):
                 others.append(place)
         for client, places in by_client.values():
             results = client.make_requests([states[place].request for place in places])
+            EXECUTIONS[self.run_name] = client.latest
             for place, result in zip(places, results):
                 if not result.success:
                     hlog(f"flexrun: {result.error}; treated as an empty completion")
@@ -218,6 +255,10 @@ class WholeScenarioRunner(Runner):
     def __init__(self, execution_spec: ExecutionSpec, *arguments: Any, **named: Any):
         super().__init__(execution_spec, *arguments, **named)
         self.executor = WholeScenarioExecutor(execution_spec)
+
+    def run_one(self, run_spec: RunSpec) -> None:
+        self.executor.run_name = run_spec.name
+        super().run_one(run_spec)
 
 
 def register(model: str, name: str | None = None, *, chat: bool | None = None, **options: Any) -> str:
@@ -259,20 +300,28 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--chat", action=argparse.BooleanOptionalAction, help="wrap prompts in the chat template")
     parser.add_argument("--llm", nargs="*", default=[], metavar="KEY=VALUE", help="arguments of flexrun.LLM")
     ours, rest = parser.parse_known_args(arguments)
-    wrong = [pair for pair in ours.llm if "=" not in pair]
+    helm_name = register(ours.model, ours.name, chat=ours.chat, **llm_options(ours.llm))
+    run_helm(helm_name, rest)
+
+
+def llm_options(pairs: Sequence[str]) -> dict[str, Any]:
+    """Arguments of flexrun.LLM from texts KEY=VALUE. Raises ConfigError for one without a value."""
+    wrong = [pair for pair in pairs if "=" not in pair]
     if wrong:
-        raise ConfigError(f"--llm {wrong[0]} names no value", "write KEY=VALUE")
-    options = {
-        key: int(value) if value.isdigit() else value for key, value in (pair.split("=", 1) for pair in ours.llm)
-    }
-    helm_name = register(ours.model, ours.name, chat=ours.chat, **options)
+        raise ConfigError(f"{wrong[0]} names no value", "write KEY=VALUE, as in cpu_memory=8GiB")
+    return {key: int(value) if value.isdigit() else value for key, value in (pair.split("=", 1) for pair in pairs)}
+
+
+def run_helm(helm_name: str, arguments: Sequence[str]) -> list[str]:
+    """helm-run with its own ``arguments``; run entries that name no model get ``helm_name``. Returns the entries."""
     runner = f"{__spec__.name}.WholeScenarioRunner"
-    args = build_parser().parse_args([*rest, "--disable-cache", "--runner-class-name", runner])
+    args = build_parser().parse_args([*arguments, "--disable-cache", "--runner-class-name", runner])
     args.run_entries = [
         entry if "model=" in entry else f"{entry}{',' if ':' in entry else ':'}model={helm_name}"
         for entry in args.run_entries
     ]
     helm_run(args)
+    return args.run_entries
 
 
 if __name__ == "__main__":

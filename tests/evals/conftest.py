@@ -74,11 +74,20 @@ def bytes_model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def run_offline(tmp_path_factory):
-    """run_offline(command, folder) -> the finished process, which may reach no hub."""
+    """run_offline(command, folder, settings) -> the finished process, which may reach no hub.
+
+    settings: more of its environment.
+    """
     home = tmp_path_factory.mktemp("hf-home")
 
-    def run(command: list[str], folder: Path) -> subprocess.CompletedProcess:
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    def run(command: list[str], folder: Path, settings: dict | None = None) -> subprocess.CompletedProcess:
+        environment = {
+            **os.environ,
+            **(settings or {}),
+            "HF_HUB_OFFLINE": "1",
+            "HF_DATASETS_OFFLINE": "1",
+            "PYTHONPATH": str(ROOT),
+        }
         done = subprocess.run(
             command,
             env={**environment, "HF_HOME": str(home)},
