@@ -58,6 +58,16 @@ class Event:
     flops: int = 0
 
 
+class EventLog(list):
+    """The first MOST_EVENTS events of a run: more would fill the memory of a long one, and no viewer shows them."""
+
+    MOST_EVENTS = 500_000
+
+    def append(self, event: Event) -> None:
+        if len(self) < self.MOST_EVENTS:
+            super().append(event)
+
+
 _SIZE = re.compile(r"^\s*([0-9]*\.?[0-9]+)\s*([kmgt]?)(i?)b?\s*$", re.IGNORECASE)
 
 

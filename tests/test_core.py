@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexrun.core import align_up, format_bytes, nearest_name, parse_bytes, strict_dataclass
+from flexrun.core import EventLog, align_up, format_bytes, nearest_name, parse_bytes, strict_dataclass
 from flexrun.errors import ConfigError, FlexrunError, RequestError
 
 
@@ -117,3 +117,11 @@ def test_errors_print_their_remedy():
     assert str(FlexrunError("it broke", "mend it")) == "it broke\n\nhint: mend it"
     assert RequestError("bad").code == "invalid_request"
     assert RequestError("long", code="context_length_exceeded").code == "context_length_exceeded"
+
+
+def test_an_event_log_keeps_the_first_events(monkeypatch):
+    monkeypatch.setattr(EventLog, "MOST_EVENTS", 3)
+    log = EventLog()
+    for number in range(5):
+        log.append(number)
+    assert log == [0, 1, 2]

@@ -44,6 +44,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     files.add_argument("-o", "--output-file", required=True, metavar="FILE", help="answers, JSONL; - is stdout")
     files.add_argument("--error-file", metavar="FILE", help="refused and failed lines go here, not to the output")
     files.add_argument("--output-json", metavar="FILE", help="summary of the job as one JSON object; - is stdout")
+    files.add_argument("--report", metavar="DIR", help="a page about the run, and its timeline, go into this folder")
     files.add_argument("--trace", metavar="FILE", help="timeline of the run, in Chrome's trace format")
 
     files.add_argument("--save-expert-profile", metavar="FILE", help="tokens that each expert got, for later runs")
@@ -85,6 +86,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def call(args: argparse.Namespace) -> int:
+    from flexrun.jobs.report import TRACE_FILE
     from flexrun.jobs.runner import JobConfig, run_job
     from flexrun.jobs.summary import format_summary
     from flexrun.llm import LLM, open_model
@@ -110,6 +112,7 @@ def call(args: argparse.Namespace) -> int:
         preserve_order=args.preserve_order,
         return_token_ids=args.return_token_ids,
         progress=args.progress,
+        report_dir=args.report,
         identity={
             "dtype": args.dtype,
             "tokenizer": args.tokenizer,
@@ -125,6 +128,8 @@ def call(args: argparse.Namespace) -> int:
     )
     model = {name: getattr(args, name) for name in MODEL_FLAGS}
     engine = {name: getattr(args, name) for name in (*MACHINE_FLAGS, *RUN_FLAGS)}
+    if args.report is not None and args.trace is None:
+        engine["trace"] = Path(args.report, TRACE_FILE)
     progress = sys.stderr.isatty() if args.progress is None else args.progress
     summary = run_job(
         config,

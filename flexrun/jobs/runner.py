@@ -23,6 +23,7 @@ from flexrun.jobs.journal import CHOSEN, Journal, Recovered
 from flexrun.jobs.jsonl import PromptLine
 from flexrun.jobs.progress import PLAIN_SECONDS, Progress
 from flexrun.jobs.records import answer_record, error_record, job_id_of
+from flexrun.jobs.report import JobReport
 from flexrun.jobs.signals import StopSignals
 from flexrun.jobs.source import open_source
 from flexrun.jobs.token_log import Partial
@@ -41,7 +42,8 @@ class JobConfig:
     input_file, output_file: ``-`` is stdin, stdout. model_name: goes into the records and the manifest.
     sampling: defaults; a line's own values win.
     identity: further settings that change answers (dtype, seed, ...); a resume must repeat them.
-    progress: None is automatic. The rest are the flags of ``flexrun run`` of the same names.
+    progress: None is automatic. report_dir: folder for a page about the run, see JobReport.
+    The rest are the flags of ``flexrun run`` of the same names.
     """
 
     input_file: str
@@ -58,6 +60,7 @@ class JobConfig:
     preserve_order: bool = False
     return_token_ids: bool = False
     progress: bool | None = None
+    report_dir: str | None = None
     identity: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -105,6 +108,7 @@ class _Job:
         self.partial: Partial = {}  # what an earlier run generated of lines that are not sent yet
         self.finish_reasons: Counter[str] = Counter()
         self.errors: Counter[str] = Counter()
+        self.report = JobReport(config.report_dir)
         self.answered = self.prompt_tokens = self.generated_tokens = 0
         self.seconds = {"check": 0.0, "load": 0.0, "run": 0.0}
         self.stopping = self.interrupted = False
@@ -128,7 +132,9 @@ class _Job:
                 lambda: build_llm(model, **recovered.chosen), index, rows, recovered, journal, manifest
             )
             journal.finish(config.preserve_order and not self.interrupted, keep_tokens=self.interrupted)
-            return self._summary(index, rows, recovered, engine, time.perf_counter() - started)
+            summary = self._summary(index, rows, recovered, engine, time.perf_counter() - started)
+        self.report.write(summary, self._say)
+        return summary
 
     def _check(self, source: BinaryIO, model: Any) -> JobIndex:
         """Validate the whole file and tell the user what was found."""
@@ -200,12 +206,17 @@ class _Job:
     def _write_refusals(self, index: JobIndex, recovered: Recovered, journal: Journal) -> None:
         for error in index.errors():
             if error.line not in recovered:
-                self.errors[error.code] += 1
+                self._count_error(error)
                 journal.append(error_record(error, self.job_id))
+
+    def _count_error(self, error: LineError) -> None:
+        self.errors[error.code] += 1
+        self.report.add_error(error)
 
     def _stream(self, llm: Any, index: JobIndex, rows: np.ndarray, journal: Journal) -> None:
         total_tokens = int(index.expected_tokens(rows).sum())
         done_requests = len(index) - len(rows)
+        self.report.start()
         stop = StopSignals(partial(self._announce_stop, journal.keeps_tokens))
         with (
             closing(
@@ -216,13 +227,14 @@ class _Job:
                 llm.generate_iter(
                     self._requests(index, rows, stop),
                     self._workload(index, rows),
-                    bar.advance,
+                    partial(self._count_pass, llm, bar),
                     partial(self._after_pass, journal, stop),
                 )
             ) as outputs,
         ):
             try:
                 for output in outputs:
+                    self.report.add_request()
                     prompt, expected_tokens = self.in_flight.pop(output.request_id)
                     bar.finish(expected_tokens - self._record(prompt, output, journal))
             except (KeyboardInterrupt, _Stopped):
@@ -243,6 +255,10 @@ class _Job:
         ]
         begun = np.minimum(begun, workload.max_tokens - 1)
         return Workload(workload.prompt_tokens + begun, workload.max_tokens - begun, workload.scored_tokens)
+
+    def _count_pass(self, llm: Any, bar: Progress, prompt_tokens: int, generated_tokens: int) -> None:
+        bar.advance(prompt_tokens, generated_tokens)
+        self.report.add_pass(prompt_tokens, generated_tokens, llm.lane_seconds)
 
     def _after_pass(self, journal: Journal, stop: StopSignals, sampled: list[tuple[str, int, int]]) -> None:
         """Keep the tokens of a pass, and stop here if so asked; a stream first gets the answers that the pass ended.
@@ -277,8 +293,8 @@ class _Job:
     def _record(self, prompt: PromptLine, output: RequestOutput, journal: Journal) -> int:
         """Write one finished request down and count it. Returns the tokens it took, prompt and answer."""
         if output.error is not None:
-            self.errors[output.error.code] += 1
             error = LineError.of(prompt.line, prompt.custom_id, output.error)
+            self._count_error(error)
             journal.append(error_record(error, self.job_id, prompt.metadata))
             return 0
         wants_ids = prompt.return_token_ids

@@ -370,6 +370,10 @@ class LLM:
             self._run_seconds = 0.0
             self._answered = Lengths()
 
+    def lane_seconds(self) -> dict[str, float]:
+        """Busy seconds of each lane of the engine at hand, so far."""
+        return {lane: found["busy_seconds"] for lane, found in self._engine.lane_statistics().items()}
+
     def summary(self) -> dict:
         """Totals of the engine at hand: tokens, seconds, phases, lanes, and the peak bytes of each tier."""
         if self._engine is None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flexrun.config import Policy
-from flexrun.core import Event, Lane
+from flexrun.core import Event, EventLog, Lane
 from flexrun.errors import ExecutionError
 from flexrun.models.rope import RopeTables
 from flexrun.models.spec import ModelSpec
@@ -65,7 +65,7 @@ class Executor:
         self._modules = Modules(spec, weights, kv, self._activations)
         self._transfers = Transfers(spec, weights, kv, self._activations, accelerator)
         self._accelerator = accelerator
-        self.events: list[Event] | None = [] if trace else None
+        self.events: list[Event] | None = EventLog() if trace else None
         self._record = self.events.append if trace else None
         self._progress = Progress()
         lanes = [Lane.DISK_READ] + ([Lane.H2D, Lane.D2H, Lane.CPU] if device is not None else [])
