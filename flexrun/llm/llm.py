@@ -21,7 +21,7 @@ from flexrun.llm.accelerator import Accelerator
 from flexrun.llm.given_policy import given_policy
 from flexrun.llm.intake import Intake, Prompt, as_chat_requests, as_request_error, as_requests
 from flexrun.llm.lengths import Lengths
-from flexrun.llm.machine_profile import settle_hardware
+from flexrun.llm.machine_profile import settle_hardware, with_device
 from flexrun.llm.model_files import ModelFiles, open_model
 from flexrun.llm.packing import PackedModel
 from flexrun.llm.scoring import Text, as_score, score_requests
@@ -63,8 +63,8 @@ class LLM:
         emulated accelerator h2d and d2h; {"h2d": "2GiB"} emulates a slow link. Default: FLEXRUN_LANE_BANDWIDTHS in the
         environment, else none. Plans do not know of it: name a hardware with those rates.
     weight_bits, keep, weight_group: in place of the policy's: bits of the matrices ("auto": the first plan weighs 16,
-        8 and 4, and later ones keep to them), of some of them
-        (``["*.down_proj=8"]``), and how many weights share a scale. kv_bits: likewise, of the KV cache.
+        8 and 4, and later ones keep to them), of some of them (``["*.down_proj=8"]``), and how many weights share a
+        scale. kv_bits: likewise, of the KV cache.
     save_expert_profile: file that tells how many tokens each expert of a mixture got, written on close().
         expert_profile: such a file of an earlier run; the most used experts then live on the fastest tiers.
     seed: seeds every request that brings none. trace: path of a Chrome trace written on close().
@@ -348,11 +348,7 @@ class LLM:
         """What to plan for; a GPU of the machine does not count while it is only emulated."""
         if not isinstance(self._hardware, Hardware):
             self._hardware = settle_hardware(self._hardware, self._cache_dir, self._packed.folder, self._say)
-        if self._accelerator.is_cuda:
-            if self._hardware.gpu is None:
-                self._say("warning: the hardware profile knows no GPU, so the plan is poor; run flexrun profile")
-        elif self._hardware.gpu is not None:
-            self._hardware = dataclasses.replace(self._hardware, gpu=None, h2d=None, d2h=None)
+        self._hardware = with_device(self._hardware, self._accelerator.is_cuda, self._say)
         return self._hardware
 
     def _say(self, text: str) -> None:

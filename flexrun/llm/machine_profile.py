@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -45,3 +46,13 @@ def settle_hardware(
     except (OSError, FlexrunError) as error:
         say(f"warning: the profile cannot be kept, so the next run measures again: {error}")
     return measured
+
+
+def with_device(hardware: Hardware, is_cuda: bool, say: Callable[[str], None]) -> Hardware:
+    """The hardware without a GPU unless one is used (``is_cuda``); ``say`` is told where the one used is not known."""
+    if is_cuda:
+        if hardware.gpu is None:
+            say("warning: the hardware profile knows no GPU, so the plan is poor; run flexrun profile")
+    elif hardware.gpu is not None:
+        return dataclasses.replace(hardware, gpu=None, h2d=None, d2h=None)
+    return hardware
