@@ -3,13 +3,16 @@
 Keys are rounded per channel, over groups of 64 neighbouring tokens, values per token, over the channels of a head: a
 few channels of keys are far larger than all others, and no token of values is (KIVI, arXiv 2402.02750). What a group of
 tokens has of one layer is a record, one run of bytes, the same on disk, in RAM and on a device; tokens whose group is
-not complete stay in the model's dtype, elsewhere. Head after head a record holds, with ``width`` the channels of a head
-filled up to a whole 16:
+not complete stay in the model's dtype, elsewhere. A record holds the keys of head after head, ``width`` being the
+channels of a head filled up to a whole 16:
 
-* codes of keys. 8 bits: [channel][64 tokens] bytes. 4 bits: for each pair of channels 16 words of 32 bits; bits 4 i of
+* codes. 8 bits: [channel][64 tokens] bytes. 4 bits: for each pair of channels 16 words of 32 bits; bits 4 i of
   word l are token 16 i + l of the even channel, bits 16 + 4 i the same of the odd one.
 * float16 scales of the channels, then their float16 minima.
-* codes of values. 8 bits: for each 16 channels [64 tokens][16] bytes. 4 bits: for each 16 channels, for each 8 tokens,
+
+and behind them the values of head after head:
+
+* codes. 8 bits: for each 16 channels [64 tokens][16] bytes. 4 bits: for each 16 channels, for each 8 tokens,
   16 words of 32 bits; bits 4 i of word l are token 2 i of channel l, bits 16 + 4 i token 2 i + 1.
 * float16 scales of the tokens, then their float16 minima.
 
@@ -48,17 +51,17 @@ class KVFormat:
 
     @property
     def key_bytes(self) -> int:
-        """Of the keys of one head of a record, codes and factors."""
+        """Of the keys of one head of a record, codes and factors; a multiple of 64, as value_bytes."""
         return self.width * (GROUP_TOKENS * self.key_bits // 8 + _FACTOR_BYTES)
 
     @property
-    def head_bytes(self) -> int:
-        """Of one head of a record; a multiple of 64."""
-        return self.key_bytes + GROUP_TOKENS * (self.width * self.value_bits // 8 + _FACTOR_BYTES)
+    def value_bytes(self) -> int:
+        """Of the values of one head."""
+        return GROUP_TOKENS * (self.width * self.value_bits // 8 + _FACTOR_BYTES)
 
     @property
     def record_bytes(self) -> int:
-        return self.heads * self.head_bytes
+        return self.heads * (self.key_bytes + self.value_bytes)
 
     @property
     def token_bytes(self) -> int:
@@ -68,19 +71,17 @@ class KVFormat:
     def split(self, records: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """uint8 [groups, record_bytes] -> views: codes uint8 [groups, heads, bytes] and factors float16
         [groups, heads, 2, width] of keys, then of values, [groups, heads, 2, 64]."""
-        head = records.view(len(records), self.heads, self.head_bytes)
-        sizes = (
-            self.key_bytes - self.width * _FACTOR_BYTES,
-            self.width * _FACTOR_BYTES,
-            GROUP_TOKENS * self.width * self.value_bits // 8,
-            GROUP_TOKENS * _FACTOR_BYTES,
-        )
-        keys, key_factors, values, value_factors = head.split(sizes, -1)
-        return keys, _factors(key_factors), values, _factors(value_factors)
+        keys, values = records.split((self.heads * self.key_bytes, self.heads * self.value_bytes), 1)
+        keys, key_factors = _by_head(keys, self.heads, self.width)
+        values, value_factors = _by_head(values, self.heads, GROUP_TOKENS)
+        return keys, key_factors, values, value_factors
 
 
-def _factors(data: Tensor) -> Tensor:
-    return data.view(torch.float16).unflatten(-1, (2, -1))
+def _by_head(data: Tensor, heads: int, count: int) -> tuple[Tensor, Tensor]:
+    """Codes, and the factors of ``count`` channels or tokens, of each head."""
+    data = data.unflatten(1, (heads, -1))
+    codes, factors = data.split((data.shape[2] - count * _FACTOR_BYTES, count * _FACTOR_BYTES), 2)
+    return codes, factors.view(torch.float16).unflatten(-1, (2, -1))
 
 
 def quantise_kv(keys: Tensor, values: Tensor, form: KVFormat, records: Tensor, name: str = "KV cache") -> None:

@@ -22,6 +22,7 @@ _GATED = struct.Struct("@3P5q2i").pack
 _ROPE = struct.Struct("@3P5qi").pack
 _ATTENTION = struct.Struct("@6P13q2fi").pack
 _GROUPWISE = struct.Struct("@2P4q4i").pack  # of groupwise.h
+_CODED = struct.Struct("@P3q2i").pack  # of coded.h
 _PRODUCT = struct.Struct("@3P3q").pack  # what follows the matrix
 _LAYOUT = 3  # of dispatch.c: a library of other sources would misread the structs
 
@@ -48,7 +49,11 @@ def _load():
             function = getattr(library, name)
             function.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
             function.restype = ctypes.c_int
-        if hasattr(library, "flexrun_multiply_codes"):  # the others serve without it
+        if hasattr(library, "flexrun_attend_coded"):  # the others serve without it, and without the next ones
+            coded = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+            library.flexrun_attend_coded.argtypes = coded
+            library.flexrun_attend_coded.restype = ctypes.c_int
+        if hasattr(library, "flexrun_multiply_codes"):
             library.flexrun_decode_codes.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int]
             library.flexrun_decode_codes.restype = None
             library.flexrun_multiply_codes.argtypes = [ctypes.c_char_p, ctypes.c_int]
@@ -59,6 +64,7 @@ def _load():
 
 _library = _load()
 available = _library is not None
+attends_codes = hasattr(_library, "flexrun_attend_coded")
 multiplies_codes = hasattr(_library, "flexrun_multiply_codes")  # dequantise and multiply below
 if available:
     instruction_set = _library.flexrun_select(None).decode()
@@ -196,11 +202,16 @@ def attend(
     if not available:
         return False
     code = _code(query, keys, values, out)
-    num_heads, head_dim = query.shape[1:]
-    if code is None or head_dim % 16:
+    if code is None or query.shape[2] % 16:
         return False
+    packed = _attention(query, keys, values, out, window, scale, softcap, lse, sinks, code)
+    kernel = _prefill if long else _attend
+    return kernel(packed, segments_pointer, count, torch.get_num_threads()) == 0
+
+
+def _attention(query, keys, values, out, window, scale, softcap, lse, sinks, code: int) -> bytes:
     query_stride, out_stride, key_stride, value_stride = query.stride(), out.stride(), keys.stride(), values.stride()
-    packed = _ATTENTION(
+    return _ATTENTION(
         query.data_ptr(),
         keys.data_ptr(),
         values.data_ptr(),
@@ -216,16 +227,32 @@ def attend(
         key_stride[1],
         value_stride[0],
         value_stride[1],
-        num_heads,
+        query.shape[1],
         keys.shape[1],
-        head_dim,
+        query.shape[2],
         window,
         scale,
         softcap,
         code,
     )
-    kernel = _prefill if long else _attend
-    return kernel(packed, segments_pointer, count, torch.get_num_threads()) == 0
+
+
+def attend_coded(query, records, recent, form, table_pointer: int, count: int, options: dict, out) -> bool:
+    """Attention of ``count`` sequences of one query row each over compressed KV; see flexrun.offload.coded_kv.
+
+    recent: [2, rows, heads, head_dim], the newest keys and values of all places. form: a KVFormat. table_pointer: of
+    int64 [5, count]: query row, first record, records, first recent row, recent rows (one at least).
+    options: scale, window, softcap and sinks, as for ``attend``.
+    """
+    if not attends_codes:
+        return False
+    code = _code(query, recent, out)
+    if code is None or query.shape[2] % 16 or not records.is_contiguous():
+        return False
+    packed = _attention(query, *recent, out, lse=None, code=code, **options)
+    sizes = form.record_bytes, form.key_bytes, form.value_bytes, form.key_bits, form.value_bits
+    coded = _CODED(records.data_ptr(), *sizes)
+    return _library.flexrun_attend_coded(packed, coded, table_pointer, count, torch.get_num_threads()) == 0
 
 
 def _groupwise(codes, factors, rows: int, columns: int, bits: int, group: int, code: int) -> bytes:

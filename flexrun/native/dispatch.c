@@ -111,8 +111,7 @@ static struct partial partial_at(float *memory, int64_t rows, int64_t head_dim) 
     return partial;
 }
 
-/* Softmax over the union of two sets of KV rows, from the softmax over each: the log-sum-exp merge. */
-static void merge(const struct partial *into, const struct partial *from, int64_t rows, int64_t head_dim) {
+void flexrun_merge(const struct partial *into, const struct partial *from, int64_t rows, int64_t head_dim) {
     for (int64_t row = 0; row < rows; row++) {
         float old = into->maximum[row], new = from->maximum[row];
         if (new == -INFINITY) continue;
@@ -204,7 +203,7 @@ EXPORT int flexrun_attend(const struct attention *a, const int64_t *segments, in
                 chunk = chunk_at(&s, index);
                 if (chunk.after_len <= 0) chunk.after_row = after.kv_row, chunk.after_len = after.kv_len;
                 kernels->attend_chunk(a, &chunk, index ? &part : &result, workspace);
-                if (index) merge(&result, &part, rows, head_dim);
+                if (index) flexrun_merge(&result, &part, rows, head_dim);
             }
             kernels->finish_rows(a, &chunk, &result);
         }
@@ -218,7 +217,7 @@ EXPORT int flexrun_attend(const struct attention *a, const int64_t *segments, in
             struct partial result = partial_at(item.partial, rows, head_dim);
             for (int64_t index = 1; index < chunk_count(&s); index++) {
                 struct partial part = partial_at(items[number + index].partial, rows, head_dim);
-                merge(&result, &part, rows, head_dim);
+                flexrun_merge(&result, &part, rows, head_dim);
             }
             struct chunk chunk = chunk_at(&s, 0);
             kernels->finish_rows(a, &chunk, &result);

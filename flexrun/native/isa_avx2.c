@@ -11,9 +11,10 @@
 #include "math.inc.h"
 #include "elementwise.inc.h"
 #include "attention.inc.h"
+#include "coded.inc.h"
 #include "groupwise.inc.h"
 
-const struct kernels kernels_avx2 = {"avx2", attend_chunk, finish_rows, NULL, rms_norm_row, gated_row, rope_head, &groupwise};
+const struct kernels kernels_avx2 = {"avx2", attend_chunk, finish_rows, NULL, rms_norm_row, gated_row, rope_head, &groupwise, attend_coded};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

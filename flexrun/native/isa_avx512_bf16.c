@@ -12,10 +12,11 @@
 #include "math.inc.h"
 #include "elementwise.inc.h"
 #include "attention.inc.h"
+#include "coded.inc.h"
 #include "groupwise.inc.h"
 #include "prefill.inc.h"
 
-const struct kernels kernels_avx512_bf16 = {"avx512_bf16", attend_chunk, finish_rows, prefill_item, rms_norm_row, gated_row, rope_head, &groupwise};
+const struct kernels kernels_avx512_bf16 = {"avx512_bf16", attend_chunk, finish_rows, prefill_item, rms_norm_row, gated_row, rope_head, &groupwise, attend_coded};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

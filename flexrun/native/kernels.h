@@ -4,6 +4,7 @@
 
 #include <stdint.h>
 
+#include "coded.h"
 #include "groupwise.h"
 
 enum dtype { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
@@ -91,6 +92,7 @@ struct kernels {
     void (*gated_row)(const void *gate, const void *up, void *out, int64_t width, int activation, int dtype);
     void (*rope_head)(void *head, const float *cosine, const float *sine, int64_t half, int dtype);
     const struct groupwise_kernels *groupwise;
+    attend_coded_function *attend_coded;
 };
 
 extern const struct kernels kernels_portable;
@@ -100,6 +102,9 @@ extern const struct kernels kernels_avx2, kernels_avx512, kernels_avx512_bf16;
 
 /* Those of the instruction set in use. */
 const struct kernels *flexrun_selected(void);
+
+/* Softmax over the union of two sets of KV rows, from the softmax over each: the log-sum-exp merge. */
+void flexrun_merge(const struct partial *into, const struct partial *from, int64_t rows, int64_t head_dim);
 
 #ifdef _OPENMP
 extern int omp_get_thread_num(void); /* of the team that runs: omp.h need not be installed */

@@ -69,6 +69,9 @@ static inline void v_transpose(VEC *r) {
         r[row + 4] = _mm256_permute2f128_ps(low, high, 0x31);
     }
 }
+static inline VEC v_load_u8(const uint8_t *p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+}
 typedef __m256i BITS_VEC;
 static inline __m256i v_pairs(const uint8_t *p) { return _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)p)); }
 static inline VEC v_field(__m256i v, int shift, int bits) {

@@ -86,6 +86,7 @@ static inline void v_transpose(VEC *rows) {
         }
 }
 /* Pairs of bytes, each byte in half of a lane; and ``bits`` of every lane from ``shift`` on, as numbers. */
+static inline VEC v_load_u8(const uint8_t *p) { return (VEC){p[0], p[1], p[2], p[3]}; }
 typedef IVEC BITS_VEC;
 static inline IVEC v_pairs(const uint8_t *p) {
     return (IVEC){p[0] | p[1] << 16, p[2] | p[3] << 16, p[4] | p[5] << 16, p[6] | p[7] << 16};

@@ -11,7 +11,7 @@ from flexrun.core import DTYPES, Lane, Tier
 from flexrun.models.rope import RopeTables, Rotary
 from flexrun.models.spec import ModelSpec
 from flexrun.offload.batcher import MicroBatchRows, PassPlan
-from flexrun.offload.coded_kv import CodedRows, coded_rows
+from flexrun.offload.coded_kv import CodedRows, coded_rows, reads_codes
 from flexrun.offload.device import EmulatedDevice
 from flexrun.offload.kv_store import KVStore
 from flexrun.offload.pass_rows import PassRows, Places
@@ -140,7 +140,7 @@ class Activations:
         for rows in plan.micro_batches:
             if self._kv.form is not None:
                 places = self._kv.places(rows.index, rows.segments.kv_start)
-                self.coded_rows[rows.index] = coded_rows(rows.segments, places)
+                self.coded_rows[rows.index] = coded_rows(rows.segments, places, reads_codes(self._kv.form))
             if rows.split is None:
                 self.kv_rows[rows.index] = upload(f"kv rows {rows.index}", torch.from_numpy(rows.kv_rows))
                 continue

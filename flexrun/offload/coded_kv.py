@@ -13,8 +13,10 @@ import numpy
 import torch
 from torch import Tensor
 
+from flexrun import native
 from flexrun.attention import Segments, attend, merge
 from flexrun.compress import GROUP_TOKENS, KVFormat, dequantise_kv, quantise_kv
+from flexrun.errors import ExecutionError
 from flexrun.models.spec import AttentionForm
 from flexrun.placement import DENSE_TOKENS
 
@@ -47,6 +49,8 @@ class CodedRows:
     of a prompt may end a group and begin another. whole_recent, whole_new: (sources, records): groups that are
     complete, out of the recent ones of a place or of 64 new rows from one on. own_recent, own_new: queries over their
     own group, among the recent rows of all places or among the new ones; None where there are none.
+    decoding: int64 [5, sequences] of those of one row: query row, first record, records, first recent row, recent rows;
+    kernels attend them in one call. Without kernels they are among the others, and this is None.
     """
 
     early: tuple[Tensor, Tensor, Tensor]
@@ -56,14 +60,20 @@ class CodedRows:
     own_recent: Segments | None
     own_new: Segments | None
     old: list[_Old]
+    decoding: numpy.ndarray | None
 
 
-def coded_rows(segments: Segments, places: numpy.ndarray) -> CodedRows:
+def reads_codes(form: KVFormat) -> bool:
+    """Whether kernels attend records as they are, on the CPU, for queries that decode."""
+    return native.attends_codes and form.head_dim == form.width
+
+
+def coded_rows(segments: Segments, places: numpy.ndarray, direct: bool) -> CodedRows:
     """Tables of whole sequences: query rows from 0, KV rows of the slab's tokens, whole groups to begin with.
 
-    places: int64 [segments], of each sequence among the recent rows.
+    places: int64 [segments], of each sequence among the recent rows. direct: see reads_codes.
     """
-    early, late, whole_recent, whole_new, own_recent, own_new = [], [], [], [], [], []
+    decoding, early, late, whole_recent, whole_new, own_recent, own_new = [], [], [], [], [], [], []
     pieces = []  # query_start, query_len, first record, groups before, position
     for (row, count, kv_start, kv_len), place in zip(segments.rows, places.tolist()):
         position, record = kv_len - count, kv_start // GROUP_TOKENS
@@ -74,7 +84,11 @@ def coded_rows(segments: Segments, places: numpy.ndarray) -> CodedRows:
             whole = offset + length == GROUP_TOKENS
             if offset or count == 1:
                 early.append((row, length, place, offset))
-                own_recent.append((row, length, place * GROUP_TOKENS, offset + length))
+                newest = place * GROUP_TOKENS, offset + length
+                if direct and count == 1:
+                    decoding.append((row, record, group, *newest))
+                else:
+                    own_recent.append((row, length, *newest))
                 if whole:
                     whole_recent.append((place, record + group))
             else:
@@ -83,7 +97,7 @@ def coded_rows(segments: Segments, places: numpy.ndarray) -> CodedRows:
                     whole_new.append((row, record + group))
                 else:
                     late.append((row, length, place, 0))
-            if group:
+            if group and not (direct and count == 1):
                 pieces.append((row, length, record, group, position))
             row, position = row + length, position + length
     return CodedRows(
@@ -94,6 +108,7 @@ def coded_rows(segments: Segments, places: numpy.ndarray) -> CodedRows:
         _segments(own_recent),
         _segments(own_new),
         _old(pieces),
+        numpy.ascontiguousarray(numpy.array(decoding, dtype=numpy.int64).T) if decoding else None,
     )
 
 
@@ -214,3 +229,10 @@ def attend_coded(
         attend(part, keys, values, old.segments, **options, out=there, lse=lse_there)
         target, lse_here = out[old.rows], lse[old.rows]
         merge(target, lse_here, there, lse_there, target, lse_here)
+    if rows.decoding is not None:
+        table, options["sinks"] = rows.decoding, sinks
+        recent = slab.recent.flatten(1, 2)
+        if not native.attend_coded(
+            query, slab.records, recent, slab.form, table.ctypes.data, table.shape[1], options, out
+        ):
+            raise ExecutionError("attention over compressed KV finds no memory", "lower --max-num-seqs")

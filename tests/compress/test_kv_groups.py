@@ -68,26 +68,27 @@ def test_the_layout_is_what_it_says(bits):
     )
     keys[0, :2], values[..., :2] = torch.tensor([0.0, levels[0]]).view(2, 1, 1), torch.tensor([0.0, levels[1]])
     records, *_ = round_trip(keys, values, form)
-    raw = records.numpy()[0].reshape(2, form.head_bytes)
+    all_keys = records.numpy()[0, : 2 * form.key_bytes].reshape(2, -1)
+    all_values = records.numpy()[0, 2 * form.key_bytes :].reshape(2, -1)
     key_bytes = form.key_bytes - 32 * 4
     for head in range(2):
         for token in range(GROUP_TOKENS):
             for channel in range(32):
                 if bits[0] == 8:
-                    code = raw[head][channel * 64 + token]
+                    code = all_keys[head][channel * 64 + token]
                 else:
-                    word = raw[head][channel // 2 * 64 :].view("<u4")[token % 16]
+                    word = all_keys[head][channel // 2 * 64 :].view("<u4")[token % 16]
                     code = word >> (4 * (token // 16) + 16 * (channel % 2)) & 15
                 assert code == keys[0, token, head, channel]
-                own = raw[head][form.key_bytes :]
+                own = all_values[head]
                 if bits[1] == 8:
                     code = own[channel // 16 * 1024 + token * 16 + channel % 16]
                 else:
                     word = own[channel // 16 * 512 + token // 8 * 64 :].view("<u4")[channel % 16]
                     code = word >> (4 * (token % 8 // 2) + 16 * (token % 2)) & 15
                 assert code == values[0, token, head, channel]
-        assert (raw[head][key_bytes : key_bytes + 64].view("<f2") == 1).all(), "scales of the channels"
-    assert form.record_bytes == records.shape[1] and form.head_bytes % 64 == 0
+        assert (all_keys[head][key_bytes : key_bytes + 64].view("<f2") == 1).all(), "scales of the channels"
+    assert form.record_bytes == records.shape[1] and form.key_bytes % 64 == form.value_bytes % 64 == 0
 
 
 def test_bits_an_element():
