@@ -4,8 +4,8 @@
     python benchmarks/four_bits.py --model MODEL_DIR --sequences 1 64
     python benchmarks/four_bits.py --model MODEL_DIR --sequences 8 --memory-limit 900MB --cpu-memory 400MiB
 
-Every run is a process of its own that loads, warms up and then repeats the workload; the bits take turns, so that a slow
-quarter of an hour hurts them all. Ratios are those of medians. --memory-limit: in a control group of that size, page
+Every run is a process of its own that loads, warms up and then repeats the workload; the bits take turns, so that a
+slow minute hurts them all. Ratios are those of medians. --memory-limit: in a control group of that size, page
 cache included (root). The weights are packed before. The last line of stdout is one JSON document.
 """
 

@@ -30,7 +30,7 @@ ROW_READ_SECONDS = 4e-6  # one embedding row out of the page cache
 SEQUENCE_SECONDS = 22e-6  # planning one sequence's part of a pass
 PASS_SECONDS = 1.2e-3  # planning a pass, apart from its sequences
 TOKEN_SECONDS = 30e-6  # appending one sampled token and making its text
-STORE_SECONDS = 5e-4  # the executor's own work around the projections of a layer
+STORE_SECONDS, STORE_SEQUENCE_SECONDS = 6e-5, 3.5e-6  # the executor's own work around the projections of a layer
 # Steps in a run against each timed by itself, measured on a CPU by benchmarks/forecast.py: modules find other data in
 # the cache, attention meets short contexts, reads wait for one another's ends.
 CPU_IN_RUN, CPU_ATTENTION_IN_RUN, DISK_IN_RUN = 1.09, 1.6, 1.14
@@ -100,7 +100,7 @@ class StepCosts:
         if step.kind in ATTENDS and on_cpu:
             return seconds * CPU_ATTENTION_IN_RUN
         if step.kind is StepKind.ATTENTION_INPUTS and on_cpu:
-            seconds += STORE_SECONDS
+            seconds += STORE_SECONDS + STORE_SEQUENCE_SECONDS * min(step.rows, self.policy.sequences_in_flight)
         return seconds * CPU_IN_RUN if on_cpu else seconds
 
     def transfer(self, lane: Lane) -> Transfer:
@@ -118,8 +118,9 @@ class StepCosts:
 
     @property
     def start_seconds(self) -> float:
-        """What the first pass takes beyond its like: weights that a CPU computes with are read for the first time."""
-        if self.device is not self.hardware.cpu:
+        """What the first pass takes beyond its like: weights that a CPU computes with are read for the first time. Of
+        compressed ones nothing of it was seen."""
+        if self.device is not self.hardware.cpu or self.policy.weight_bits < 16:
             return 0.0
         resident = self.placement.bytes_on(Tier.GPU if self.on_device else Tier.CPU)
         return resident / FIRST_TOUCH_BYTES_PER_SECOND
