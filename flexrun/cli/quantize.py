@@ -32,7 +32,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     auto.add_argument("--limit", type=int, default=2048, metavar="TOKENS", help="only the first tokens of the text")
     auto.add_argument("--context", type=int, default=512, metavar="TOKENS", help="the text is cut to such pieces")
     target = auto.add_mutually_exclusive_group()
-    target.add_argument("--target-bits", type=float, default=5.0, metavar="BITS", help="average of an element")
+    target.add_argument(
+        "--target-bits", type=float, metavar="BITS", help="average of an element; default: one more than --weight-bits"
+    )
     target.add_argument(
         "--max-loss",
         type=float,
@@ -54,8 +56,6 @@ def call(args: argparse.Namespace) -> int:
         raise ConfigError("--auto needs a text to measure on", "give --text FILE")
     if args.keep is not None:
         raise ConfigError("--auto finds the rules itself", "leave --keep out")
-    if args.max_loss is None and args.weight_bits != 4:
-        raise ConfigError("--target-bits is met from 4 bits on", "leave --weight-bits out, or give --max-loss")
     if args.max_loss is not None and args.max_loss <= 0:
         raise ConfigError(f"--max-loss {args.max_loss:g} is not above 0", "16 bits lose nothing")
     return _find(args, progress)
@@ -99,7 +99,8 @@ def _find(args: argparse.Namespace, progress: bool) -> int:
         else:
             found = _read_changes(args.changes, llm.spec)
         if args.max_loss is None:
-            rules = choose(found, args.target_bits, low, GroupFormat(8))
+            base, more = GroupFormat(args.weight_bits), GroupFormat(8) if args.weight_bits == 4 else None
+            rules = choose(found, args.target_bits or args.weight_bits + 1, base, more, llm.spec.dtype_bytes)
         else:
             with tqdm(desc="trials", unit="", disable=not progress, leave=False) as bar:
                 rules, loss = meet(llm, *text, found, args.weight_bits, args.max_loss, bar.update)

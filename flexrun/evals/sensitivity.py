@@ -62,9 +62,11 @@ def matrices(spec: ModelSpec) -> Iterator[tuple[int, PackedTensor]]:
     return (row for row in spec.tensors_by_layer() if can_compress(row[1]))
 
 
-def choose(found: Sequence[Sensitivity], target_bits: float, low: GroupFormat, high: GroupFormat) -> tuple[str, ...]:
-    """Rules that give ``high`` to those who gain most by a byte, the rest being ``low``: at most ``target_bits`` an
-    element on average, factors included. Raises ConfigError where ``low`` alone takes more."""
+def choose(
+    found: Sequence[Sensitivity], target_bits: float, low: GroupFormat, high: GroupFormat | None, dtype_bytes: int = 2
+) -> tuple[str, ...]:
+    """Rules that give ``high`` (None: the dtype) to those who gain most by a byte, the rest being ``low``: at most
+    ``target_bits`` an element on average, factors included. Raises ConfigError where ``low`` alone takes more."""
     elements = sum(each.tensor.elements for each in found)
     left = target_bits * elements - 8 * sum(low.nbytes(each.tensor.shape) for each in found)
     if left < 0:
@@ -75,10 +77,11 @@ def choose(found: Sequence[Sensitivity], target_bits: float, low: GroupFormat, h
         )
     rules = []
     for each in sorted(found, key=lambda each: -each.change / each.tensor.elements):
-        more = 8 * (high.nbytes(each.tensor.shape) - low.nbytes(each.tensor.shape))
+        wanted = high.nbytes(each.tensor.shape) if high else each.tensor.elements * dtype_bytes
+        more = 8 * (wanted - low.nbytes(each.tensor.shape))
         if more <= left:
             left -= more
-            rules.append(f"{each.rule}={high.bits}")
+            rules.append(f"{each.rule}={high.bits if high else 16}")
     return tuple(rules)
 
 

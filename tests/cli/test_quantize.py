@@ -26,7 +26,6 @@ def test_weights_are_packed_ahead(model, tmp_path, capsys):
     [
         (["--auto"], "needs a text"),
         (["--auto", "--text", "x", "--keep", "a=8"], "finds the rules itself"),
-        (["--auto", "--text", "x", "--weight-bits", "8"], "from 4 bits on"),
         (["--auto", "--text", "x", "--max-loss", "0"], "not above 0"),
     ],
 )

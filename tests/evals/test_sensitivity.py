@@ -63,6 +63,10 @@ def test_a_budget_goes_to_those_that_change_most_a_byte(open_llm):
     some = choose(found, (least + most) / 2, LOW, HIGH)
     assert everything[0] in some and 0 < len(some) < len(found)
     assert least < average_bits(llm.spec, WeightBits(4, some)) <= (least + most) / 2
+    eight = average_bits(llm.spec, WeightBits(8))
+    whole = choose(found, eight + 4, HIGH, None, llm.spec.dtype_bytes)
+    assert 0 < len(whole) < len(found) and all(rule.endswith("=16") for rule in whole)
+    assert eight < average_bits(llm.spec, WeightBits(8, whole)) <= eight + 4
     assert from_changes(llm.spec, {each.rule: each.change for each in found}) == found
     with pytest.raises(ConfigError, match="4 bits for all take"):
         choose(found, least - 0.1, LOW, HIGH)
