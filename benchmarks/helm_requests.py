@@ -1,6 +1,6 @@
 """HELM's requests a second on flexrun and on HELM's own Hugging Face client, with the same model in the same files.
 
-    python benchmarks/helm.py --entries synthetic_reasoning:mode=pattern_match --instances 40
+    python benchmarks/helm_requests.py --entries synthetic_reasoning:mode=pattern_match --instances 40
 
 Wants an environment with crfm-helm, transformers and flexrun, and reaches no hub: the model is SmolLM2-135M-Instruct
 from flexrun's catalog, written once as a Hugging Face folder in bfloat16, without its chat template. HELM's client runs
@@ -102,13 +102,15 @@ def main() -> int:
     parser.add_argument("--entries", nargs="+", default=["synthetic_reasoning:mode=pattern_match"])
     parser.add_argument("--instances", type=int, default=40)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 4], help="of HELM, over its own client")
+    parser.add_argument("--folder", type=Path, help="where the model is, or is to be kept (default: a temporary one)")
     parser.add_argument("flags", nargs="*", help="further flags of flexrun bench helm, after --")
     settings = parser.parse_args()
     document = []
     with tempfile.TemporaryDirectory(prefix="helm-") as scratch:
-        model = Path(scratch, "smollm2")
-        say("writing the model")
-        write_folder(model)
+        model = settings.folder or Path(scratch, "smollm2")
+        if not (model / "config.json").exists():
+            say("writing the model")
+            write_folder(model)
         for number, entry in enumerate(settings.entries):
             before, tried = MachineTimes.now(), []
             for threads in settings.threads:
