@@ -34,7 +34,9 @@ def write_folder(folder: Path) -> None:
     files = open_model(MODEL)
     where = {"pretrained_model_name_or_path": files.path.parent, "gguf_file": files.path.name}
     loaded = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16)
-    fresh = transformers.AutoModelForCausalLM.from_config(loaded.config, dtype=torch.bfloat16)  # saving it as is fails
+    config = loaded.config
+    del config.quantization_config  # the weights are dense by now, and what was loaded cannot be saved as it is
+    fresh = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     fresh.load_state_dict(loaded.state_dict())
     fresh.save_pretrained(folder)
     tokenizer, decode = files.tokenizer, files.tokenizer.decode

@@ -25,6 +25,7 @@ def run_document(engine: Engine, seconds: float, forecasts: dict) -> dict:
         "generated_tokens": totals.generated_tokens,
         "generated_tokens_per_second": totals.generated_tokens / seconds if seconds else 0.0,
         "total_tokens_per_second": (totals.generated_tokens + totals.prompt_tokens) / seconds if seconds else 0.0,
+        "paused_sequences": engine.paused_sequences,
         "prefill_seconds": totals.prefill_seconds,
         "decode_seconds": totals.decode_seconds,
         "tiers": {

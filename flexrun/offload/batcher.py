@@ -12,6 +12,7 @@ from flexrun.attention import Segments
 from flexrun.config import Policy
 from flexrun.errors import RequestError
 from flexrun.offload.kv_store import KVStore
+from flexrun.offload.likely_lengths import LikelyLengths
 from flexrun.offload.sequence import Group, Sequence
 from flexrun.offload.token_split import SplitRows, split_rows
 from flexrun.outputs import RequestOutput
@@ -66,9 +67,16 @@ class PassPlan:
 
 
 class Batcher:
-    """Holds the sequences in flight, and draws more from its source as slots free up."""
+    """Holds the sequences in flight, and draws more from its source as slots free up.
+
+    Where the cache has no room for the worst case in every slot, room is kept for the length that answers are likely
+    to get. One that gets longer is paused: it gives its room back, waits for all it may need, and is prefilled again
+    with what it has generated. paused: how often that happened.
+    """
 
     def __init__(self, policy: Policy, kv_store: KVStore, first_pass_index: int = 0):
+        self._lengths = LikelyLengths()
+        self.paused = 0
         self._policy = policy
         self._most_rows = part_tokens(policy) or policy.tokens_per_pass  # of one micro-batch
         self._kv = kv_store
@@ -94,6 +102,7 @@ class Batcher:
         rows: Counter[int] = Counter()  # of each micro-batch
         parts: list[tuple[Sequence, int]] = []
         prefilling = []
+        self._pause()
         for sequence in self._running:
             if sequence.pending_tokens == 1 and sequence.output_ids:
                 parts.append((sequence, 1))
@@ -123,7 +132,8 @@ class Batcher:
         if not self._waiting and not self._fetch():
             return None
         sequence = self._waiting[0]
-        region = self._kv.allocate(sequence.kv_tokens, self._policy.attention_micro_batch)
+        spared_tokens = self._spared(sequence)
+        region = self._kv.allocate(sequence.kv_tokens - spared_tokens, self._policy.attention_micro_batch)
         if region is None:
             if not self._running:
                 raise RequestError(  # the caller checks lengths first, so this is a fault of ours
@@ -131,9 +141,33 @@ class Batcher:
                 )
             return None
         self._waiting.popleft()
-        sequence.region = region
+        sequence.region, sequence.room_tokens = region, sequence.kv_tokens - spared_tokens
         self._running.append(sequence)
         return sequence
+
+    def _spared(self, sequence: Sequence) -> int:
+        """Tokens of cache room that a sequence is not given although it may come to need them."""
+        slots = self._policy.sequences_in_flight - len(self._running)
+        if (
+            sequence.was_paused
+            or sequence.group.score_start is not None
+            or slots * sequence.kv_tokens <= self._kv.free_tokens
+        ):
+            return 0
+        likely = self._lengths.likely(len(other.output_ids) for other in self._running)
+        if likely is None:
+            return 0
+        return max(sequence.group.max_tokens - max(likely, len(sequence.output_ids) + 1), 0)
+
+    def _pause(self) -> None:
+        """Take the room of sequences that would outgrow it in the coming pass; they are the next to get some."""
+        short = [each for each in self._running if each.cached_tokens + each.pending_tokens > each.room_tokens]
+        for sequence in short:
+            self._leave(sequence)
+            sequence.cached_tokens = sequence.start_tokens
+            sequence.was_paused = True
+            self._waiting.appendleft(sequence)
+            self.paused += 1
 
     def _fetch(self) -> bool:
         while not self._exhausted and len(self._refused) < REFUSED_AT_ONCE:
@@ -250,6 +284,11 @@ class Batcher:
 
     def retire(self, sequence: Sequence) -> None:
         """A finished sequence gives its slot and its cache room back at once."""
+        tokens = len(sequence.output_ids)
+        self._lengths.add(tokens, ended=tokens < sequence.group.max_tokens)
+        self._leave(sequence)
+
+    def _leave(self, sequence: Sequence) -> None:
         self._kv.release(sequence.region)
         sequence.region = None
         self._running.remove(sequence)
@@ -257,7 +296,7 @@ class Batcher:
     def abandon(self) -> None:
         """Forget everything in flight and give its room back (the job was stopped)."""
         for sequence in list(self._running):
-            self.retire(sequence)
+            self._leave(sequence)
         self._waiting.clear()
         self._refused.clear()
         self._exhausted = True

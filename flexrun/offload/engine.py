@@ -144,6 +144,11 @@ class Engine:
         )
 
     @property
+    def paused_sequences(self) -> int:
+        """How often an answer got longer than the room it was given; see Batcher."""
+        return self._batcher.paused
+
+    @property
     def events(self) -> list[Event] | None:
         return self._executor.events
 

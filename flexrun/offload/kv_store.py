@@ -207,6 +207,11 @@ class KVStore:
         return [len(regions) for regions in self._regions]
 
     @property
+    def free_tokens(self) -> int:
+        """Tokens of room that no sequence has, in all micro-batches together."""
+        return sum(space.free_tokens for space in self._spaces)
+
+    @property
     def largest_sequence_tokens(self) -> int:
         """Tokens of the longest sequence that could ever fit."""
         return max(micro_batch.capacity_tokens for micro_batch in self.micro_batches)

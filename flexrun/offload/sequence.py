@@ -68,6 +68,8 @@ class Sequence:
     cached_tokens: how many of prompt + output are in the KV cache. A sequence prefills until only its
     newest token is not cached, then decodes one token a pass. The last token of a prompt that is only
     scored is not run: nothing is asked of what follows it.
+    start_tokens: what counts as cached before it is first run. room_tokens: of the cache, as long as it has a region;
+    was_paused: it had too little once.
     """
 
     __slots__ = (
@@ -78,13 +80,17 @@ class Sequence:
         "logprobs",
         "output_ids",
         "region",
+        "room_tokens",
         "row",
+        "start_tokens",
         "total_logprob",
+        "was_paused",
     )
 
     def __init__(self, group: Group, choice_index: int, seed: int, decoder: TextDecoder | None):
         self.group = group
-        self.cached_tokens = 0
+        self.start_tokens = self.cached_tokens = 0
+        self.room_tokens, self.was_paused = 0, False
         self.region: Region | None = None
         self.output_ids = array("q")
         self.logprobs: list[dict[int, Logprob]] | None = [] if group.params.logprobs is not None else None
