@@ -58,10 +58,12 @@ def _engine_lines(engine: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The lines of ``LLM.summary()``."""
     if not engine:
         return []
+    paused = engine.get("paused_sequences", 0)
     peaks = [f"{tier} {format_bytes(account['peak_bytes'])}" for tier, account in engine["tiers"].items()]
     return [
         ("prefill", f"{engine['prompt_tokens']:,} tokens in {engine['prefill_seconds']:,.1f} s"),
         ("decode", f"{engine['generated_tokens']:,} tokens in {engine['decode_seconds']:,.1f} s"),
+        *([("paused", f"{paused:,} times an answer outgrew its cache room and was prefilled again")] if paused else []),
         *_forecast_lines(engine),
         ("peak memory", f"{', '.join(peaks)}; whole process {format_bytes(engine['process_peak_bytes'])}"),
     ]

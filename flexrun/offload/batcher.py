@@ -148,12 +148,10 @@ class Batcher:
     def _spared(self, sequence: Sequence) -> int:
         """Tokens of cache room that a sequence is not given although it may come to need them."""
         slots = self._policy.sequences_in_flight - len(self._running)
-        if (
-            sequence.was_paused
-            or sequence.group.score_start is not None
-            or slots * sequence.kv_tokens <= self._kv.free_tokens
-        ):
+        if slots * sequence.kv_tokens <= self._kv.free_tokens or sequence.was_paused:
             return 0
+        if sequence.group.score_start is not None or self._kv.form is not None:
+            return 0  # a prompt is scored once; and what a compressed cache holds depends on when it was filled
         likely = self._lengths.likely(len(other.output_ids) for other in self._running)
         if likely is None:
             return 0
