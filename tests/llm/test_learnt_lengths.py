@@ -17,7 +17,7 @@ LIMIT = 60  # tokens an answer may have
 def requests(checkpoint, packed_cache):
     """(prompts, params): most answers end after a few tokens, by a stop token of their own; some go to the limit."""
     draw = random.Random(4)
-    prompts = [[draw.randrange(3, 90) for _ in range(draw.randint(2, 9))] for _ in range(90)]
+    prompts = [[draw.randrange(3, 90) for _ in range(draw.randint(2, 9))] for _ in range(120)]
     free = SamplingParams(temperature=0.0, max_tokens=LIMIT, ignore_eos=True)
     with LLM(checkpoint("llama"), dtype="float32", disk_dir=packed_cache, cpu_memory="256MiB", threads=1) as llm:
         answers = [output.outputs[0].token_ids for output in llm.generate(prompts, free, use_tqdm=False)]
