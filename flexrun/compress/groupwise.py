@@ -12,7 +12,8 @@ with 0. Panel after panel, so that a product reads the matrix once from its firs
 
 weight = scale * code + minimum, in float32, rounded once to the model's dtype; where symmetric, the minimum is
 -scale * 2^(bits-1). scale * code is exact in float32, so every way to compute a weight gives the same one. In groups
-of 32, the weights of GGUF's Q4_1 come through 4 bits as they are: float16 holds its factors.
+of 32, weights that lie on such a grid come through as they are: GGUF's Q4_0 and Q4_1 in 4 bits, Q8_0 and MXFP4 in 8
+(whose numbers are no even steps, so that 4 bits do not hold them). A scale may be negative, as some of Q4_0 are.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ GROUPS = (32, 64, 128)
 BITS = (4, 8)
 FACTORS_ALIGNMENT = 64
 LARGEST = 6e4  # of a weight: what float16 holds
+GRID_GROUP = 32  # neighbours that share a scale in GGUF's blocks of 4 and 8 bits, and in MXFP4
 CLIPS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)  # shares of a group's range that clipped scales are tried for
 _BLOCK_ELEMENTS = 4 << 20  # weights quantised or brought back at a time
 
@@ -167,7 +169,27 @@ def _quantised(matrix: Tensor, form: GroupFormat, clip: bool, name: str) -> tupl
             better = (error < least).unsqueeze(-1)
             least = torch.minimum(error, least)
             chosen, found = torch.where(better, trial, chosen), torch.where(better, attempt, found)
+    if form.group == GRID_GROUP:
+        exact = _is_exact(grouped, found, chosen, form)
+        for trial in _grids(grouped, form):
+            attempt = _codes(grouped, trial, form)
+            hit = _is_exact(grouped, attempt, trial, form) & ~exact
+            chosen, found, exact = torch.where(hit, trial, chosen), torch.where(hit, attempt, found), exact | hit
     return chosen, found.flatten(1)[:, : matrix.shape[1]]
+
+
+def _grids(grouped: Tensor, form: GroupFormat) -> Iterator[Tensor]:
+    """Factors [rows, groups, 1 or 2] of the grids on which the weights may lie already, told by the largest of each
+    group: Q4_0 has it at -8 steps of either sign, Q8_0 at 127, and MXFP4's numbers are multiples of a power of two."""
+    largest = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    steps = [largest / -8]
+    if form.bits == 8:
+        steps += [largest.abs() / 127, torch.exp2(largest.abs().log2().floor() - 3)]
+    half = float(1 << (form.bits - 1))
+    for step in steps:
+        step = step.to(torch.float16).float().nan_to_num(0.0, 0.0, 0.0).unsqueeze(-1)
+        factors = step if form.symmetric else torch.cat((step, (step * -half).to(torch.float16).float()), -1)
+        yield factors.nan_to_num(0.0, 0.0, 0.0)
 
 
 def _grouped(matrix: Tensor, form: GroupFormat) -> Tensor:
@@ -228,6 +250,11 @@ def _weights(codes: Tensor, factors: Tensor, form: GroupFormat) -> Tensor:
 
 def _squared_error(grouped: Tensor, codes: Tensor, factors: Tensor, form: GroupFormat) -> Tensor:
     return (_weights(codes.flatten(1), factors, form).view_as(grouped) - grouped).square_().sum(-1)
+
+
+def _is_exact(grouped: Tensor, codes: Tensor, factors: Tensor, form: GroupFormat) -> Tensor:
+    """bool [rows, groups, 1]"""
+    return (_weights(codes.flatten(1), factors, form).view_as(grouped) == grouped).all(-1, keepdim=True)
 
 
 def _pack(codes: Tensor, form: GroupFormat, together: int, out: Tensor) -> None:

@@ -29,7 +29,7 @@ from flexrun.models.spec import ModelSpec
 from flexrun.weights.checkpoint import CheckpointReader, check_tensors
 
 FORMAT_VERSION = 1
-COMPRESSED_VERSION = 2  # of the layout of compressed matrices
+COMPRESSED_VERSION = 3  # of the layout of compressed matrices, and of how weights are rounded
 PLAIN = WeightBits()
 MANIFEST = "manifest.json"
 

@@ -4,9 +4,12 @@ import math
 
 import pytest
 import torch
+from gguf.constants import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flexrun import native
 from flexrun.compress.groupwise import LARGEST, GroupFormat, dequantise, quantise, split
 from flexrun.errors import CheckpointError, ConfigError
 
@@ -28,7 +31,7 @@ def steps_of(data, shape, form):
     while done < len(factors):
         tiles = min(4, len(factors) // groups - done // groups)
         panel = factors[done : done + tiles * groups].view(groups, tiles, *factors.shape[1:])
-        scales.append(panel[:, :, 0].double().permute(1, 2, 0).flatten(0, 1))
+        scales.append(panel[:, :, 0].abs().double().permute(1, 2, 0).flatten(0, 1))
         done += tiles * groups
     return torch.cat(scales).repeat_interleave(form.group, 1)[: shape[0], : shape[1]]
 
@@ -174,3 +177,56 @@ def test_weights_on_a_grid_of_float16_factors_come_through_as_they_are():
     matrix = (codes * scale - (scale * 7.7).half().float()).flatten(1)
     form = GroupFormat(4, 32)
     assert torch.equal(dequantise(quantise(matrix, form), (20, 160), form, torch.float32), matrix)
+
+
+# Weights that were rounded before ----------------------------------------------------------------------
+
+
+def of_gguf(kind: str, scale: float) -> torch.Tensor:
+    """float32 [40, 96] as a GGUF file of that kind has them."""
+    kind = GGMLQuantizationType[kind]
+    return torch.from_numpy(dequantize(quantize(random(40, 96, 3, scale).numpy(), kind), kind))
+
+
+def of_mxfp4() -> torch.Tensor:
+    """float32 [40, 96]: 4-bit floats, with a power of two for each 32."""
+    draw = torch.Generator().manual_seed(4)
+    numbers = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    codes, signs = (torch.randint(0, most, (40, 96), generator=draw) for most in (8, 2))
+    powers = torch.randint(-12, 4, (40, 3), generator=draw).repeat_interleave(32, 1)
+    return numbers[codes] * (1 - 2 * signs) * torch.exp2(powers)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 0.02, 30.0])
+@pytest.mark.parametrize(
+    "kind, form",
+    [
+        ("Q4_0", GroupFormat(4, 32)),
+        ("Q4_0", GroupFormat(4, 32, symmetric=True)),
+        ("Q4_1", GroupFormat(4, 32)),
+        ("Q4_0", GroupFormat(8, 32)),
+        ("Q8_0", GroupFormat(8, 32)),
+        ("Q8_0", GroupFormat(8, 32, symmetric=True)),
+        ("MXFP4", GroupFormat(8, 32)),
+        ("MXFP4", GroupFormat(8, 32, symmetric=True)),
+    ],
+    ids=str,
+)
+def test_weights_on_a_grid_that_a_group_can_hold_are_not_rounded_again(kind, form, scale):
+    weights = of_mxfp4() if kind == "MXFP4" else of_gguf(kind, scale)
+    data = quantise(weights, form)
+    assert torch.equal(dequantise(data, tuple(weights.shape), form, torch.float32), weights)
+    out = torch.empty(weights.shape)
+    if native.dequantise(*split(data, tuple(weights.shape), form), form.bits, form.group, out):
+        assert torch.equal(out, weights)
+
+
+def test_weights_beside_a_grid_are_rounded_to_the_nearest():
+    """One weight off the grid, and its group takes the range as any other; the rest of the row keeps the grid."""
+    form, weights = GroupFormat(4, 32), of_gguf("Q4_0", 0.02)
+    changed = weights.clone()
+    changed[0, 5] *= 1.01
+    back = dequantise(quantise(changed, form), (40, 96), form, torch.float32)
+    assert torch.equal(back[0, 32:], weights[0, 32:]) and torch.equal(back[1:], weights[1:])
+    step = (changed[0, :32].max() - changed[0, :32].min()) / 15
+    assert (back[0, :32] - changed[0, :32]).abs().max() < 0.51 * step
