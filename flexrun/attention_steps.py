@@ -51,6 +51,7 @@ class Part:
     inputs: Dependency | None = None  # q, k and v of the layer at hand
     attended: list[Dependency] = field(default_factory=list)  # what its output waits for
     returned: list[tuple[Dependency, dict]] = field(default_factory=list)  # to be merged with what the device found
+    sharing: list[tuple[MicroBatchShape, dict]] = field(default_factory=list)  # to be joined with prefixes
     busy: list[Dependency] = field(default_factory=list)  # host-bound copies that still read its q, k, v rows
     place: int = 0
     loaded: list[Dependency] = field(default_factory=list)  # its hidden rows are on the device
@@ -143,7 +144,11 @@ class AttentionSteps:
         if self._in_place(micro_batch):
             attended = self._attend(StepKind.ATTEND, self._compute_lane, (part.inputs,), micro_batch, 0, where)
             part.attended.append(attended)
+            if micro_batch.prefix_rows:
+                part.sharing.append((micro_batch, where))
             return
+        if micro_batch.prefix_rows:
+            part.sharing.append((micro_batch, where))
         if not self._on_device:  # on disk; the step that attends also stores the new rows
             slot, source = self._read_to_host(layer, micro_batch)
             attended = self._attend(
@@ -164,7 +169,8 @@ class AttentionSteps:
         done = self._returning.pop((layer, micro_batch.index), None)
         if done is not None:
             merges = above.query_tokens > 0
-            a_row = self._work.query_bytes_per_token + merges * self._work.lse_bytes_per_token
+            joins = merges or micro_batch.prefix_rows > 0
+            a_row = self._work.query_bytes_per_token + joins * self._work.lse_bytes_per_token
             back = self._emit(StepKind.RETURN_ATTENDED, Lane.H2D, (done,), bytes=(tokens - fresh) * a_row, **rows)
             if merges:
                 part.returned.append((back, rows))
@@ -172,10 +178,14 @@ class AttentionSteps:
                 part.attended.append(back)
 
     def merge(self, part: Part) -> None:
-        """Last, when the compute lane has attended all it can without the CPU: join what both found."""
+        """Last, when the compute lane has attended all it can without the CPU: join what both found, and then what is
+        in prefixes that sequences share."""
         for back, rows in part.returned:
             part.attended.append(self._emit(StepKind.MERGE, self._compute_lane, (back,), **rows))
         part.returned.clear()
+        for micro_batch, where in part.sharing:
+            part.attended.append(self._attend_prefix(tuple(part.attended), micro_batch, where))
+        part.sharing.clear()
 
     def attend_staged(self, part: Part, layer: int, micro_batch: MicroBatchShape, start: int) -> None:
         """Attention on the device over KV from elsewhere."""
@@ -208,6 +218,16 @@ class AttentionSteps:
             offset=slot,
             bytes=rows.kv_tokens * self._work.kv_bytes_per_token,
             flops=rows.query_kv_pairs * self._work.attend_flops_per_pair,
+            **where,
+        )
+
+    def _attend_prefix(self, attended: tuple[Dependency, ...], micro_batch: MicroBatchShape, where: dict) -> Dependency:
+        return self._emit(
+            StepKind.ATTEND_PREFIX,
+            self._compute_lane,
+            attended,
+            bytes=micro_batch.prefix_kv_tokens * self._work.kv_bytes_per_token,
+            flops=micro_batch.prefix_pairs * self._work.attend_flops_per_pair,
             **where,
         )
 

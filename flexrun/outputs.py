@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flexrun.errors import RequestError
+from flexrun.prefixes import NONE
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,8 @@ class Request:
 
     params: the request's SamplingParams; None takes the engine's defaults. score_start: first prompt token whose
     log-probability is wanted where not all are (from 1; None: what params say). partial: tokens that an earlier run
-    generated, by choice, which this one goes on from.
+    generated, by choice, which this one goes on from. prefix: number of the shared prefix that the prompt begins with,
+    among those of the workload (-1: none).
     """
 
     request_id: str
@@ -25,6 +27,7 @@ class Request:
     params: Any = None
     score_start: int | None = None
     partial: Mapping[int, Sequence[int]] | None = None
+    prefix: int = NONE
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ class StepKind(str, enum.Enum):
     ATTEND = "attend"
     ATTEND_FRESH = "attend_fresh"  # prompts that start in this pass, beside KV kept elsewhere: from their own k, v rows
     RETURN_ATTENDED = "return_attended"  # host -> device
+    ATTEND_PREFIX = "attend_prefix"  # of sequences that share prefixes, these, joined with what they have of their own
     MERGE = "merge"  # of sequences with KV in two places, what was attended in either
     LOAD_HIDDEN = "load_hidden"  # host -> device: hidden rows of a part of a pass that the device cannot hold whole
     SAVE_HIDDEN = "save_hidden"  # device -> host: the same after a layer
@@ -40,7 +41,7 @@ class StepKind(str, enum.Enum):
     LOGITS = "logits"
 
 
-ATTENDS = (StepKind.ATTEND, StepKind.ATTEND_FRESH)
+ATTENDS = (StepKind.ATTEND, StepKind.ATTEND_FRESH, StepKind.ATTEND_PREFIX)
 STREAMING = (StepKind.READ_WEIGHTS, StepKind.COPY_WEIGHTS)  # steps with an order of their own in their lanes
 
 Dependency = tuple[Lane, int]  # the order-th step of a lane
@@ -156,6 +157,8 @@ class MicroBatchShape:
     this pass, in fresh_pairs: nothing of them is cached.
     above_*: of a micro-batch on the host whose newest tokens live on the device, what lies above the borders of its
     sequences: new rows, fresh ones too; KV tokens and pairs of the rows that are not fresh, and of the decoding ones.
+    prefix_*: what its rows attend of prefixes that they share, which is in none of the counts above: rows, one for each
+    prefix they attend; KV tokens, those of rows that follow each other once; pairs.
     """
 
     index: int
@@ -173,6 +176,9 @@ class MicroBatchShape:
     above_pairs: int = 0
     above_decode_tokens: int = 0
     above_decode_kv_tokens: int = 0
+    prefix_rows: int = 0
+    prefix_kv_tokens: int = 0
+    prefix_pairs: int = 0
 
     @cached_property
     def cached(self) -> MicroBatchShape:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy
+
+from flexrun.prefixes import NONE, Prefixes
 
 
 @dataclass(frozen=True, eq=False)
@@ -15,15 +18,20 @@ class Workload:
     prompt_tokens, max_tokens: int64 [rows]; max_tokens is the most a sequence may generate.
     scored_tokens: int64 [rows], prompt tokens whose log-probabilities are wanted, each a row of the head besides those
     that are sampled; default: none.
+    prefixes, prefix: int64 [rows], which of the job's shared prefixes the prompt begins with, NONE where with none.
     """
 
     prompt_tokens: numpy.ndarray
     max_tokens: numpy.ndarray
     scored_tokens: numpy.ndarray | None = None
+    prefixes: Prefixes = field(default_factory=Prefixes)
+    prefix: numpy.ndarray | None = None
 
     def __post_init__(self):
         if self.scored_tokens is None:
             object.__setattr__(self, "scored_tokens", numpy.zeros_like(self.prompt_tokens))
+        if self.prefix is None:
+            object.__setattr__(self, "prefix", numpy.full_like(self.prompt_tokens, NONE))
 
     @classmethod
     def of(
@@ -46,17 +54,78 @@ class Workload:
 
     def rows(self, numbers: numpy.ndarray) -> Workload:
         """Those rows alone, in that order."""
-        return Workload(self.prompt_tokens[numbers], self.max_tokens[numbers], self.scored_tokens[numbers])
+        columns = (self.prompt_tokens, self.max_tokens, self.scored_tokens)
+        return Workload(*(column[numbers] for column in columns), self.prefixes, self.prefix[numbers])
+
+    def sharing(self, prefixes: Prefixes, prefix: Iterable[int]) -> Workload:
+        """The same rows, which begin with these prefixes."""
+        return replace(self, prefixes=prefixes, prefix=numpy.asarray(prefix, dtype=numpy.int64))
+
+    def apart(self) -> Workload:
+        """The same rows, each with all of its prompt to itself."""
+        return replace(self, prefixes=Prefixes(), prefix=None) if self.shares else self
+
+    def own(self) -> Workload:
+        """What the rows have to themselves, as if nothing came before it."""
+        if not self.shares:
+            return self
+        return replace(self, prompt_tokens=self.own_prompt_tokens, prefixes=Prefixes(), prefix=None)
 
     def __len__(self) -> int:
         return len(self.prompt_tokens)
 
-    @property
-    def kv_tokens(self) -> numpy.ndarray:
-        """Cache room each sequence may need; its last token is never attended to."""
-        return self.prompt_tokens + self.max_tokens - 1
+    @cached_property
+    def shares(self) -> bool:
+        return bool((self.prefix != NONE).any())
 
-    @property
+    @cached_property
+    def shared_tokens(self) -> numpy.ndarray:
+        """int64 [rows], tokens of each prompt that are its prefix's."""
+        return self.prefixes.depths[self.prefix]
+
+    @cached_property
+    def own_prompt_tokens(self) -> numpy.ndarray:
+        return self.prompt_tokens - self.shared_tokens
+
+    @cached_property
+    def prefix_spans(self) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """See Prefixes.spans."""
+        return self.prefixes.spans(self.prefix)
+
+    @cached_property
+    def groups(self) -> numpy.ndarray:
+        """int64 [rows], counted from 0: rows that follow each other and begin with the same prefix are of one group."""
+        first = numpy.array([chain[0] for chain in self.prefixes.chains] + [NONE], dtype=numpy.int64)[self.prefix]
+        begins = numpy.ones(len(first), dtype=bool)
+        begins[1:] = (first[1:] != first[:-1]) | (first[1:] == NONE)
+        return numpy.cumsum(begins) - 1
+
+    @cached_property
+    def prefill_tokens(self) -> int:
+        """Prompt tokens that are run where prefixes are shared: each of these once."""
+        _, last = self.prefix_spans
+        return int(self.own_prompt_tokens.sum() + self.prefixes.lengths[last >= 0].sum())
+
+    def prefix_tokens_of(self, sequences: int) -> int:
+        """Room for the prefixes of any ``sequences`` rows that follow each other."""
+        if not self.shares:
+            return 0
+        known = self.__dict__.setdefault("_prefix_tokens", {})
+        if sequences not in known:
+            first, last = self.prefix_spans
+            used, lengths = last >= 0, self.prefixes.lengths
+            changes = numpy.zeros(len(self) + 1, dtype=numpy.int64)  # by the first of the rows looked at
+            numpy.add.at(changes, numpy.maximum(first[used] - sequences + 1, 0), lengths[used])
+            numpy.add.at(changes, last[used] + 1, -lengths[used])
+            known[sequences] = int(numpy.cumsum(changes).max())
+        return known[sequences]
+
+    @cached_property
+    def kv_tokens(self) -> numpy.ndarray:
+        """Cache room each sequence may need for itself; its last token is never attended to."""
+        return self.own_prompt_tokens + self.max_tokens - 1
+
+    @cached_property
     def longest_tokens(self) -> int:
         return int(self.kv_tokens.max(initial=1))
 

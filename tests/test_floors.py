@@ -39,6 +39,7 @@ FLOORS = {
     "openmp": 0,
     "disk_io": 0,
     "gguf_header": 0,
+    "prefixes": 0,
     "core": 0,
     "errors": 0,
 }
@@ -54,6 +55,7 @@ GROUND_ORDER = {  # inside floor 0
     "openmp": 2,
     "disk_io": 2,
     "gguf_header": 2,
+    "prefixes": 2,
 }
 FACES = {"__init__", "__main__"}  # flexrun/__init__.py shows LLM and its company; __main__ calls cli
 LINES = 400

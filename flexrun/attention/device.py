@@ -106,19 +106,25 @@ def _pack(segments: Segments, mask: numpy.ndarray, number: int, upload: Upload) 
 def attend_on_device(
     query, keys, values, segments: Segments, scale: float, window: int, softcap: float, sinks, out, lse=None
 ) -> bool:
-    """See ``attend``; the tensors are checked. False, with nothing done, for segments over the first part of sequences.
+    """See ``attend``; the tensors are checked. False, with nothing done, for segments over the first part of sequences,
+    unless all their rows see all of it.
 
     Rows in front of a last part (it begins behind them) see nothing of it, as the kernels' causal masks end in the last
     row and column.
     """
-    if (segments.query_position != segments.kv_len - segments.query_len).any() or not len(segments):
+    if not len(segments):
         return False
+    whole = False
+    if (segments.query_position != segments.kv_len - segments.query_len).any():
+        whole = not window and bool((segments.query_position >= segments.kv_len - 1).all())
+        if not whole:
+            return False
     if "_device_tables" not in segments.__dict__:
         prepare(segments, lambda name, values: values.to(query.device, non_blocking=True))
     tables: _Tables = segments.__dict__["_device_tables"]
     if tables.packed is not None and not softcap and _flash_applies(query):
         for part in tables.packed:
-            _attend_packed(query, keys, values, part, scale, window, sinks, out, lse)
+            _attend_packed(query, keys, values, part, scale, window, whole, sinks, out, lse)
         return True
     if tables.unseeing is not None:
         out.index_fill_(0, tables.unseeing, 0.0)
@@ -131,7 +137,7 @@ def attend_on_device(
             query[rows],
             keys[kv_rows],
             values[kv_rows],
-            query_position=kv_len - query_len,
+            query_position=kv_len if whole else kv_len - query_len,
             scale=scale,
             window=window,
             softcap=softcap,
@@ -165,8 +171,8 @@ def _varlen() -> ModuleType:
     return importlib.import_module("torch.nn.attention.varlen")
 
 
-def _attend_packed(query, keys, values, part: _Packed, scale, window, sinks, out, lse) -> None:
-    """window counts the row itself, the kernel's left border does not."""
+def _attend_packed(query, keys, values, part: _Packed, scale, window, whole: bool, sinks, out, lse) -> None:
+    """window counts the row itself, the kernel's left border does not. whole: every row sees all KV of its segment."""
     varlen = _varlen()
     result = varlen.varlen_attn_out(
         out[part.rows],
@@ -178,7 +184,7 @@ def _attend_packed(query, keys, values, part: _Packed, scale, window, sinks, out
         part.longest_query,
         part.longest_kv,
         scale=scale,
-        window_size=(window - 1 if window else -1, 0),
+        window_size=(window - 1 if window else -1, -1 if whole else 0),
         enable_gqa=query.shape[1] != keys.shape[1],
         seqused_k=part.kv_lengths,
         return_aux=None if sinks is None and lse is None else varlen.AuxRequest(lse=True),

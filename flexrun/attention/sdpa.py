@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 QUERY_BLOCK_TOKENS = 256
 MASK_ELEMENTS = 1 << 22  # of one mask: bounds memory for long contexts
-SCORE_ELEMENTS = 1 << 23  # of one float32 score matrix of the explicit form
+SCORE_ELEMENTS = 1 << 20  # of one float32 score matrix of the explicit form: it is gone over often
 
 
 def attend_segment(
@@ -111,20 +111,29 @@ def _masked_block(query, keys, values, *, past, scale, window, block_tokens, **_
 
 
 def _explicit_block(query, keys, values, *, past, scale, window, softcap, sinks, lse, **_):
-    query, keys, values = _grouped(query.float(), keys.float(), values.float())
-    scores = (query @ keys.transpose(-1, -2)).mul_(scale)
+    # the heads of a group are rows of one product a KV head, so that K and V are not copied for each of them
+    query_len, num_kv_heads, group, head_dim = query.shape
+    kv_len = len(keys)
+    keys, values = (slab.float().transpose(0, 1) for slab in (keys, values))
+    rows = query.float().transpose(0, 1).reshape(num_kv_heads, query_len * group, head_dim)
+    scores = torch.bmm(rows, keys.transpose(1, 2)).mul_(scale)
     if softcap:
         scores.div_(softcap).tanh_().mul_(softcap)
-    query_len, kv_len = scores.shape[-2:]
-    scores += _causal_band(query_len, kv_len, past, window, query_len, torch.float32, scores.device)
-    total = None if sinks is None and lse is None else scores.logsumexp(-1)
-    result = scores.softmax(-1) @ values
+    if window or past < kv_len - 1:
+        band = _causal_band(query_len, kv_len, past, window, query_len, torch.float32, scores.device)
+        scores.view(num_kv_heads, query_len, group, kv_len).add_(band[:, None])
+    highest = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(highest).exp_()
+    sums = weights.sum(-1, keepdim=True)
+    result = torch.bmm(weights, values).div_(sums).view(num_kv_heads, query_len, group, -1)
+    total = highest.add_(sums.log_()).view(num_kv_heads, query_len, group)
     if sinks is not None:
-        result *= sink_share(total, sinks)
-        torch.logaddexp(total, sinks, out=total)
+        by_head = sinks.transpose(1, 2)
+        result *= sink_share(total, by_head)
+        total = torch.logaddexp(total, by_head)
     if lse is not None:
-        lse.copy_(total.permute(2, 0, 1))
-    return result.permute(2, 0, 1, 3)
+        lse.copy_(total.transpose(0, 1))
+    return result.transpose(0, 1)
 
 
 def sink_share(lse, sinks):

@@ -78,6 +78,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     job.add_argument("--limit", type=int, metavar="LINES", help="only the first lines of the input")
     job.add_argument("--order", default="longest", choices=("longest", "input"), help="which lines run first")
     job.add_argument("--strict", action="store_true", help="stop before weights are loaded if any line is bad")
+    job.add_argument(
+        "--shared-prefixes",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="run once what prompts begin with in common, where that pays; default: do",
+    )
     job.add_argument("--resume", action="store_true", help="go on where an earlier run of the same job ended")
     job.add_argument("--retry-errors", action="store_true", help="with --resume: do failed lines again")
     job.add_argument("--overwrite", action="store_true", help="replace an output file that exists")
@@ -113,6 +119,7 @@ def call(args: argparse.Namespace) -> int:
         return_token_ids=args.return_token_ids,
         progress=args.progress,
         report_dir=args.report,
+        shared_prefixes=args.shared_prefixes,
         identity={
             "dtype": args.dtype,
             "tokenizer": args.tokenizer,

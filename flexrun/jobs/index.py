@@ -1,6 +1,7 @@
 """Knows every line of a job by a few bytes each: validates the whole file in one pass, then finds any line again.
 
-A good line costs 57 bytes of memory however long its prompt is; the prompt itself is read again when its turn comes.
+A good line costs 61 bytes of memory however long its prompt is, and up to 20 more where prefixes are shared; the prompt
+itself is read again when its turn comes.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from flexrun.jobs.jsonl import (
     unread_keys,
 )
 from flexrun.jobs.source import MAX_LINE_BYTES, digest_rest, read_line_at, read_lines
+from flexrun.prefixes import NONE, ROOT, Prefixes, PrefixTree, shareable_tokens
 from flexrun.sampling import SamplingParams
 from flexrun.workload import Workload
 
@@ -60,15 +62,18 @@ class JobIndex:
 
     lines: int64 [rows], 1-based line numbers. prompt_tokens, choices, answer_tokens: int64 [rows], the last the most
     tokens that one of the line's choices may generate. scored: bool [rows], whether the prompt is scored.
+    prefixes; prefix: int64 [rows]: what prompts begin with in common, and which of it each line does; see Workload.
     input_sha256: of the whole (unpacked) file. error_count: lines refused.
     """
 
-    def __init__(self, source: BinaryIO, encoder: PromptEncoder, defaults: SamplingParams):
+    def __init__(self, source: BinaryIO, encoder: PromptEncoder, defaults: SamplingParams, shares: bool = True):
         self._source, self._encoder, self._defaults = source, encoder, defaults
         self._offsets, self._lines = array("q"), array("q")
         self._prompt_tokens = array("q")  # 0 for a refused line
         self._answer_tokens, self._choices = array("q"), array("q")
         self._scored = bytearray()
+        self._tree = PrefixTree() if shares else None
+        self._nodes = array("i")  # of the tree
         self._digests = bytearray()
         self._errors = tempfile.SpooledTemporaryFile(_ERROR_SPOOL_BYTES, mode="w+", encoding="utf-8")  # noqa: SIM115
         self._unread_keys: dict[str, int] = {}  # first line of each
@@ -79,11 +84,13 @@ class JobIndex:
         return len(self.lines)
 
     def order(self, name: str = "longest") -> np.ndarray:
-        """Rows in the order to run. ``longest`` first keeps the end of the job short: no long answer runs alone."""
+        """Rows in the order to run. ``longest`` first keeps the end of the job short: no long answer runs alone; lines
+        that share a prefix then follow the longest of them."""
         rows = np.arange(len(self))
         if name == "input":
             return rows
-        return np.argsort(-self.expected_tokens(rows), kind="stable")
+        rows = np.argsort(-self.expected_tokens(rows), kind="stable")
+        return rows[self.prefixes.order(self.prefix[rows])]
 
     def expected_tokens(self, rows: np.ndarray) -> np.ndarray:
         """int64, the most tokens (prompt and all choices) of each of ``rows``."""
@@ -94,7 +101,8 @@ class JobIndex:
         choices = self.choices[rows]
         scored = np.where(self.scored[rows], self.prompt_tokens[rows] - 1, 0)
         columns = (self.prompt_tokens[rows], self.answer_tokens[rows], scored)
-        return Workload.of(*(np.repeat(column, choices) for column in columns))
+        workload = Workload.of(*(np.repeat(column, choices) for column in columns))
+        return workload.sharing(self.prefixes, np.repeat(self.prefix[rows], choices))
 
     def load(self, rows: Sequence[int]) -> list[tuple[PromptLine, list[int]]]:
         """Each row's line and its prompt's token ids, read again from the file.
@@ -151,6 +159,7 @@ class JobIndex:
         answer_tokens: int = 0,
         choices: int = 0,
         scored: bool = False,
+        node: int = ROOT,
     ) -> None:
         self._offsets.append(offset)
         self._lines.append(line)
@@ -158,6 +167,7 @@ class JobIndex:
         self._answer_tokens.append(answer_tokens)
         self._choices.append(choices)
         self._scored.append(scored)
+        self._nodes.append(node)
         self._digests += _digest(custom_id)
 
     def _refuse(self, error: LineError) -> None:
@@ -191,7 +201,11 @@ class JobIndex:
         self.prompt_tokens, self.answer_tokens, self.choices = prompt_tokens[good], answer_tokens[good], choices[good]
         self.scored = scored[good]
         del self._offsets, self._lines, self._prompt_tokens, self._answer_tokens, self._choices, self._digests
-        del self._scored
+        self.prefixes, prefix_of = Prefixes(), np.array([NONE])
+        if self._tree is not None:
+            self.prefixes, prefix_of = self._tree.chosen()
+        self.prefix = prefix_of[np.frombuffer(self._nodes, dtype=np.int32)[in_file_order][good]]
+        del self._scored, self._nodes, self._tree
 
 
 def index_job(
@@ -201,12 +215,14 @@ def index_job(
     *,
     limit: int | None = None,
     on_progress: Callable[[int], None] | None = None,
+    shares: bool = True,
 ) -> JobIndex:
     """Validate every line of a seekable JSONL file in one pass, in memory that does not grow with the prompts.
 
     limit: only the first so many lines that are not blank. on_progress: called with the lines checked so far.
+    shares: whether to look for what prompts begin with in common.
     """
-    index = JobIndex(source, encoder, defaults)
+    index = JobIndex(source, encoder, defaults, shares)
     digest = hashlib.sha256()
     batch: list[tuple[int, PromptLine]] = []  # (offset, line) parsed but not tokenised
     batch_bytes = 0
@@ -248,7 +264,11 @@ def _add_batch(index: JobIndex, batch: list[tuple[int, PromptLine]]) -> None:
         params = prompt.params
         answer_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         scored = params.prompt_logprobs is not None
-        index._add(offset, prompt.line, prompt.custom_id, len(token_ids), answer_tokens, params.n, scored)
+        node = ROOT
+        if index._tree is not None:
+            most = shareable_tokens(len(token_ids), answer_tokens, 1 if scored else None)
+            node = index._tree.add(token_ids[:most], params.n)
+        index._add(offset, prompt.line, prompt.custom_id, len(token_ids), answer_tokens, params.n, scored, node)
 
 
 def first_equal(digests: np.ndarray) -> np.ndarray:

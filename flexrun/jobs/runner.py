@@ -61,6 +61,7 @@ class JobConfig:
     return_token_ids: bool = False
     progress: bool | None = None
     report_dir: str | None = None
+    shared_prefixes: bool = True
     identity: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -141,7 +142,12 @@ class _Job:
         started = time.perf_counter()
         encoder = PromptEncoder(model.tokenizer, model.spec.vocab_size, model.max_model_len)
         index = index_job(
-            source, encoder, self.config.sampling, limit=self.config.limit, on_progress=self._checking_report(started)
+            source,
+            encoder,
+            self.config.sampling,
+            limit=self.config.limit,
+            on_progress=self._checking_report(started),
+            shares=self.config.shared_prefixes,
         )
         self.seconds["check"] = time.perf_counter() - started
         self._say(
@@ -254,7 +260,9 @@ class _Job:
             for choice in range(choices)
         ]
         begun = np.minimum(begun, workload.max_tokens - 1)
-        return Workload(workload.prompt_tokens + begun, workload.max_tokens - begun, workload.scored_tokens)
+        return dataclasses.replace(
+            workload, prompt_tokens=workload.prompt_tokens + begun, max_tokens=workload.max_tokens - begun
+        )
 
     def _count_pass(self, llm: Any, bar: Progress, prompt_tokens: int, generated_tokens: int) -> None:
         bar.advance(prompt_tokens, generated_tokens)
@@ -282,13 +290,15 @@ class _Job:
     def _requests(self, index: JobIndex, rows: np.ndarray, stop: StopSignals) -> Iterator[Request]:
         for start in range(0, len(rows), LOAD_ROWS):
             chunk = rows[start : start + LOAD_ROWS]
-            for (prompt, token_ids), expected_tokens in zip(index.load(chunk), index.expected_tokens(chunk)):
+            columns = (index.expected_tokens(chunk).tolist(), index.prefix[chunk].tolist())
+            for (prompt, token_ids), expected_tokens, prefix in zip(index.load(chunk), *columns):
                 if stop.requested:
                     # The engine asks for more once it has handed out what is finished: the moment to stop.
                     raise _Stopped
-                self.in_flight[prompt.custom_id] = prompt, int(expected_tokens)
+                self.in_flight[prompt.custom_id] = prompt, expected_tokens
+                text = prompt.prompt, prompt.messages
                 begun = self.partial.pop(prompt.line, None)
-                yield Request(prompt.custom_id, token_ids, prompt.prompt, prompt.messages, prompt.params, partial=begun)
+                yield Request(prompt.custom_id, token_ids, *text, prompt.params, partial=begun, prefix=prefix)
 
     def _record(self, prompt: PromptLine, output: RequestOutput, journal: Journal) -> int:
         """Write one finished request down and count it. Returns the tokens it took, prompt and answer."""

@@ -54,6 +54,17 @@ def _forecast_lines(engine: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [("forecast", text), ("bound", bound)]
 
 
+def _prefix_words(engine: Mapping[str, Any]) -> str:
+    """What need not be run, for another prompt began with it."""
+    shared = engine.get("shared_prefixes") or {"prefixes": 0}
+    if not shared["prefixes"]:
+        return ""
+    spared = shared["spared_prompt_tokens"]
+    total = spared + engine["prompt_tokens"]
+    had = f"{shared['prefixes']:,} prefix{'es' if shared['prefixes'] > 1 else ''} had them"
+    return f"{spared:,} of {total:,} prompt tokens not prefilled ({spared / total:.0%}): {had}"
+
+
 def _engine_lines(engine: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The lines of ``LLM.summary()``."""
     if not engine:
@@ -62,6 +73,7 @@ def _engine_lines(engine: Mapping[str, Any]) -> list[tuple[str, str]]:
     peaks = [f"{tier} {format_bytes(account['peak_bytes'])}" for tier, account in engine["tiers"].items()]
     return [
         ("prefill", f"{engine['prompt_tokens']:,} tokens in {engine['prefill_seconds']:,.1f} s"),
+        ("shared prefixes", _prefix_words(engine)),
         ("decode", f"{engine['generated_tokens']:,} tokens in {engine['decode_seconds']:,.1f} s"),
         *([("paused", f"{paused:,} times an answer outgrew its cache room and was prefilled again")] if paused else []),
         *_forecast_lines(engine),

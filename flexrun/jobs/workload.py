@@ -26,6 +26,7 @@ class Workload(flexrun.workload.Workload):
         sampling: SamplingParams | None = None,
         order: str = "longest",
         limit: int | None = None,
+        shared_prefixes: bool = True,
     ) -> Workload:
         """Lengths of every good line of a prompt file, in the order a job would run them.
 
@@ -38,7 +39,7 @@ class Workload(flexrun.workload.Workload):
         encoder = PromptEncoder(model.tokenizer, model.spec.vocab_size, model.max_model_len)
         with (
             closing(open_source(str(path))) as source,
-            closing(index_job(source, encoder, sampling, limit=limit)) as index,
+            closing(index_job(source, encoder, sampling, limit=limit, shares=shared_prefixes)) as index,
         ):
             rows = index.workload(index.order(order))
-        return cls(rows.prompt_tokens, rows.max_tokens, rows.scored_tokens)
+        return cls(rows.prompt_tokens, rows.max_tokens, rows.scored_tokens, rows.prefixes, rows.prefix)

@@ -13,6 +13,7 @@ from flexrun.llm.model_files import ModelFiles
 from flexrun.offload.sequence import Group
 from flexrun.offload.sequence import Sequence as TextInTheMaking
 from flexrun.outputs import Request
+from flexrun.prefixes import NONE, Prefixes, shareable_tokens
 from flexrun.sampling import SamplingParams, resolve_seed
 from flexrun.workload import Workload
 
@@ -114,20 +115,25 @@ class Intake:
         except FlexrunError:
             return None, 0
 
-    def workload(self, requests: list[Request]) -> Workload:
-        """What the requests ask for, those that will be refused left out."""
-        rows = []
+    def workload(self, requests: list[Request], prefixes: Prefixes | None = None) -> Workload:
+        """What the requests ask for, those that will be refused left out. prefixes: those that the requests name."""
+        rows, shared = [], []
         for request in requests:
             ids, total = self.lengths(request)
             if ids:
                 params = request.params or SamplingParams()
                 scored = 0 if params.prompt_logprobs is None else len(ids) - (request.score_start or 1)
                 rows += [(len(ids), total - len(ids), scored)] * params.n
-        return Workload.of(*zip(*rows)) if rows else Workload.of((), ())
+                shared += [request.prefix] * params.n
+        workload = Workload.of(*zip(*rows)) if rows else Workload.of((), ())
+        return workload.sharing(prefixes, shared) if prefixes else workload
 
-    def group(self, request: Request, prompt_ids: list[int] | None = None) -> tuple[Group, list[TextInTheMaking]]:
+    def group(
+        self, request: Request, prompt_ids: list[int] | None = None, prefixes: Prefixes | None = None
+    ) -> tuple[Group, list[TextInTheMaking]]:
         """A request as its group and those of its n sequences that are to be run.
 
+        prefixes: those that requests name, where they are shared.
         Raises FlexrunError where it cannot be served.
         """
         params = request.params or SamplingParams()
@@ -154,6 +160,11 @@ class Intake:
             )
         if params.prompt_logprobs is not None:
             group.score_start = request.score_start or 1
+        if prefixes and request.prefix != NONE:
+            tokens = int(prefixes.depths[request.prefix])
+            most = shareable_tokens(len(ids), group.max_tokens, group.score_start)
+            if tokens <= most and prefixes.begins(request.prefix, ids):
+                group.prefix, group.prefix_tokens = request.prefix, tokens
         seed = resolve_seed(params.seed, self._job_seed, request.request_id)
         sequences = []
         for choice in range(params.n):

@@ -25,6 +25,7 @@ from flexrun.llm.machine_profile import settle_hardware, with_device
 from flexrun.llm.model_files import ModelFiles, open_model
 from flexrun.llm.packing import PackedModel
 from flexrun.llm.scoring import Text, as_score, score_requests
+from flexrun.llm.sharing import arranged, prefixes_at_hand, serves
 from flexrun.llm.totals import forecasts_document, run_document
 from flexrun.machine import available_cores, available_memory_bytes, free_disk_bytes
 from flexrun.moe import write_expert_profile
@@ -37,6 +38,7 @@ from flexrun.policy.features import AUTO_BITS
 from flexrun.policy.forecast import forecast
 from flexrun.policy.layout import Budgets, Layout
 from flexrun.policy.search import Plan, search_worth
+from flexrun.prefixes import Prefixes
 from flexrun.report.trace import write_chrome_trace
 from flexrun.sampling import SamplingParams
 from flexrun.weights.catalog import default_cache_dir
@@ -67,6 +69,7 @@ class LLM:
         scale. kv_bits: likewise, of the KV cache.
     save_expert_profile: file that tells how many tokens each expert of a mixture got, written on close().
         expert_profile: such a file of an earlier run; the most used experts then live on the fastest tiers.
+    shared_prefixes: what prompts begin with in common is run once, kept once and attended together, where that pays.
     seed: seeds every request that brings none. trace: path of a Chrome trace written on close().
 
     Raises ConfigError, CheckpointError, UnsupportedError or BudgetError, each naming its remedy.
@@ -100,6 +103,7 @@ class LLM:
         kv_bits: int | str | None = None,
         expert_profile: str | Path | None = None,
         save_expert_profile: str | Path | None = None,
+        shared_prefixes: bool = True,
         log: Callable[[str], None] | None = None,
     ):
         self._accelerator = Accelerator.of(device, gpu_memory, lane_bandwidths)
@@ -127,6 +131,7 @@ class LLM:
         packed_dir = Path(disk_dir) if disk_dir else Path(cache_dir or default_cache_dir()) / "packed"
         self._packed = PackedModel(self.files, packed_dir, bits, progress)
         self._max_num_seqs = max_num_seqs
+        self._shared_prefixes = shared_prefixes
         self._intake = Intake(self.files, seed)
         self._trace_path, self._direct_io = trace, direct_io
         self._profile_path, self._expert_counts = save_expert_profile, None
@@ -184,7 +189,7 @@ class LLM:
         encoded = [(request, *self._intake.lengths(request)) for request in requests]
         encoded.sort(key=lambda item: -item[2])
         prepared = [dataclasses.replace(request, token_ids=ids) if ids else request for request, ids, _ in encoded]
-        workload = self._intake.workload(prepared)
+        prepared, workload = arranged(prepared, self._intake, shares=self._shared_prefixes)
         place = {request.request_id: number for number, request in enumerate(requests)}
         outputs: list[RequestOutput | None] = [None] * len(requests)
         with tqdm(total=len(requests), desc="requests", disable=not use_tqdm) as bar:
@@ -204,10 +209,10 @@ class LLM:
     ) -> Iterator[RequestOutput]:
         """Outputs in completion order; requests are drawn as slots free up, so the pile may be endless.
 
-        workload: what the requests will ask for, to size the run by; without it each is taken to be as long as
-        max_model_len allows. A bad request yields an output with ``error`` set. on_pass: called after each pass with
-        the prompt tokens it prefilled and the tokens it generated; on_tokens: with (request id, choice, token) of the
-        latter.
+        workload: what the requests will ask for, to size the run by, and the prefixes that they name; without it each
+        is taken to be as long as max_model_len allows. A bad request yields an output with ``error`` set. on_pass:
+        called after each pass with the prompt tokens it brought into the cache and the tokens it generated; on_tokens:
+        with (request id, choice, token) of the latter.
         Raises ConfigError while another iterator of this LLM is neither exhausted nor closed.
         """
         if self._generating:
@@ -220,7 +225,9 @@ class LLM:
         name_of = self.tokenizer and (lambda token: self.tokenizer.decode([token], skip_special_tokens=False))
         start_seconds = time.perf_counter()
         self._generating = True
-        outputs = self._engine.run(self._groups(iter(requests)), name_of, on_pass, on_tokens)
+        prefixes = prefixes_at_hand(self._engine, workload)
+        self._answered.begin(prefixes)
+        outputs = self._engine.run(self._groups(iter(requests), prefixes), name_of, on_pass, on_tokens, prefixes)
         try:
             for output in outputs:
                 self._answered.add(output)
@@ -230,12 +237,12 @@ class LLM:
             outputs.close()
             self._run_seconds += time.perf_counter() - start_seconds
 
-    def _groups(self, requests: Iterator[Request]) -> Iterator[tuple[Group, list] | RequestOutput]:
+    def _groups(self, requests: Iterator[Request], prefixes: Prefixes) -> Iterator[tuple[Group, list] | RequestOutput]:
         """What the engine draws from: a request's group and sequences, or the output of one that cannot be served."""
         longest = self._engine.kv.largest_sequence_tokens
         for request in requests:
             try:
-                group, sequences = self._intake.group(request)
+                group, sequences = self._intake.group(request, prefixes=prefixes)
                 if not sequences:
                     yield group.output(time.perf_counter())
                     continue
@@ -243,9 +250,9 @@ class LLM:
                     raise RequestError(
                         "prompts are not scored while hidden states wait elsewhere", "set hidden.gpu to 1"
                     )
-                if sequences[0].kv_tokens > longest:
+                if sequences[0].own_kv_tokens > longest:
                     raise RequestError(
-                        f"the request may take {sequences[0].kv_tokens} tokens of KV cache, "
+                        f"the request may take {sequences[0].own_kv_tokens} tokens of KV cache, "
                         f"this run has room for {longest}",
                         "lower max_tokens, or raise kv_tokens in the policy or --cpu-memory",
                         "kv_cache_too_small",
@@ -253,6 +260,7 @@ class LLM:
             except FlexrunError as error:
                 yield RequestOutput.refused(request, as_request_error(error))
             else:
+                self._answered.sent(request, group.prefix)
                 yield group, sequences
 
     @property
@@ -276,7 +284,7 @@ class LLM:
         if workload is None:
             workload = Workload.uniform(self._max_num_seqs or LAZY_SEQUENCES, self.max_model_len - 1, 1)
         engine = self._engine
-        if engine is not None and not engine.failed and self._serves(workload):
+        if engine is not None and not engine.failed and serves(engine, workload, self._planned_rows):
             return engine.policy
         self._retire_engine()
         self._planned_rows = len(workload)
@@ -300,15 +308,9 @@ class LLM:
             bytes_per_second=self._accelerator.bytes_per_second,
             trace=self._trace_path is not None,
             direct=self._direct_io,
+            prefix_tokens=layout.prefix_tokens,
         )
         return layout.policy
-
-    def _serves(self, workload: Workload) -> bool:
-        """Whether the engine at hand has the slots and the room that a workload can use."""
-        slots = self._engine.policy.sequences_in_flight
-        slots_suffice = len(workload) <= slots or self._planned_rows > slots  # more rows would not have had more slots
-        longest_fits = self._engine.kv.largest_sequence_tokens >= workload.longest_tokens
-        return slots_suffice and longest_fits and self._engine.kv_tokens >= workload.kv_tokens_of(slots)
 
     def _cpu_budget_bytes(self) -> int:
         if self._cpu_budget is None:

@@ -22,6 +22,7 @@ def run_document(engine: Engine, seconds: float, forecasts: dict) -> dict:
         "passes": totals.passes,
         "seconds": seconds,
         "prompt_tokens": totals.prompt_tokens,
+        "shared_prefixes": {"prefixes": totals.prefixes, "spared_prompt_tokens": totals.spared_tokens},
         "generated_tokens": totals.generated_tokens,
         "generated_tokens_per_second": totals.generated_tokens / seconds if seconds else 0.0,
         "total_tokens_per_second": (totals.generated_tokens + totals.prompt_tokens) / seconds if seconds else 0.0,

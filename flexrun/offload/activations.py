@@ -24,6 +24,7 @@ from flexrun.placement import (
     merge_bytes,
     offloaded_query_bytes,
     part_tokens,
+    prefix_row_bytes,
     waiting_hidden_bytes,
     workspace_bytes,
 )
@@ -73,6 +74,8 @@ class Activations:
         away = [each for each in kv.micro_batches if each.home is not self.compute_tier]
         attends_on_host = device is not None and any(each.attend_lane is Lane.CPU for each in away)
         splits = any(each.device_share for each in kv.micro_batches)
+        if kv.shares_prefixes:
+            self._reserved.append((memory, "prefix_rows", prefix_row_bytes(spec, policy)))
         if splits:
             self._reserved.append((memory, "kv_merge", merge_bytes(spec, policy)[1]))
         row_bytes = weights.embedding_rows.row_bytes if weights.embedding_rows else 0
@@ -112,7 +115,12 @@ class Activations:
         if splits:
             self.attended_below = rows_of(*attended_heads)
             self.lse_below, self.lse_above = (rows_of(spec.num_heads, dtype=torch.float32) for _ in range(2))
-            self._host_lse = host.allocate("kv_merge", merge_bytes(spec, policy)[0])
+        if kv.shares_prefixes:
+            self.found_in_prefix = rows_of(*attended_heads)
+            self.own_lse, self.prefix_lse = (rows_of(spec.num_heads, dtype=torch.float32) for _ in range(2))
+        if splits or (kv.shares_prefixes and attends_on_host):
+            kind = "kv_merge" if splits else "prefix_rows"
+            self._host_lse = host.allocate(kind, merge_bytes(spec, policy)[0])
             self.host_lse = self._host_lse.view(0, (tokens, spec.num_heads), torch.float32)
         if attends_on_host:
             self._host_rows = host.allocate("offloaded_query", offloaded_query_bytes(spec, policy))
@@ -162,6 +170,9 @@ class Activations:
                     attended["cached"] = rows.split.above
                 elif self.in_place(rows.index):
                     attended = {"segments": rows.segments}
+                if rows.prefixes is not None:
+                    for number, level in enumerate(rows.prefixes.levels):
+                        attended |= {f"prefix {number}": level.together, f"prefix {number} each": level.each}
                 for part, segments in attended.items():
                     if segments is not None:
                         label = f"{part} {rows.index}"

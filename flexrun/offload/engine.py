@@ -35,16 +35,23 @@ from flexrun.placement import (
     micro_batch_sequences,
     rotary_positions,
 )
+from flexrun.prefixes import Prefixes
 from flexrun.sampling import sample, score
 from flexrun.weights.packed import PackedWeights
 
 
 @dataclass
 class Totals:
-    """Sums over the passes run so far. A pass that mixes phases is split by its token counts."""
+    """Sums over the passes run so far. A pass that mixes phases is split by its token counts.
+
+    prompt_tokens: those that were run; spared_tokens: those that ``prefixes`` shared ones
+    made needless to run.
+    """
 
     passes: int = 0
     prompt_tokens: int = 0
+    spared_tokens: int = 0
+    prefixes: int = 0
     generated_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -53,6 +60,8 @@ class Totals:
         share = plan.prefill_tokens / plan.shape.tokens
         self.passes += 1
         self.prompt_tokens += plan.prefill_tokens
+        self.spared_tokens += plan.spared_tokens
+        self.prefixes += plan.prefixes
         self.generated_tokens += len(plan.sampled)
         self.prefill_seconds += seconds * share
         self.decode_seconds += seconds * (1 - share)
@@ -77,15 +86,17 @@ class Engine:
         bytes_per_second: Mapping[Lane, float] = MappingProxyType({}),
         trace: bool = False,
         direct: bool = True,
+        prefix_tokens: int = 0,
     ):
         """``gpu_budget_bytes`` > 0: an accelerator with that much memory beside the host, emulated unless one is given.
 
         The engine closes the accelerator. disk_budget_bytes: for the packed weights and the KV cache beside them, where
-        some of it lives on disk. bytes_per_second: bandwidths that lanes of an emulated one are held to.
+        some of it lives on disk. bytes_per_second: bandwidths that lanes of an emulated one are held to. prefix_tokens:
+        room for prefixes that sequences share, beside that of kv_tokens.
         """
-        self.policy, self.kv_tokens = policy, kv_tokens
+        self.spec, self.policy, self.kv_tokens, self.prefix_tokens = spec, policy, kv_tokens, prefix_tokens
         self._accelerator = accelerator or EmulatedDevice()
-        on_device = gpu_budget_bytes > 0
+        self.on_device = on_device = gpu_budget_bytes > 0
         with ExitStack() as undo:  # what is open when an allocation is refused
             undo.callback(self._accelerator.close)
             self.tiers = {Tier.CPU: MemoryTier(Tier.CPU, cpu_budget_bytes, self._accelerator.host_memory)}
@@ -127,7 +138,8 @@ class Engine:
     ) -> KVStore:
         """Before the weights are read: a full disk is told at once."""
         host, device = self.tiers[Tier.CPU], self.tiers.get(Tier.GPU)
-        places = kv_micro_batches(self.policy, self.kv_tokens, on_device=device is not None)
+        on_device, prefix_tokens = device is not None, self.prefix_tokens
+        places = kv_micro_batches(self.policy, self.kv_tokens, on_device=on_device, prefix_tokens=prefix_tokens)
         if any(place.home is Tier.DISK for place in places):
             self.tiers[Tier.DISK] = MemoryTier(Tier.DISK, disk_budget_bytes)
             self.tiers[Tier.DISK].reserve("weights", account.bytes_by_kind[Tier.DISK]["weights"])
@@ -158,13 +170,15 @@ class Engine:
         name_of: Callable[[int], str] | None = None,
         on_pass: Callable[[int, int], None] | None = None,
         on_tokens: Callable[[list[tuple[str, int, int]]], None] | None = None,
+        prefixes: Prefixes | None = None,
     ) -> Iterator[RequestOutput]:
         """Outputs in completion order, as ``source`` is drawn from whenever a slot is free (see Batcher.feed).
 
-        on_pass: called after each pass with the prompt tokens it prefilled and the tokens it generated. on_tokens: the
+        on_pass: called after each pass with the prompt tokens it brought into the cache, by itself or by a prefix that
+        is there, and the tokens it generated. on_tokens: the
         same with (request id, choice, token) of each of these; what it raises ends the run.
         """
-        self._batcher.feed(source)
+        self._batcher.feed(source, prefixes)
         try:
             while True:
                 start_seconds = time.perf_counter()
@@ -178,7 +192,7 @@ class Engine:
                     now = time.perf_counter()
                     self.totals.add(plan, now - start_seconds)
                     if on_pass is not None:
-                        on_pass(plan.prefill_tokens, len(plan.sampled))
+                        on_pass(plan.prefill_tokens + plan.spared_tokens, len(plan.sampled))
                     if on_tokens is not None:
                         on_tokens(
                             [

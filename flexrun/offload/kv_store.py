@@ -181,7 +181,11 @@ class KVStore:
         ``max_sequences``: most sequences one micro-batch may hold.
         """
         order = sorted(
-            (index for index, count in enumerate(self.sequences) if count < max_sequences),
+            (
+                index
+                for index, (place, count) in enumerate(zip(self.micro_batches, self.sequences))
+                if count < max_sequences and not place.shared
+            ),
             key=lambda index: (len(self._regions[index]), -self._spaces[index].free_tokens, index),
         )
         if self.form is not None:  # the last tokens, of a group that is never complete, wait elsewhere
@@ -202,6 +206,18 @@ class KVStore:
         self._places.get(region.micro_batch, {}).pop(region.start, None)
 
     @property
+    def shares_prefixes(self) -> bool:
+        """Whether the first micro-batch is that of shared prefixes."""
+        return self.micro_batches[0].shared
+
+    def allocate_prefix(self, tokens: int) -> int | None:
+        """First row of room for a prefix that sequences share, or None for now."""
+        return self._spaces[0].allocate(tokens)
+
+    def release_prefix(self, start: int, tokens: int) -> None:
+        self._spaces[0].release(start, tokens)
+
+    @property
     def sequences(self) -> list[int]:
         """Sequences in each micro-batch."""
         return [len(regions) for regions in self._regions]
@@ -209,12 +225,13 @@ class KVStore:
     @property
     def free_tokens(self) -> int:
         """Tokens of room that no sequence has, in all micro-batches together."""
-        return sum(space.free_tokens for space in self._spaces)
+        spaces = zip(self.micro_batches, self._spaces)
+        return sum(space.free_tokens for place, space in spaces if not place.shared)
 
     @property
     def largest_sequence_tokens(self) -> int:
         """Tokens of the longest sequence that could ever fit."""
-        return max(micro_batch.capacity_tokens for micro_batch in self.micro_batches)
+        return max(place.capacity_tokens for place in self.micro_batches if not place.shared)
 
     def slab(self, layer: int, micro_batch: int) -> Tensor:
         """[planes, tokens, heads, width] in the memory of the micro-batch's home tier, which is not the disk."""

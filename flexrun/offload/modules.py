@@ -33,6 +33,7 @@ class Modules:
             StepKind.ATTENTION_INPUTS: self._attention_inputs,
             StepKind.ATTEND: self._attend,
             StepKind.ATTEND_FRESH: self._attend_fresh,
+            StepKind.ATTEND_PREFIX: self._attend_prefix,
             StepKind.MERGE: self._merge,
             StepKind.ATTENTION_OUTPUT: self._attention_output,
             StepKind.MLP: self._mlp,
@@ -129,7 +130,30 @@ class Modules:
                 segments = rows.cached
             own = [rows[step.start : step.stop] for rows in activations.new_rows]
             store(slab, activations.kv_rows[rows.index][: step.rows], own)
-        attend_rows(self._spec, step, segments, slab, beside, activations.query, activations.attended)
+        lse = activations.own_lse if rows.prefixes is not None else None
+        attend_rows(self._spec, step, segments, slab, beside, activations.query, activations.attended, lse)
+
+    def _attend_prefix(self, step: Step) -> None:
+        """Shared prefixes level by level, each joined with what its rows saw before; sinks have had their part."""
+        activations, form = self._activations, self._spec.attention_form(step.layer)
+        prefixes, slab = activations.rows[step.micro_batch].prefixes, self._kv.slab(step.layer, 0)
+        unlimited = not form.window or form.window >= prefixes.reach
+        for level in prefixes.levels:
+            rows = slice(step.start + level.start, step.start + level.stop)
+            found, lse = activations.found_in_prefix[rows].zero_(), activations.prefix_lse[rows].fill_(float("-inf"))
+            attend(
+                activations.query[rows],
+                slab[0],
+                slab[1],
+                level.together if unlimited else level.each,
+                scale=form.scale,
+                window=0 if unlimited else form.window,
+                softcap=form.softcap,
+                out=found,
+                lse=lse,
+            )
+            own, own_lse = activations.attended[rows], activations.own_lse[rows]
+            merge(own, own_lse, found, lse, out=own, lse=own_lse)
 
     def _attend_coded(self, step: Step, beside: Tensor | None) -> None:
         """Take the rows of a micro-batch into its compressed slab, and attend it."""
@@ -161,8 +185,9 @@ class Modules:
         """Prompts that start in this pass attend the rows that ATTENTION_INPUTS has just made."""
         activations = self._activations
         own = [rows[step.start : step.stop] for rows in activations.new_rows]
-        fresh, beside = activations.rows[step.micro_batch].fresh, activations.beside_kv.get(step.layer)
-        attend_rows(self._spec, step, fresh, own, beside, activations.query, activations.attended)
+        rows, beside = activations.rows[step.micro_batch], activations.beside_kv.get(step.layer)
+        lse = activations.own_lse if rows.prefixes is not None else None
+        attend_rows(self._spec, step, rows.fresh, own, beside, activations.query, activations.attended, lse)
 
     def _attention_output(self, step: Step) -> None:
         activations, weights = self._activations, self._weights.unit_weights(step)

@@ -10,7 +10,9 @@ from typing import Protocol
 import numpy
 
 from flexrun.offload.kv_store import Region
+from flexrun.offload.prefix_cache import Chain
 from flexrun.outputs import CompletionOutput, Logprob, Request, RequestOutput
+from flexrun.prefixes import NONE
 from flexrun.sampling import SamplerRow, SamplingParams, TokenLogprob
 
 
@@ -28,6 +30,8 @@ class TextDecoder(Protocol):
 class Group:
     """One request in flight: its n sequences, and those that are done. ``stop_ids`` end a sequence.
 
+    prefix: which of the job's shared prefixes the prompt begins with (NONE: none), and its tokens.
+
     max_tokens: 0 where the prompt is only scored. score_start: the first prompt position whose token is scored, by the
     row before it; None: none is. prompt_logprobs: of the positions from there on, as they come.
     """
@@ -44,6 +48,8 @@ class Group:
     first_token_seconds: float = 0.0
     score_start: int | None = None
     prompt_logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    prefix: int = NONE
+    prefix_tokens: int = 0
 
     def output(self, now_seconds: float) -> RequestOutput:
         metrics = {
@@ -68,14 +74,16 @@ class Sequence:
     cached_tokens: how many of prompt + output are in the KV cache. A sequence prefills until only its
     newest token is not cached, then decodes one token a pass. The last token of a prompt that is only
     scored is not run: nothing is asked of what follows it.
-    start_tokens: what counts as cached before it is first run. room_tokens: of the cache, as long as it has a region;
-    was_paused: it had too little once.
+    start_tokens: what counts as cached before it is first run, a shared prefix of its prompt; ``chain`` has the parts
+    of it, once there is room. room_tokens: of the cache, with its prefix, as long as it has a region; was_paused: it
+    had too little once.
     """
 
     __slots__ = (
         "_decoder",
         "_held",
         "cached_tokens",
+        "chain",
         "group",
         "logprobs",
         "output_ids",
@@ -89,7 +97,8 @@ class Sequence:
 
     def __init__(self, group: Group, choice_index: int, seed: int, decoder: TextDecoder | None):
         self.group = group
-        self.start_tokens = self.cached_tokens = 0
+        self.start_tokens = self.cached_tokens = group.prefix_tokens
+        self.chain: Chain = ()
         self.room_tokens, self.was_paused = 0, False
         self.region: Region | None = None
         self.output_ids = array("q")
@@ -103,8 +112,17 @@ class Sequence:
 
     @property
     def kv_tokens(self) -> int:
-        """Cache room it needs at most: its last token is never attended to."""
+        """Tokens in the cache at most: its last one is never attended to."""
         return len(self.group.prompt_ids) + self.group.max_tokens - 1
+
+    @property
+    def own_kv_tokens(self) -> int:
+        """Cache room it needs at most, beside that of its prefix."""
+        return self.kv_tokens - self.group.prefix_tokens
+
+    @property
+    def own_cached_tokens(self) -> int:
+        return self.cached_tokens - self.group.prefix_tokens
 
     @property
     def known_tokens(self) -> int:

@@ -109,6 +109,8 @@ class Transfers:
         rows = activations.rows[step.micro_batch]
         slab = self._kv.on_host(step.layer, rows.index, step.offset)
         beside, segments, lse = activations.host_beside_kv.get(step.layer), rows.cached, None
+        if rows.prefixes is not None:
+            lse = activations.host_lse
         if rows.split is not None:
             segments = rows.split.below
             lse = None if rows.split.above is None else activations.host_lse
@@ -125,7 +127,10 @@ class Transfers:
 
     def _return_attended(self, step: Step) -> None:
         activations, part = self._activations, slice(step.start, step.stop)
-        split, target = activations.rows[step.micro_batch].split, activations.attended
+        rows, target = activations.rows[step.micro_batch], activations.attended
+        split = rows.split
+        if rows.prefixes is not None:
+            self._accelerator.copy(activations.own_lse[part], activations.host_lse[part])
         if split is not None and split.above is not None:  # merged there with what the device found
             target = activations.attended_below
             self._accelerator.copy(activations.lse_below[part], activations.host_lse[part])

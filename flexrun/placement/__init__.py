@@ -32,11 +32,13 @@ from flexrun.placement.memory import (
     offloaded_query_bytes,
     part_tokens,
     pass_row_bytes,
+    prefix_row_bytes,
     ring_bytes,
     rotary_positions,
     waiting_hidden_bytes,
     workspace_bytes,
 )
+from flexrun.placement.prefixes import why_not_shared
 from flexrun.placement.weights import (
     PlacedTensor,
     WeightPlacement,
@@ -85,6 +87,7 @@ __all__ = [
     "part_tokens",
     "pass_row_bytes",
     "place_weights",
+    "prefix_row_bytes",
     "recent_kv_bytes",
     "ring_bytes",
     "rotary_positions",
@@ -92,5 +95,6 @@ __all__ = [
     "unit_of",
     "waiting_hidden_bytes",
     "weight_bits_of",
+    "why_not_shared",
     "workspace_bytes",
 ]

@@ -36,12 +36,14 @@ class KVMicroBatch:
     """Home tier of one attention micro-batch's KV, its room in tokens, and the lane that attends it.
 
     device_share: of each sequence's room, the share that lives on the device though its home is the host.
+    shared: not of sequences but of prefixes that they share.
     """
 
     home: Tier
     capacity_tokens: int
     attend_lane: Lane
     device_share: float = 0.0
+    shared: bool = False
 
     def device_tokens(self, tokens):
         """How many of the first ``tokens`` tokens of its room (a number or an int64 array) are room on the device.
@@ -60,8 +62,13 @@ class KVMicroBatch:
         return start - device_start, device_start, capacity - (self.device_tokens(start + capacity) - device_start)
 
 
-def kv_micro_batches(policy: Policy, kv_tokens: int, *, on_device: bool) -> tuple[KVMicroBatch, ...]:
+def kv_micro_batches(
+    policy: Policy, kv_tokens: int, *, on_device: bool, prefix_tokens: int = 0
+) -> tuple[KVMicroBatch, ...]:
     """The policy's KV fractions as whole micro-batches of equal room, GPU-resident ones first.
+
+    Where prefixes are shared, before all others the one that these have to themselves, ``prefix_tokens`` of room in the
+    memory of the compute lane: their rows come first in a pass, and the rows of all others attend them there.
 
     For two half-batches, each half has its share of every kind: all GPU-resident ones first would leave the CPU nothing
     to attend in one of them.
@@ -80,7 +87,11 @@ def kv_micro_batches(policy: Policy, kv_tokens: int, *, on_device: bool) -> tupl
 
     on_device_ones = (KVMicroBatch(Tier.GPU, capacity_tokens, Lane.GPU),) * on_gpu
     places = on_device_ones + homes(Tier.CPU, on_host) + homes(Tier.DISK, on_disk)
-    return places[0::2] + places[1::2] if policy.half_batches and on_device else places
+    places = places[0::2] + places[1::2] if policy.half_batches and on_device else places
+    if not prefix_tokens:
+        return places
+    home, lane = (Tier.GPU, Lane.GPU) if on_device else (Tier.CPU, Lane.CPU)
+    return KVMicroBatch(home, prefix_tokens, lane, shared=True), *places
 
 
 def micro_batch_sequences(policy: Policy) -> int:
@@ -89,8 +100,10 @@ def micro_batch_sequences(policy: Policy) -> int:
 
 
 def rotary_positions(micro_batches: tuple[KVMicroBatch, ...]) -> int:
-    """Positions a run needs rotary tables for: the longest sequence that the cache can hold, and its last token."""
-    return max(micro_batch.capacity_tokens for micro_batch in micro_batches) + 1
+    """Positions a run needs rotary tables for: the longest sequence that the cache can hold, behind
+    the longest prefix, and its last token."""
+    before = sum(micro_batch.capacity_tokens for micro_batch in micro_batches if micro_batch.shared)
+    return before + max(micro_batch.capacity_tokens for micro_batch in micro_batches if not micro_batch.shared) + 1
 
 
 @dataclass(frozen=True)
@@ -228,6 +241,12 @@ def merge_bytes(spec: ModelSpec, policy: Policy) -> tuple[int, int]:
     return align_up(policy.tokens_per_pass * lse), align_up(there * on_device)
 
 
+def prefix_row_bytes(spec: ModelSpec, policy: Policy) -> int:
+    """Rows that only shared prefixes need: what is found in a prefix, and the log-sum-exps of either side."""
+    a_row = spec.attended_size * spec.dtype_bytes + 2 * 4 * spec.num_heads
+    return align_up(policy.tokens_per_pass * a_row)
+
+
 def kv_bytes_per_token(spec: ModelSpec, bits: int = 16) -> int:
     """All layers, keys and values; with fewer bits in groups of 64 elements, as FlexGen has them."""
     if bits == 16:
@@ -287,16 +306,17 @@ def memory_account(
     on_device: bool,
     gpu_budget_bytes: int | None = None,
     cpu_budget_bytes: int | None = None,
+    prefix_tokens: int = 0,
 ) -> MemoryAccount:
-    """What a run with ``kv_tokens`` tokens of KV room holds on each tier.
+    """What a run with ``kv_tokens`` tokens of KV room, and ``prefix_tokens`` for shared prefixes, holds on each tier.
 
     Rings take two layers where the budgets allow, less where they do not. The interpreter and its
     libraries (about 0.3 GiB) are outside the account.
     """
-    micro_batches = kv_micro_batches(policy, kv_tokens, on_device=on_device)
+    micro_batches = kv_micro_batches(policy, kv_tokens, on_device=on_device, prefix_tokens=prefix_tokens)
     token_bytes = spec.num_layers * kv_token_bytes(spec, policy)
     kv = dict.fromkeys(Tier, 0)
-    slot_bytes = align_up(micro_batches[0].capacity_tokens * token_bytes // spec.num_layers)
+    slot_bytes = align_up(micro_batches[-1].capacity_tokens * token_bytes // spec.num_layers)
     for micro_batch in micro_batches:
         if micro_batch.home is Tier.DISK:  # every layer's slab begins on a page
             kv[Tier.DISK] += spec.num_layers * slot_bytes
@@ -309,6 +329,8 @@ def memory_account(
     kinds = {tier: {"weights": placement.bytes_on(tier), "kv": kv[tier]} for tier in (Tier.GPU, Tier.CPU)}
     kinds[Tier.DISK] = {"weights": placement.stored_bytes, "kv": kv[Tier.DISK]}
     kinds[Tier.GPU if on_device else Tier.CPU]["workspace"] = workspace_bytes(spec, policy)
+    if prefix_tokens:
+        kinds[Tier.GPU if on_device else Tier.CPU]["prefix_rows"] = prefix_row_bytes(spec, policy)
     in_parts = bool(part_tokens(policy))
     if in_parts:
         tier = Tier.DISK if policy.hidden.disk > policy.hidden.cpu else Tier.CPU
@@ -330,6 +352,8 @@ def memory_account(
             kinds[Tier.GPU]["kv_staging"] = KV_SLOTS * slot_bytes
         if Lane.CPU in lanes:
             kinds[Tier.CPU]["offloaded_query"] = offloaded_query_bytes(spec, policy)
+            if prefix_tokens:
+                kinds[Tier.CPU]["prefix_rows"] = merge_bytes(spec, policy)[0]
         if any(micro_batch.device_share for micro_batch in micro_batches):
             kinds[Tier.CPU]["kv_merge"], kinds[Tier.GPU]["kv_merge"] = merge_bytes(spec, policy)
         if placement.cpu_experts:

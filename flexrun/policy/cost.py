@@ -23,7 +23,8 @@ from flexrun.policy.compressed import Compressed, compressed_part
 from flexrun.policy.expert_cost import ExpertCosts
 from flexrun.policy.kv_writes import row_write_seconds
 from flexrun.policy.matmul_cost import dequantise_seconds, matmul_seconds
-from flexrun.policy.passes import Passes
+from flexrun.policy.passes import ABOVE, PREFIX, Passes
+from flexrun.policy.prefix_cost import prefix_layers_seconds, prefix_step_seconds
 from flexrun.steps import ATTENDS, MicroBatchShape, PassShape, Step, StepKind, experts_moved_share
 
 ROW_READ_SECONDS = 4e-6  # one embedding row out of the page cache
@@ -69,6 +70,7 @@ class StepCosts:
             StepKind.ATTENTION_INPUTS: self._attention_inputs_step,
             StepKind.ATTEND: self._attend_step,
             StepKind.ATTEND_FRESH: self._attend_step,
+            StepKind.ATTEND_PREFIX: lambda step, shape: prefix_step_seconds(self, step, shape),
             StepKind.MERGE: lambda step, shape: self.merge_seconds(step.rows),
             StepKind.ATTENTION_OUTPUT: lambda step, shape: self._linear(
                 "attention_output", 0, step.rows, self._plain(step)
@@ -354,9 +356,9 @@ class StepCosts:
                 seconds[compute] += self._attend_layers(self.device, fresh)
                 leaving_bytes = new_bytes - counts[7] * self.kv_bytes
                 query_bytes = cached[0] * (spec.query_size * spec.dtype_bytes)
-                back_bytes = query_bytes
+                back_bytes = query_bytes + (counts[PREFIX][0] > 0) * cached[0] * (4 * spec.num_heads)
                 if counts[8].any():  # split by token
-                    above = counts_above(cached, counts[7:])
+                    above = counts_above(cached, counts[ABOVE])
                     below, merged = cached[1] > above[1], (cached[1] > above[1]) & (above[1] > 0)
                     seconds[compute] += self._attend_layers(self.device, above)
                     seconds[compute] += merged * layers * self.merge_seconds(cached[0])
@@ -365,6 +367,7 @@ class StepCosts:
                 on_cpu = [(Lane.D2H, query_bytes + leaving_bytes), (Lane.H2D, back_bytes)]
                 moved += on_cpu if lane is Lane.CPU else [(Lane.H2D, there_bytes), (Lane.D2H, new_bytes)]
             seconds[lane] += self._attend_layers(self.device if lane is compute else self.hardware.cpu, cached, above)
+            seconds[compute] += prefix_layers_seconds(self, counts[PREFIX])
             if place.home is Tier.DISK:
                 moved.append((Lane.DISK_READ, there_bytes))
                 writes = self.write_kv_seconds(new_bytes, counts[3])

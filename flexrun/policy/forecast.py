@@ -46,6 +46,7 @@ class Effort:
 
 
 MIN_LAYERS = 4
+GROUPS_DRAWN = 4  # at least, where some of the groups that share a prefix are drawn
 NEAR = 0.08  # of the longest pass: passes that differ less are alike
 QUICK = Effort(passes=240, steps=3_000, layers=8, units=64)  # for ranking many policies
 CLOSE = Effort(passes=480, steps=6_000, layers=16, units=64)  # for those that are near the best
@@ -56,6 +57,7 @@ FULL = Effort(passes=1000, steps=10_000, layers=40, units=128)
 class Forecast:
     """Seconds and tokens of a whole job. lane_seconds: what each lane works, waiting left out.
 
+    prompt_tokens: those that are run; of what prompts share, each once.
     prefill_seconds and decode_seconds split each pass by its tokens, as a run's summary does. simulated_steps: how many
     it took to tell.
     """
@@ -104,6 +106,7 @@ def forecast(
     known: passes of this workload that other policies had; filled here.
     """
     known = {} if known is None else known
+    workload = workload if layout.prefix_tokens else workload.apart()
     rows = len(workload)
     costs = StepCosts(layout.spec, layout.policy, layout.placement, hardware, on_device=layout.on_device)
     shrink = passes_guess(layout.policy, workload) / effort.passes
@@ -127,16 +130,37 @@ def _whole(workload: Workload, parts: Sequence[Forecast]) -> Forecast:
 
 
 def drawn(workload: Workload, count: int) -> Workload:
-    """``count`` rows at even distances, in order."""
+    """``count`` rows at even distances, in order. Groups that share a prefix are drawn whole, unless they are large, so
+    that as much is shared of the part as of the whole; the rows may then be a few more or less."""
     if count == len(workload):
         return workload
+    if workload.shares:
+        rows = _drawn_groups(workload.groups, count)
+        if 0 < len(rows) < len(workload):
+            return workload.rows(rows)
     rows = ((numpy.arange(count) + 0.5) * len(workload) / count).astype(numpy.int64)
     return workload.rows(rows)
 
 
+def _drawn_groups(groups: numpy.ndarray, count: int) -> numpy.ndarray:
+    """groups: int64 [rows], of each row the number of its group, from 0, in order. Returns rows, int64."""
+    rows, sizes = len(groups), numpy.bincount(groups)
+    large = sizes[groups] > max(count // GROUPS_DRAWN, 1)
+    units = numpy.cumsum(numpy.diff(groups, prepend=-1).astype(bool) | large) - 1  # rows of large ones by themselves
+    sizes = numpy.bincount(units)
+    _, kinds = numpy.unique(sizes, return_inverse=True)
+    by_kind = numpy.argsort(kinds, kind="stable")
+    starts = numpy.concatenate([[0], numpy.cumsum(numpy.bincount(kinds))])[:-1]
+    place = numpy.empty(len(sizes), dtype=numpy.int64)  # of a unit among those of its size
+    place[by_kind] = numpy.arange(len(sizes)) - starts[kinds[by_kind]]
+    share = count / rows
+    chosen = numpy.floor((place + 1.5) * share) > numpy.floor((place + 0.5) * share)
+    return numpy.flatnonzero(chosen[units])
+
+
 def _combine(workload: Workload, large: Forecast, small: Forecast) -> Forecast:
     """What a part takes more than a smaller one, as often as the job has tokens more, of prompts and of answers."""
-    prompt_tokens, generated_tokens = int(workload.prompt_tokens.sum()), int(workload.max_tokens.sum())
+    prompt_tokens, generated_tokens = workload.prefill_tokens, int(workload.max_tokens.sum())
     prompts = (prompt_tokens - large.prompt_tokens) / (large.prompt_tokens - small.prompt_tokens)
     answers = (generated_tokens - large.generated_tokens) / (large.generated_tokens - small.generated_tokens)
     prefill = large.prefill_seconds + prompts * (large.prefill_seconds - small.prefill_seconds)
@@ -151,7 +175,7 @@ def _combine(workload: Workload, large: Forecast, small: Forecast) -> Forecast:
 
 def passes_guess(policy: Policy, workload: Workload) -> float:
     """Passes of a job, roughly: limited by slots or by the tokens of a pass, whichever is slower."""
-    generated, prompts = float(workload.max_tokens.sum()), float(workload.prompt_tokens.sum())
+    generated, prompts = float(workload.max_tokens.sum()), float(workload.prefill_tokens)
     slots = min(policy.sequences_in_flight, max(len(workload), 1))
     return max(generated / slots, (prompts + generated) / policy.tokens_per_pass)
 
@@ -172,7 +196,7 @@ class _Part:
         policy, places = layout.policy, layout.micro_batches
         key = (len(workload), policy.sequences_in_flight, policy.tokens_per_pass, policy.attention_micro_batch)
         key += (part_tokens(policy),)
-        key += tuple((place.capacity_tokens, place.device_share) for place in places)
+        key += tuple((place.capacity_tokens, place.device_share, place.shared) for place in places)
         if key not in known:
             known[key] = job_passes(workload, policy, places)
         passes = known[key].at(places)
@@ -191,7 +215,7 @@ class _Part:
             total - decode,
             decode,
             len(self.passes),
-            int(self.workload.prompt_tokens.sum()),
+            self.workload.prefill_tokens,
             int(self.workload.max_tokens.sum()),
             dict(zip(Lane, self.lanes.sum(axis=0).tolist())),
         )

@@ -18,6 +18,7 @@ from flexrun.placement import (
     memory_account,
     part_tokens,
     place_weights,
+    why_not_shared,
 )
 from flexrun.workload import Workload
 
@@ -40,7 +41,10 @@ class Budgets:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """What a run of ``policy`` holds and where. kv_tokens: room of the KV cache, all micro-batches together."""
+    """What a run of ``policy`` holds and where. kv_tokens: room of the KV cache, all micro-batches together.
+
+    prefix_tokens: room for prefixes that sequences share, beside it; 0: they share none.
+    """
 
     spec: ModelSpec
     policy: Policy
@@ -49,11 +53,17 @@ class Layout:
     placement: WeightPlacement
     micro_batches: tuple[KVMicroBatch, ...]
     account: MemoryAccount
+    prefix_tokens: int = 0
 
     @classmethod
     def of(cls, spec: ModelSpec, policy: Policy, workload: Workload, budgets: Budgets) -> Layout:
         """The layout of a policy. Raises BudgetError where it places something on a GPU that is not there."""
         on_device = budgets.on_device
+        prefix_tokens = 0
+        if workload.shares and why_not_shared(spec, policy, on_device=on_device) is None:
+            prefix_tokens = workload.prefix_tokens_of(policy.sequences_in_flight)
+        else:
+            workload = workload.apart()
         kv_tokens = policy.kv_tokens or room_for(policy, workload)
         placement = place_weights(spec, policy, on_device=on_device)
         account = memory_account(
@@ -64,9 +74,10 @@ class Layout:
             on_device=on_device,
             gpu_budget_bytes=budgets.gpu_bytes or None,
             cpu_budget_bytes=budgets.cpu_bytes,
+            prefix_tokens=prefix_tokens,
         )
-        micro_batches = kv_micro_batches(policy, kv_tokens, on_device=on_device)
-        return cls(spec, policy, budgets, kv_tokens, placement, micro_batches, account)
+        micro_batches = kv_micro_batches(policy, kv_tokens, on_device=on_device, prefix_tokens=prefix_tokens)
+        return cls(spec, policy, budgets, kv_tokens, placement, micro_batches, account, prefix_tokens)
 
     def shallow(self, layers: int) -> Layout:
         """The same layout of a model with only its last ``layers`` layers: to simulate what every layer repeats.

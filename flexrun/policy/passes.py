@@ -12,6 +12,8 @@ import numpy
 from flexrun.config import Policy
 from flexrun.core import Lane, Tier
 from flexrun.placement import KVMicroBatch, part_tokens
+from flexrun.policy.prefix_room import PrefixRoom
+from flexrun.prefixes import NONE
 from flexrun.schedule import cut_rows
 from flexrun.steps import MicroBatchShape, PassShape, pairs_of
 from flexrun.workload import Workload
@@ -29,7 +31,11 @@ COLUMNS = (
     "above_pairs",
     "above_decode_tokens",
     "above_decode_kv_tokens",
+    "prefix_rows",
+    "prefix_kv_tokens",
+    "prefix_pairs",
 )
+ABOVE, PREFIX = slice(7, 12), slice(12, 15)  # of COLUMNS, what begins with these names
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +140,8 @@ def job_passes(
     Follows offload.batcher: decoding sequences first, then prompts under way, then new ones while there is room in
     the pass, a slot and cache room. Gaps that ragged sequences leave in a slab are not modelled, and borders of KV that
     is split by token may be one token off, for they depend on where in its slab a sequence lies. Rows that no slab
-    could hold are left out, as a run refuses them. most: stop after so many passes.
+    could hold are left out, as a run refuses them. most: stop after so many passes. Prefixes are shared where the first
+    of the micro-batches is theirs.
     """
     return _Job(workload, policy, micro_batches).passes(most)
 
@@ -142,13 +149,15 @@ def job_passes(
 @dataclass
 class _Prompt:
     """A sequence whose prompt is under way: ``cached`` of its ``tokens`` are done. The ``scored`` ones before the last
-    take a row of the head each."""
+    take a row of the head each. prefix: one that it begins with, which is not among its tokens. Of a prefix that is run
+    for those that share it, ``limit`` is None."""
 
     tokens: int
-    limit: int
+    limit: int | None
     scored: int
     home: int
     border: int  # what lies above it is on the device, where KV is split by token
+    prefix: int = NONE
     cached: int = 0
 
 
@@ -158,17 +167,25 @@ class _Job:
     def __init__(self, workload: Workload, policy: Policy, micro_batches: Sequence[KVMicroBatch]):
         self.policy, self.places = policy, micro_batches
         self.most_rows = part_tokens(policy) or policy.tokens_per_pass  # of one micro-batch in a pass
-        fits = workload.kv_tokens <= max(place.capacity_tokens for place in micro_batches)
+        shared = micro_batches[0].shared
+        self.prefixes = (
+            PrefixRoom(workload.prefixes, micro_batches[0].capacity_tokens, len(micro_batches)) if shared else None
+        )
+        workload = workload if shared else workload.apart()
+        fits = workload.kv_tokens <= max(place.capacity_tokens for place in micro_batches if not place.shared)
         rows = workload.rows(fits)
-        self.rows = list(zip(rows.prompt_tokens.tolist(), rows.max_tokens.tolist(), rows.scored_tokens.tolist()))
+        columns = (rows.own_prompt_tokens, rows.max_tokens, rows.scored_tokens, rows.prefix)
+        self.rows = list(zip(*(column.tolist() for column in columns)))
         self.next_row = self.in_flight = 0
         self.free = [place.capacity_tokens for place in micro_batches]
         self.counts = [0] * len(micro_batches)
+        self.admitted: deque[_Prompt] = deque()  # in this pass, to be begun
         self.refused = False  # until a sequence ends, the next row finds no room
         self.prompts: deque[_Prompt] = deque()
         self.decoding = [0] * len(micro_batches)
         self.decoding_kv = [0] * len(micro_batches)  # tokens they attend in the coming pass
-        self.ends: dict[int, list[tuple[int, int, int]]] = {}  # pass -> (micro-batch, cached, above) of what it ends
+        # pass -> (micro-batch, cached, above, prefix) of what it ends
+        self.ends: dict[int, list[tuple[int, int, int, int]]] = {}
         self.splits = any(place.device_share for place in micro_batches)
         self.above = [0] * len(micro_batches)  # decoding sequences that are past their borders in the coming pass
         self.above_kv = [0] * len(micro_batches)
@@ -182,7 +199,7 @@ class _Job:
             logits_rows.append(rows)
             number += 1
         table = numpy.zeros((number, len(COLUMNS), len(self.places)), dtype=numpy.int64)
-        if number:  # the last columns are there only where KV is split by token
+        if number:  # the last columns are there only where KV is split by token, or prefixes are shared
             table[:, : len(counts[0])] = counts
         last = not self.in_flight and self.next_row == len(self.rows)
         return Passes(self.places, table.transpose(0, 2, 1), numpy.array(logits_rows, dtype=numpy.int64), last)
@@ -199,11 +216,17 @@ class _Job:
             self.above_kv[home] += 1
         if self.splits:
             table += [column[:] for column in (self.above, self.above_kv, self.above_kv, self.above, self.above_kv)]
+        shared, attended = self.prefixes, {}
+        if shared is not None:
+            table += [nothing[:] for _ in range(12 - len(table))]
+            by_home = [counts[:] for counts in shared.decoding]
         logits_rows = sum(decoding)
         room = self.policy.tokens_per_pass - logits_rows
         under_way, self.prompts, done = self.prompts, deque(), []
-        while under_way or room > 0:
-            prompt = under_way.popleft() if under_way else self._admit()
+        if shared is not None:  # first, as others attend them
+            under_way = deque(sorted(under_way, key=lambda prompt: prompt.limit is not None))
+        while under_way or self.admitted or room > 0:
+            prompt = (under_way or self.admitted).popleft() if under_way or self.admitted else self._admit()
             if prompt is None:
                 break
             count = max(min(prompt.tokens - prompt.cached, room, self.most_rows - query[prompt.home]), 0)
@@ -213,7 +236,9 @@ class _Job:
                 query[home] += count
                 kv[home] += seen
                 pairs[home] += count * prompt.cached + count * (count + 1) // 2
-                if count == 1:
+                if prompt.limit is None:
+                    pass
+                elif count == 1:
                     single[home] += 1
                     single_kv[home] += seen
                 elif not prompt.cached:
@@ -222,29 +247,41 @@ class _Job:
                 if prompt.scored:
                     last = prompt.tokens - 1
                     logits_rows += max(min(seen, last) - max(prompt.cached, last - prompt.scored), 0)
+                if shared is not None:
+                    chain = shared.chain(prompt.prefix)
+                    shared.add_chunk(by_home[home], chain, count, attended.setdefault(home, set()))
                 if self.splits and seen > prompt.border:
                     self._add_above(table[-5:], prompt, count)
                 prompt.cached = seen
-            (done if prompt.cached == prompt.tokens else self.prompts).append(prompt)
+            if prompt.cached < prompt.tokens:
+                self.prompts.append(prompt)
+            elif prompt.limit is not None:
+                done.append(prompt)
+        if shared is not None:
+            table += [list(column) for column in zip(*by_home)]
         for home, count in enumerate(decoding):
             decoding_kv[home] += count
             self.above_kv[home] += self.above[home]
-        for home, tokens, above in self.ends.pop(number, ()):
+        for home, tokens, above, prefix in self.ends.pop(number, ()):
             decoding[home] -= 1
             decoding_kv[home] -= tokens + 1
             if above:
                 self.above[home] -= 1
                 self.above_kv[home] -= above + 1
-            self._release(home, tokens)
+            if prefix != NONE:
+                shared.attend(home, prefix, -1)
+            self._release(home, tokens, prefix)
         for prompt in done:
             if prompt.limit <= 1:
-                self._release(prompt.home, prompt.tokens)
+                self._release(prompt.home, prompt.tokens, prompt.prefix)
                 continue
+            if prompt.prefix != NONE:
+                shared.attend(prompt.home, prompt.prefix, 1)
             decoding[prompt.home] += 1
             decoding_kv[prompt.home] += prompt.tokens + 1
             last_tokens = prompt.tokens + prompt.limit - 1
             above = max(last_tokens - prompt.border, 0)
-            self.ends.setdefault(number + prompt.limit - 1, []).append((prompt.home, last_tokens, above))
+            self.ends.setdefault(number + prompt.limit - 1, []).append((prompt.home, last_tokens, above, prompt.prefix))
             if prompt.tokens >= prompt.border:
                 self.above[prompt.home] += 1
                 self.above_kv[prompt.home] += prompt.tokens + 1 - prompt.border
@@ -270,14 +307,15 @@ class _Job:
         """The next sequence, or None while it must wait."""
         if self.refused or self.in_flight >= self.policy.sequences_in_flight or self.next_row >= len(self.rows):
             return None
-        prompt, limit, scored = self.rows[self.next_row]
+        prompt, limit, scored, prefix = self.rows[self.next_row]
         tokens, most = prompt + limit - 1, self.policy.attention_micro_batch
         fitting = [
             (count, -free, home)
             for home, (count, free) in enumerate(zip(self.counts, self.free))
-            if count < most and free >= tokens
+            if count < most and free >= tokens and not self.places[home].shared
         ]
-        self.refused = not fitting
+        new = self.prefixes.take(prefix) if fitting and prefix != NONE else []
+        self.refused = not fitting or new is None
         if self.refused:
             return None
         home = min(fitting)[2]
@@ -286,9 +324,17 @@ class _Job:
         self.next_row += 1
         self.in_flight += 1
         border = self.places[home].split(0, tokens)[2] if self.splits else tokens
-        return _Prompt(prompt, limit, scored, home, border)
+        admitted = _Prompt(prompt, limit, scored, home, border, prefix)
+        if not new:
+            return admitted
+        self.admitted.append(admitted)  # behind what it shares
+        links = [_Prompt(length, None, 0, 0, length, self.prefixes.parent(link)) for link, length in new]
+        self.admitted.extendleft(reversed(links))
+        return self.admitted.popleft()
 
-    def _release(self, home: int, tokens: int) -> None:
+    def _release(self, home: int, tokens: int, prefix: int) -> None:
+        if prefix != NONE:
+            self.prefixes.release(prefix)
         self.counts[home] -= 1
         self.free[home] += tokens
         self.in_flight -= 1

@@ -13,7 +13,7 @@ from flexrun.config import Placement, Policy
 from flexrun.core import Tier
 from flexrun.hardware import Hardware
 from flexrun.models.spec import ModelSpec
-from flexrun.placement import CPU_EXPERT_ROWS, WeightPlacement, kv_micro_batches, place_weights
+from flexrun.placement import CPU_EXPERT_ROWS, WeightPlacement, kv_micro_batches, place_weights, why_not_shared
 from flexrun.policy.features import Features
 from flexrun.policy.forecast import drawn, passes_guess
 from flexrun.policy.kinds import PassKind, pass_kinds
@@ -68,6 +68,10 @@ class Programs:
         fixed: Mapping[str, Any],
         features: Features,
     ):
+        in_place = Policy(kv=Placement(1.0, 0.0) if budgets.on_device else Placement())
+        shares = why_not_shared(spec, in_place, on_device=budgets.on_device) is None
+        # Programs know of prefixes only that they need not be run or kept again; forecasts know what they cost.
+        workload = workload.own() if shares else workload.apart()
         self.spec, self.hardware, self.workload, self.budgets = spec, hardware, workload, budgets
         self.fixed, self.features = fixed, features
         self._choices: dict[tuple, Choice | None] = {}

@@ -13,6 +13,7 @@ OPTIONS = [{}, {"window": 9}, {"softcap": 2.0}, {"sinks": True}, {"sinks": True,
 LENGTHS = ([1, 4, 1, 9, 1, 40, 1], [1, 4, 33, 31, 36, 100, 90])
 LAST_PARTS = ([1, 4, 1, 9, 1, 40, 1], [0, 0, 33, 3, 36, 100, 90])  # some sequences begin later than this slab, or in it
 POSITIONS = [kv - query for query, kv in zip(*LAST_PARTS)]
+BEFORE, BEHIND = ([1, 3, 1, 40], [7, 50, 33, 20]), [7, 55, 33, 20]  # parts that all rows lie behind
 
 
 def upload(name, values):
@@ -38,6 +39,8 @@ def test_gathered_and_one_by_one(dtype, heads, options):
     sizes = {"num_heads": heads[0], "num_kv_heads": heads[1], "head_dim": 32, "dtype": dtype}
     check(*make(*LENGTHS, **sizes, gap=0), **options)
     check(*make(*LAST_PARTS, **sizes, gap=0, query_position=POSITIONS), **options)
+    if not options.get("window"):
+        check(*make(*BEFORE, **sizes, gap=0, query_position=BEHIND), **options)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -50,12 +53,16 @@ def test_packed_segments_through_a_kernel_that_knows_no_sinks(monkeypatch, optio
         query_len = starts.diff().numpy()
         kv_len = seqused_k.numpy()
         part = Segments(starts[:-1].numpy(), query_len, kv_starts[:-1].numpy(), kv_len, kv_len - query_len)
-        assert longest == query_len.max() and longest_kv == seqused_k.max() and window_size[1] == 0
+        assert longest == query_len.max() and longest_kv == seqused_k.max()
+        assert window_size[1] == (-1 if whole else 0)
+        if whole:
+            part = Segments(*part.table[:4], kv_len)
         result, lse = oracle(query, keys, values, part, scale=scale, window=window_size[0] + 1)
         out.copy_(result)
         lse[lse.isneginf()] = float("inf")  # as the kernel says of rows that see nothing
         return (out, lse.float().t()) if return_aux is not None and return_aux.lse else out
 
+    whole = False
     varlen = SimpleNamespace(varlen_attn_out=kernel, AuxRequest=lambda lse: SimpleNamespace(lse=lse))
     monkeypatch.setattr(device, "_varlen", lambda: varlen)
     monkeypatch.setattr(device, "_flash_applies", lambda query: True)
@@ -63,11 +70,14 @@ def test_packed_segments_through_a_kernel_that_knows_no_sinks(monkeypatch, optio
     sizes = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 32, "dtype": torch.float32, "gap": 0}
     check(*make(*lengths, **sizes), **options)
     check(*make(*LAST_PARTS, **sizes, query_position=POSITIONS), **options)
+    if not options.get("window"):
+        whole = True
+        check(*make(*BEFORE, **sizes, query_position=BEHIND), **options)
 
 
 def test_first_parts_of_sequences_are_left_to_the_caller():
     query, keys, values, segments = make(
-        [1], [5], num_heads=2, num_kv_heads=1, head_dim=16, dtype=torch.float32, query_position=[9]
+        [2], [5], num_heads=2, num_kv_heads=1, head_dim=16, dtype=torch.float32, query_position=[2]
     )
     options = {"scale": 1.0, "window": 0, "softcap": 0.0, "sinks": None}
     assert not device.attend_on_device(query, keys, values, segments, **options, out=query.clone())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
+import numpy
 import pytest
 from planned_models import GIB, LAPTOP, NO_GPU, T4, planned
 
@@ -17,6 +18,7 @@ from flexrun.policy.cost import StepCosts
 from flexrun.policy.kv_writes import BLOCK_WRITE_SECONDS
 from flexrun.policy.layout import Budgets, Layout
 from flexrun.policy.passes import job_passes
+from flexrun.prefixes import NONE, Prefixes
 from flexrun.steps import MicroBatchShape, PassShape, Step, StepKind
 from flexrun.workload import Workload
 
@@ -26,8 +28,8 @@ RAM, DISK, HALF_DISK = Placement(), Placement(0.0, 0.0, 1.0), Placement(0.0, 0.5
 MIX = Placement(0.3, 0.4, 0.3)
 
 
-def layout_of(spec: ModelSpec, policy: Policy, on_device: bool) -> Layout:
-    return Layout.of(spec, policy, RAGGED, Budgets(8 * GIB, 8 * GIB if on_device else 0))
+def layout_of(spec: ModelSpec, policy: Policy, on_device: bool, job: Workload = RAGGED) -> Layout:
+    return Layout.of(spec, policy, job, Budgets(8 * GIB, 8 * GIB if on_device else 0))
 
 
 def costs_of(layout: Layout, machine: Hardware) -> StepCosts:
@@ -92,6 +94,28 @@ def test_the_seconds_of_a_lane_are_those_of_its_steps(name, machine, on_device):
             for lane, seconds in sums.items():
                 near = 1e-6 if not averaged else 0.02 if spec.experts is None else 0.07
                 assert told[lane] == pytest.approx(seconds, rel=near, abs=1e-12), (lane, weights, kv, share)
+
+
+@pytest.mark.parametrize("machine, on_device", [(T4, True), (LAPTOP, False)])
+@pytest.mark.parametrize("name", ["gqa", "windows"])
+def test_so_are_those_of_shared_prefixes(name, machine, on_device):
+    """A header, and a second level behind it for half of the rows."""
+    prefixes = Prefixes(numpy.array([NONE, 0]), numpy.array([50, 20]), (), numpy.array([20, 10]))
+    job = RAGGED.sharing(prefixes, [0] * 10 + [1] * 10)
+    for weights, kv, share in [case for case in (ON_DEVICE if on_device else ON_CPU) if case[0] is RAM or on_device]:
+        policy = dataclasses.replace(POLICY, weights=weights, kv=kv, cpu_attention_share=share)
+        layout = layout_of(planned(name), policy, on_device, job)
+        costs = costs_of(layout, machine)
+        shapes = list(job_passes(job, policy, layout.micro_batches))
+        assert shapes[0].micro_batches[0].query_tokens == 50
+        assert sum(shape.tokens for shape in shapes) == job.prefill_tokens + int((job.max_tokens - 1).sum())
+        for shape in shapes[::15]:
+            steps, shape = alone(costs, layout, shape)
+            assert any(step.kind is StepKind.ATTEND_PREFIX for step in steps)
+            sums = dict.fromkeys(Lane, 0.0)
+            for step in steps:
+                sums[step.lane] += costs.seconds(step, shape)
+            assert costs.lane_seconds(shape) == pytest.approx(sums, rel=1e-6)
 
 
 # One step at a time ------------------------------------------------------------------------------------

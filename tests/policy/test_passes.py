@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Iterable
 
 import numpy
 from hypothesis import given, settings
@@ -18,7 +19,8 @@ from flexrun.offload.sequence import Group, Sequence
 from flexrun.offload.tiers import MemoryTier
 from flexrun.outputs import Request
 from flexrun.placement import KVMicroBatch, kv_micro_batches
-from flexrun.policy.passes import COLUMNS, job_passes
+from flexrun.policy.passes import ABOVE, COLUMNS, job_passes
+from flexrun.prefixes import NONE, Prefixes
 from flexrun.sampling import SamplingParams
 from flexrun.steps import PassShape
 from flexrun.workload import Workload
@@ -35,16 +37,25 @@ class GapCounter(KVStore):
         enough = [
             (count, -space.free_tokens, index)
             for index, (count, space) in enumerate(zip(self.sequences, self._spaces))
-            if count < max_sequences and space.free_tokens >= tokens
+            if count < max_sequences and space.free_tokens >= tokens and not self.micro_batches[index].shared
         ]
         region = super().allocate(tokens, max_sequences)
         if (region.micro_batch if region else None) != (min(enough)[2] if enough else None):
             self.gaps += 1
         return region
 
+    def allocate_prefix(self, tokens: int) -> int | None:
+        start = super().allocate_prefix(tokens)
+        self.gaps += start is None and self._spaces[0].free_tokens >= tokens
+        return start
+
 
 def run_batcher(
-    policy: Policy, places: tuple[KVMicroBatch, ...], asked: list[tuple[int, int, int]]
+    policy: Policy,
+    places: tuple[KVMicroBatch, ...],
+    asked: list[tuple[int, int, int]],
+    prefixes: Prefixes | None = None,
+    prefix: Iterable[int] = (),
 ) -> tuple[list[PassShape], int]:
     """The shapes of a whole job, and the pass before which no gap had mattered yet.
 
@@ -53,15 +64,19 @@ def run_batcher(
     store = GapCounter(SMALL, places, MemoryTier(Tier.CPU, None), MemoryTier(Tier.GPU, None))
     batcher = Batcher(policy, store)
     groups = []
-    for row, (prompt, limit, scored) in enumerate(asked):
+    for row, ((prompt, limit, scored), shared) in enumerate(
+        zip(asked, itertools.chain(prefix, itertools.repeat(NONE)))
+    ):
         params = SamplingParams(temperature=1.0, max_tokens=limit, prompt_logprobs=0)
         ids = numpy.zeros(prompt, dtype=numpy.int64)
         start = prompt - scored if scored else None
         group = Group(
             Request(str(row), params=params), params, ids, None, frozenset(), limit, unfinished=1, score_start=start
         )
+        if shared != NONE:
+            group.prefix, group.prefix_tokens = shared, int(prefixes.depths[shared])
         groups.append((group, [Sequence(group, 0, 0, None)]))
-    batcher.feed(iter(groups))
+    batcher.feed(iter(groups), prefixes)
     shapes, exact = [], None
     while (plan := batcher.next_pass()) is not None:
         if store.gaps and exact is None:
@@ -77,7 +92,7 @@ def run_batcher(
 
 def whole(shape: PassShape) -> PassShape:
     """The same without what it says about KV that is split by token."""
-    nothing = dict.fromkeys(COLUMNS[-5:], 0)
+    nothing = dict.fromkeys(COLUMNS[ABOVE], 0)
     return dataclasses.replace(
         shape, micro_batches=tuple(dataclasses.replace(part, **nothing) for part in shape.micro_batches)
     )
@@ -166,3 +181,37 @@ def test_rows_that_no_slab_holds_are_left_out():
     passes = list(job_passes(Workload.of([10, 21, 10], [1, 1, 1]), policy, places))
     assert [(shape.tokens, shape.logits_rows, shape.more) for shape in passes] == [(20, 2, False)]
     assert list(job_passes(Workload.of([21], [1]), policy, places)) == []
+
+
+@st.composite
+def forests(draw) -> Prefixes:
+    """Prefixes of any tokens; only their lengths count here."""
+    lengths = draw(st.lists(st.integers(1, 30), min_size=1, max_size=6))
+    parents = [draw(st.integers(NONE, number - 1)) for number in range(len(lengths))]
+    tokens = [numpy.zeros(length, dtype=numpy.int32) for length in lengths]
+    return Prefixes(numpy.array(parents), numpy.array(lengths), tokens, numpy.ones(len(lengths), dtype=numpy.int64))
+
+
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(policies(False), forests(), rows, st.data())
+def test_so_have_jobs_that_share_prefixes(policy, prefixes, own, data):
+    policy = dataclasses.replace(policy, hidden=Placement(1.0, 0.0))
+    prefix = [data.draw(st.integers(NONE, len(prefixes) - 1)) for _ in own]
+    order = prefixes.order(prefix).tolist()
+    prefix = [prefix[row] for row in order]
+    asked = [(own[row][0] + int(prefixes.depths[prefix[at]]), *own[row][1:]) for at, row in enumerate(order)]
+    workload = as_workload(asked).sharing(prefixes, prefix)
+    count = -(-policy.sequences_in_flight // policy.attention_micro_batch)
+    room, prefix_tokens = count * workload.longest_tokens, workload.prefix_tokens_of(policy.sequences_in_flight)
+    places = kv_micro_batches(policy, room, on_device=False, prefix_tokens=prefix_tokens)
+    real, exact = run_batcher(policy, places, asked, prefixes, prefix)
+    told = list(job_passes(workload, policy, places))
+    for ours, theirs in zip(told[:exact], real[:exact]):
+        for part, other in zip(ours.micro_batches, theirs.micro_batches, strict=True):
+            # neighbours of one prefix are counted once, and which rows are neighbours is not told
+            assert bool(part.prefix_kv_tokens) == bool(other.prefix_kv_tokens)
+            assert dataclasses.replace(part, prefix_kv_tokens=0) == dataclasses.replace(other, prefix_kv_tokens=0)
+    if exact == len(real):
+        assert len(told) == len(real)
+        if not (workload.prefix_spans[1] >= 0).any() or prefix_tokens >= int(prefixes.lengths.sum()):
+            assert sum(shape.tokens for shape in real) == workload.prefill_tokens + int((workload.max_tokens - 1).sum())
