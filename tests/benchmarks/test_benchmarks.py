@@ -54,7 +54,9 @@ def memory_group(benchmark_modules):
     return control_group.MemoryGroup
 
 
-@pytest.mark.parametrize("script", ["cpu_vs_peers.py", "memory_budget.py", "many_lines.py", "workers.py"])
+@pytest.mark.parametrize(
+    "script", ["cpu_vs_peers.py", "memory_budget.py", "many_lines.py", "workers.py", "four_bits.py"]
+)
 def test_help(script):
     process = run(script, "--help")
     assert process.returncode == 0 and "usage:" in process.stdout, process.stderr
