@@ -35,6 +35,7 @@ STORE_SECONDS, STORE_SEQUENCE_SECONDS = 6e-5, 3.5e-6  # the executor's own work 
 # Steps in a run against each timed by itself, measured on a CPU by benchmarks/forecast.py: modules find other data in
 # the cache, attention meets short contexts, reads wait for one another's ends.
 CPU_IN_RUN, CPU_ATTENTION_IN_RUN, DISK_IN_RUN = 1.09, 1.6, 1.14
+CODING_ACCESSES = 12  # of each new key and value in float32, where it is compressed and, in a prompt, brought back
 MERGE_ACCESSES = 4  # of each value in float32, where what was attended in two places is joined
 FIRST_TOUCH_BYTES_PER_SECOND = 2.2e9  # weights in RAM when the first pass reads them
 
@@ -52,6 +53,7 @@ class StepCosts:
         self.h2d: Transfer = hardware.h2d or hardware.host_copy
         self.d2h: Transfer = hardware.d2h or hardware.host_copy
         self.kv_bytes = float(kv_token_bytes(spec, policy))
+        self._coded = policy.key_value_bits is not None
         self._experts = ExpertCosts(spec, placement, self._one_expert_seconds, self.transfer)
         self.experts_seconds = self._experts.seconds
         self._rates, self._bits = self.device.rates_of(spec.dtype), weight_bits_of(policy)
@@ -180,6 +182,9 @@ class StepCosts:
         """Norm, projections, rotary, storing K and V; for MLA also the absorbed or expanded products."""
         seconds = self._linear("attention_inputs", 0, tokens, plain)
         seconds += tokens * self.spec.kv_bytes_per_token / self._rates.activation_bytes_per_second
+        if self._coded:
+            coded = tokens * self.spec.kv_elements_per_token * 4 * CODING_ACCESSES
+            seconds += coded / self._rates.activation_bytes_per_second
         if self.spec.latent is not None:
             for work, rows in ((self._absorption, decode_tokens), (self._expansion, tokens - decode_tokens)):
                 if rows:

@@ -14,7 +14,7 @@ from flexrun.core import Lane, Tier
 from flexrun.hardware import CompressedRates, Hardware, LinearWork
 from flexrun.models.spec import ModelSpec
 from flexrun.placement import build_scheduler, part_tokens
-from flexrun.policy.cost import StepCosts
+from flexrun.policy.cost import CODING_ACCESSES, StepCosts
 from flexrun.policy.kv_writes import BLOCK_WRITE_SECONDS
 from flexrun.policy.layout import Budgets, Layout
 from flexrun.policy.passes import job_passes
@@ -324,6 +324,23 @@ def test_compressed_cache_is_read_in_its_bits():
         for bits in (16, 4)
     )
     assert full / 4 < four < full / 2.8  # scales come beside the bits, and the products stay
+
+
+def test_compressing_a_cache_takes_time_with_every_new_token_and_spares_a_disk_its_bytes():
+    spec = planned("llama")
+    full, four = (
+        costs_of(layout_of(spec, dataclasses.replace(POLICY, kv=Placement(0, 0, 1), kv_bits=bits), False), LAPTOP)
+        for bits in (16, 4)
+    )
+    coded = four.attention_inputs_seconds(1000, 0, 1.0) - full.attention_inputs_seconds(1000, 0, 1.0)
+    moved = coded * LAPTOP.cpu.rates_of(spec.dtype).activation_bytes_per_second
+    assert moved == pytest.approx(1000 * spec.kv_elements_per_token * 4 * CODING_ACCESSES)
+    shape = decoding(8, 4000)
+    shape = dataclasses.replace(
+        shape, micro_batches=tuple(dataclasses.replace(each, home=Tier.DISK) for each in shape.micro_batches)
+    )
+    whole, packed = (costs.lane_seconds(shape)[Lane.DISK_READ] for costs in (full, four))
+    assert whole / 4 < packed < whole / 3
 
 
 # Mixtures of experts -----------------------------------------------------------------------------------
