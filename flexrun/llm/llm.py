@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from flexrun.compress import GroupFormat
-from flexrun.config import Policy
+from flexrun.config import Placement, Policy
 from flexrun.core import Lane, parse_bytes
 from flexrun.errors import ConfigError, FlexrunError, RequestError
 from flexrun.hardware import Hardware
@@ -328,6 +328,8 @@ class LLM:
         hardware = self._settled_hardware()
         if self._policy is None:
             fixed = dict(self._fixed)
+            if budgets.on_device and fixed.get("kv_bits", 16) != 16:  # the one home where a device attends it so far
+                fixed["kv"] = Placement(gpu=1.0, cpu=0.0)
             if self._max_num_seqs is not None:
                 fixed["sequences_in_flight"] = min(self._max_num_seqs, len(workload))
             plan = search_worth(self.spec, hardware, workload, budgets, fixed=fixed, features=self._offered)

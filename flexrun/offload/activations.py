@@ -148,7 +148,8 @@ class Activations:
         for rows in plan.micro_batches:
             if self._kv.form is not None:
                 places = self._kv.places(rows.index, rows.segments.kv_start)
-                self.coded_rows[rows.index] = coded_rows(rows.segments, places, reads_codes(self._kv.form))
+                direct = reads_codes(self._kv.form) and not self._accelerator.is_separate
+                self.coded_rows[rows.index] = coded_rows(rows.segments, places, direct, self._accelerator.place)
             if rows.split is None:
                 self.kv_rows[rows.index] = upload(f"kv rows {rows.index}", torch.from_numpy(rows.kv_rows))
                 continue

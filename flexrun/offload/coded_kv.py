@@ -20,6 +20,8 @@ from flexrun.errors import ExecutionError
 from flexrun.models.spec import AttentionForm
 from flexrun.placement import DENSE_TOKENS
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class CodedSlab:
@@ -68,10 +70,10 @@ def reads_codes(form: KVFormat) -> bool:
     return native.attends_codes and form.head_dim == form.width
 
 
-def coded_rows(segments: Segments, places: numpy.ndarray, direct: bool) -> CodedRows:
+def coded_rows(segments: Segments, places: numpy.ndarray, direct: bool, device: torch.device = CPU) -> CodedRows:
     """Tables of whole sequences: query rows from 0, KV rows of the slab's tokens, whole groups to begin with.
 
-    places: int64 [segments], of each sequence among the recent rows. direct: see reads_codes.
+    places: int64 [segments], of each sequence among the recent rows. direct: see reads_codes. device: of the slab.
     """
     decoding, early, late, whole_recent, whole_new, own_recent, own_new = [], [], [], [], [], [], []
     pieces = []  # query_start, query_len, first record, groups before, position
@@ -100,14 +102,12 @@ def coded_rows(segments: Segments, places: numpy.ndarray, direct: bool) -> Coded
             if group and not (direct and count == 1):
                 pieces.append((row, length, record, group, position))
             row, position = row + length, position + length
+    tables = _moved(early), _moved(late), _pairs(whole_recent), _pairs(whole_new)
     return CodedRows(
-        _moved(early),
-        _moved(late),
-        _pairs(whole_recent),
-        _pairs(whole_new),
+        *(tuple(each.to(device) for each in table) for table in tables),
         _segments(own_recent),
         _segments(own_new),
-        _old(pieces),
+        _old(pieces, device),
         numpy.ascontiguousarray(numpy.array(decoding, dtype=numpy.int64).T) if decoding else None,
     )
 
@@ -130,7 +130,7 @@ def _segments(rows: list[tuple[int, int, int, int]]) -> Segments | None:
     return Segments(*numpy.array(rows, dtype=numpy.int64).T) if rows else None
 
 
-def _old(pieces: list[tuple[int, int, int, int, int]]) -> list[_Old]:
+def _old(pieces: list[tuple[int, int, int, int, int]], device: torch.device) -> list[_Old]:
     """Batches of at most DENSE_TOKENS tokens that are brought back; a longer sequence is in several."""
     most, found = DENSE_TOKENS // GROUP_TOKENS, []
     chosen: list[int] = []
@@ -143,7 +143,7 @@ def _old(pieces: list[tuple[int, int, int, int, int]]) -> list[_Old]:
         first, last = min(row for row, *_ in rows), max(row + length for row, length, *_ in rows)
         shifted = numpy.array(rows, dtype=numpy.int64).T
         shifted[0] -= first
-        found.append(_Old(torch.tensor(chosen), Segments(*shifted), slice(first, last)))
+        found.append(_Old(torch.tensor(chosen, device=device), Segments(*shifted), slice(first, last)))
         chosen.clear()
         rows.clear()
 
@@ -175,7 +175,7 @@ def store_coded(slab: CodedSlab, rows: CodedRows, new: list[Tensor], name: str) 
         _compress(slab, *slab.recent.index_select(1, places), records, name)
     starts, records = rows.whole_new
     if len(starts):
-        chosen = (starts[:, None] + torch.arange(GROUP_TOKENS)).flatten()
+        chosen = (starts[:, None] + torch.arange(GROUP_TOKENS, device=starts.device)).flatten()
         _compress(
             slab, *(plane.index_select(0, chosen).unflatten(0, (-1, GROUP_TOKENS)) for plane in new), records, name
         )

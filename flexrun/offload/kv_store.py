@@ -127,7 +127,7 @@ class KVStore:
         try:
             self._allocate(host, device)
             if form is not None:
-                self._recent = self._new_recent(host, max_sequences)
+                self._recent = self._new_recent(host if device is None else device, max_sequences)
         except BaseException:
             self.close()
             raise

@@ -24,6 +24,7 @@ OTHERS = {
     "chunks of prompts": Policy(sequences_in_flight=3, tokens_per_pass=37, attention_micro_batch=2),
     "alone": Policy(sequences_in_flight=1, tokens_per_pass=9),
     "on disk": Policy(sequences_in_flight=4, tokens_per_pass=90, attention_micro_batch=2, kv=Placement(0, 0, 1)),
+    "on a device": Policy(sequences_in_flight=5, tokens_per_pass=64, attention_micro_batch=2, kv=Placement(1, 0, 0)),
     "both": Policy(sequences_in_flight=5, tokens_per_pass=64, attention_micro_batch=1, kv=Placement(0, 0.5, 0.5)),
 }
 
@@ -77,7 +78,8 @@ def test_tokens_are_the_same_under_any_policy(run, name, bits):
     asked = prompts(LENGTHS, 2)
     expected = tokens_of(run(name, asked, GREEDY, policy=IN_RAM, kv_bits=bits))
     for policy in OTHERS.values():
-        assert tokens_of(run(name, asked, GREEDY, policy=policy, kv_bits=bits)) == expected
+        gpu = "64MiB" if policy.kv.gpu else 0
+        assert tokens_of(run(name, asked, GREEDY, policy=policy, kv_bits=bits, gpu_memory=gpu)) == expected
 
 
 def test_four_bits_show(run):
@@ -99,10 +101,10 @@ def test_a_prompt_is_scored_by_what_decoding_sees(open_llm):
 
 
 @pytest.mark.parametrize("bits", [8, 4, "k8v4"])
-@pytest.mark.parametrize("kv", [Placement(), Placement(0, 0.5, 0.5)])
+@pytest.mark.parametrize("kv", [Placement(), Placement(0, 0.5, 0.5), Placement(1, 0, 0)])
 def test_bytes_held_are_those_planned(open_llm, bits, kv):
     policy = Policy(sequences_in_flight=4, tokens_per_pass=90, attention_micro_batch=2, kv=kv)
-    llm = open_llm("llama", policy=policy, kv_bits=bits)
+    llm = open_llm("llama", policy=policy, kv_bits=bits, gpu_memory="64MiB" if kv.gpu else 0)
     llm.generate(prompts((150,) * 6, 1), GREEDY, use_tqdm=False)
     layout = llm.plan.layout
     for tier, told in llm.summary()["tiers"].items():
@@ -123,16 +125,18 @@ def test_a_disk_gets_compressed_groups_and_nothing_else(open_llm):
 
 
 def test_a_search_takes_the_bits_that_are_given(open_llm):
-    llm = open_llm("llama", kv_bits="k8v4")
-    llm.generate(prompts((20,) * 3, 1), GREEDY, use_tqdm=False)
-    assert llm.plan.policy.kv_bits == "k8v4"
+    for gpu_memory in (0, "64MiB"):
+        llm = open_llm("llama", kv_bits="k8v4", gpu_memory=gpu_memory)
+        llm.generate(prompts((20,) * 3, 1), GREEDY, use_tqdm=False)
+        assert llm.plan.policy.kv_bits == "k8v4"
+        assert llm.plan.policy.kv.gpu == bool(gpu_memory)
 
 
 @pytest.mark.parametrize(
     ("name", "options", "said"),
     [
         ("deepseek_v2", {}, "compresses latent KV"),
-        ("llama", {"gpu_memory": "64MiB"}, "compresses KV beside a device"),
+        ("llama", {"gpu_memory": "64MiB"}, "compresses KV that lives off the device"),
     ],
 )
 def test_what_is_not_compressed_yet_is_refused_by_name(open_llm, name, options, said):
