@@ -83,10 +83,10 @@ def run_offline(tmp_path_factory):
     def run(command: list[str], folder: Path, settings: dict | None = None) -> subprocess.CompletedProcess:
         environment = {
             **os.environ,
-            **(settings or {}),
             "HF_HUB_OFFLINE": "1",
             "HF_DATASETS_OFFLINE": "1",
             "PYTHONPATH": str(ROOT),
+            **(settings or {}),
         }
         done = subprocess.run(
             command,

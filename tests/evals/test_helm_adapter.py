@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
 ENTRIES = (
     "synthetic_reasoning:mode=pattern_match",
     "synthetic_reasoning_natural:difficulty=easy",
@@ -111,13 +115,20 @@ def test_metrics_equal_those_of_helms_hugging_face_client(python_with, bytes_mod
 
 @pytest.mark.slow
 def test_helm_run_itself_finds_the_model_through_the_entry_point(python_with, bytes_model, run_offline, tmp_path):
-    """As HELM does with the module that setup.py names; installed here or not, it is given to HELM by name."""
+    """What setup.py says of the package lies beside it in the path, as if it were installed."""
     python = python_with("helm", "crfm-helm==0.5.16")
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
     settings = {
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]),
         "FLEXRUN_HELM_MODELS": str(bytes_model),
         "FLEXRUN_HELM_OPTIONS": f"dtype=float32 cpu_memory=1GiB cache_dir={tmp_path}",
     }
-    command = [python, "-m", "helm.benchmark.run", "--plugins", "flexrun.evals.helm_plugin", "--disable-cache"]
+    command = [python, "-m", "helm.benchmark.run", "--disable-cache"]
     command += ["--runner-class-name", "flexrun.evals.helm_adapter.WholeScenarioRunner", "--suite", "s1"]
     command += ["--max-eval-instances", "4", "--run-entries", f"{ENTRIES[0]},model=flexrun/{bytes_model.name}"]
     run_offline(command, tmp_path, settings)

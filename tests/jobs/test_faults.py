@@ -20,7 +20,7 @@ import time
 import pytest
 from mounted import run_mounted, set_read_only
 
-from flexrun.errors import ConfigError, ExecutionError
+from flexrun.errors import BudgetError, ConfigError, ExecutionError
 from flexrun.jobs import journal as journal_module
 from flexrun.jobs.journal import Journal
 from flexrun.jobs.runner import JobConfig, run_job
@@ -314,3 +314,16 @@ def test_a_stopped_stream_gets_the_answers_of_its_last_pass(job, make_llm, slots
     assert summary["interrupted"] and summary["requests"]["answered"] == len(written)
     assert 3 < len(written) < COUNT and len(passes) <= 4
     assert "stopping after this pass; the output is a stream, so answers under way will be lost" in job.log.getvalue()
+
+
+def test_a_tier_that_runs_out_in_the_middle_leaves_a_job_to_go_on_with(job, texts, tmp_path):
+    def run_out():
+        raise BudgetError("memory ran out in mlp of layer 3 (cpu lane)", "lower --max-num-seqs")
+
+    output = tmp_path / "out.jsonl"
+    with pytest.raises(BudgetError, match="ran out"):
+        job(output, at_pass(6, run_out))
+    answered = output.read_bytes().count(b"\n")
+    assert f"{answered} answers of this run are safe in {output}; go on with --resume" in job.log.getvalue()
+    assert job(output, resume=True)["requests"]["answered_before"] == answered > 0
+    assert texts_of(output) == texts
