@@ -88,7 +88,7 @@ class Journal:
         self._unsynced = 0
         self._manifest = b""
         self._sync_error: OSError | None = None
-        self._taken_away = self._was_put_back = False
+        self._taken_away = self._was_put_back = self._can_tell = False
         self._wake, self._stopping = threading.Event(), False
         self._syncer: threading.Thread | None = None
         if self._streams and resume:
@@ -159,6 +159,7 @@ class Journal:
         else:
             self._answers = self._open(self._output)
         self._failures = self._answers if self._error_file is None else self._open(self._error_file)
+        self._can_tell = all(is_in_place(file, path) for file, path in self._open_files())  # where inode numbers are kept
         if not self._streams:
             # After the files were emptied: a manifest must never stand beside the answers of another job.
             self._manifest = (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()
@@ -203,9 +204,9 @@ class Journal:
         except BrokenPipeError:
             raise
         except OSError as error:
-            if all(is_in_place(file, path) for file, path in self._open_files()):
+            self._taken_away |= bool(self._gone())
+            if not self._taken_away:
                 raise self._refused(error) from error
-            self._taken_away = True
         if self._taken_away:
             raise self._put_back()
 
@@ -224,16 +225,23 @@ class Journal:
             files.append((self._failures, self._error_file))
         return [(file, path) for file, path in files if file is not None and not file.closed]
 
+    def _gone(self) -> list[tuple[BinaryIO, Path]]:
+        """The open files that have lost their names; none where the file system cannot tell."""
+        if not self._can_tell:
+            return []
+        return [(file, path) for file, path in self._open_files() if not is_in_place(file, path)]
+
     def _put_back(self) -> ExecutionError:
         """Write again what was removed, moved or replaced while it was written to. Returns the error that says so."""
-        gone = [(file, path) for file, path in self._open_files() if not is_in_place(file, path)]
+        gone = self._gone()
         names = ", ".join(str(path) for _, path in gone)
         message = f"{names} was removed, moved or replaced while the job was running"
         try:
             places = [put_back(file, path) for file, path in gone]
             if not self._streams:
                 self._write_manifest()
-                self._tokens.put_back()
+                if self._tokens is not None:
+                    self._tokens.put_back()
         except OSError as error:
             return ExecutionError(
                 f"{message}, and could not be written again: {error}",
@@ -317,9 +325,9 @@ class Journal:
 
     def _sync(self) -> None:
         """Put on the disk what was written, and see that it still has its name."""
-        for file, path in self._open_files():
+        for file, _ in self._open_files():
             os.fsync(file.fileno())
-            self._taken_away |= not is_in_place(file, path)
+        self._taken_away |= bool(self._gone())
         if self._tokens is not None:
             self._tokens.sync()
 

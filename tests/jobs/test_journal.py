@@ -240,3 +240,15 @@ def test_read_records_tells_where_each_record_is(tmp_path):
     records = read_records(path)
     assert records.lines.tolist() == [5, 2] and records.answered.tolist() == [True, False]
     assert records.end == path.stat().st_size == records.sizes.sum()
+
+
+def test_a_file_system_that_cannot_tell_files_apart_stops_no_job(tmp_path, monkeypatch):
+    monkeypatch.setattr(journal_module, "is_in_place", lambda file, path: False)  # from the first moment on
+    monkeypatch.setattr(journal_module, "SYNC_SECONDS", 0.001)
+    journal = Journal(tmp_path / "out.jsonl")
+    journal.start(MANIFEST)
+    for line in range(20):
+        journal.append(answer(line + 1))
+        time.sleep(0.001)
+    journal.finish()
+    assert len(lines_in(tmp_path / "out.jsonl")) == 20
