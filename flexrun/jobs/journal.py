@@ -159,7 +159,7 @@ class Journal:
         else:
             self._answers = self._open(self._output)
         self._failures = self._answers if self._error_file is None else self._open(self._error_file)
-        self._can_tell = all(is_in_place(file, path) for file, path in self._open_files())  # where inode numbers are kept
+        self._can_tell = all(is_in_place(file, path) for file, path in self._open_files())  # inodes may change
         if not self._streams:
             # After the files were emptied: a manifest must never stand beside the answers of another job.
             self._manifest = (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()
