@@ -352,8 +352,7 @@ class LLM:
         """What to plan for; a GPU of the machine does not count while it is only emulated."""
         if not isinstance(self._hardware, Hardware):
             self._hardware = settle_hardware(self._hardware, self._cache_dir, self._packed.folder, self._say)
-        self._hardware = with_device(self._hardware, self._accelerator.is_cuda, self._say)
-        return self._hardware
+        return with_device(self._hardware, self._accelerator.is_cuda, self._say)
 
     def _say(self, text: str) -> None:
         if self._log is not None:
@@ -378,10 +377,9 @@ class LLM:
         """Totals of the engine at hand: tokens, seconds, phases, lanes, and the peak bytes of each tier."""
         if self._engine is None:
             return {}
-        seconds = self._run_seconds
         came = self._answered.workload() if len(self._answered) else None
-        forecasts = forecasts_document(self._plan, came, seconds, self._settled_hardware())
-        return run_document(self._engine, seconds, forecasts)
+        forecasts = forecasts_document(self._plan, came, self._run_seconds, self._settled_hardware())
+        return run_document(self._engine, self._run_seconds, forecasts)
 
     def close(self) -> None:
         """Write trace and expert profile, free the memory, close the files. Safe to call twice."""
