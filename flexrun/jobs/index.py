@@ -62,7 +62,7 @@ class JobIndex:
 
     lines: int64 [rows], 1-based line numbers. prompt_tokens, choices, answer_tokens: int64 [rows], the last the most
     tokens that one of the line's choices may generate. scored: bool [rows], whether the prompt is scored.
-    prefixes; prefix: int64 [rows]: what prompts begin with in common, and which of it each line does; see Workload.
+    prefixes; prefix: int32 [rows]: what prompts begin with in common, and which of it each line does; see Workload.
     input_sha256: of the whole (unpacked) file. error_count: lines refused.
     """
 
@@ -204,7 +204,8 @@ class JobIndex:
         self.prefixes, prefix_of = Prefixes(), np.array([NONE])
         if self._tree is not None:
             self.prefixes, prefix_of = self._tree.chosen()
-        self.prefix = prefix_of[np.frombuffer(self._nodes, dtype=np.int32)[in_file_order][good]]
+        nodes = np.frombuffer(self._nodes, dtype=np.int32)[in_file_order][good]
+        self.prefix = prefix_of.astype(np.int32)[nodes]
         del self._scored, self._nodes, self._tree
 
 
