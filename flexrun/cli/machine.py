@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from flexrun.config import KV_BITS
-
 MODEL_FLAGS = ("tokenizer", "dtype", "max_model_len", "cache_dir", "expert_profile")
 MACHINE_FLAGS = (
     "gpu_memory",
@@ -73,6 +71,8 @@ def weight_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 def _kv_bits(text: str) -> int | str:
     value = int(text) if text.isdecimal() else text
+    from flexrun.config import KV_BITS  # here: it brings torch, and --help is to be quick
+
     if value not in KV_BITS:
         raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(map(str, KV_BITS))}")
     return value
