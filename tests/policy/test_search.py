@@ -345,14 +345,22 @@ def test_a_search_gives_the_same_plan_each_time():
 
 
 def test_a_job_of_hours_is_worth_a_longer_search(monkeypatch):
+    """Another search of more effort, and the better of what both find."""
+    found = []
+
+    def recorded(*job, effort: float = 1.0, **options) -> Plan:
+        found.append((effort, search(*job, effort=effort, **options)))
+        return found[-1][1]
+
+    monkeypatch.setattr("flexrun.policy.search.search", recorded)
     monkeypatch.setattr("flexrun.policy.search.MOST_EFFORT", 2.0)
-    budgets, jobs = Budgets(80 * MIB), (UNIFORM(60, 120, 20), UNIFORM(3_000_000, 120, 20))
-    usual = [search(SPEC, LAPTOP, job, budgets) for job in jobs]
-    worth = [search_worth(SPEC, LAPTOP, job, budgets) for job in jobs]
-    assert usual[0].forecast.seconds < 60 < 1200 < usual[1].forecast.seconds
-    assert worth[0].policy == usual[0].policy and worth[0].simulations == usual[0].simulations
-    assert worth[1].simulations > usual[1].simulations
-    assert worth[1].forecast.seconds <= usual[1].forecast.seconds
+    short = search_worth(SPEC, LAPTOP, UNIFORM(60, 120, 20), Budgets(80 * MIB))
+    assert found == [(1.0, short)] and short.forecast.seconds < 60
+    found.clear()
+    long = search_worth(SPEC, LAPTOP, UNIFORM(3_000_000, 120, 20), Budgets(80 * MIB))
+    (_, usual), (effort, longer) = found
+    assert effort == 2.0 and usual.forecast.seconds > 1200
+    assert long.forecast.seconds == min(usual.forecast.seconds, longer.forecast.seconds)
 
 
 def test_a_machine_without_the_dtype_is_refused():
