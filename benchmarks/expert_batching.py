@@ -66,35 +66,48 @@ def run(policy: Policy, prompts: list[list[int]], settings: argparse.Namespace, 
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(description: str, sequences: int) -> argparse.ArgumentParser:
+    """What a run on an emulated accelerator is told; ``sequences`` prompts unless said otherwise."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, metavar="DIR")
     parser.add_argument("--cache-dir", type=Path, required=True, metavar="DIR")
     parser.add_argument("--link", type=size_in_bytes, default=2_000_000_000, help="bytes a second to the accelerator")
     parser.add_argument("--gpu-memory", default="1GB", help="of the emulated accelerator")
-    parser.add_argument("--shared", type=int, default=16, help="sequences of a micro-batch")
-    parser.add_argument("--sequences", type=int, default=64)
+    parser.add_argument("--sequences", type=int, default=sequences)
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--output-tokens", type=int, default=16)
-    settings = parser.parse_args()
-    # An accelerator that the CPU emulates computes at its rates; only the link is another one.
-    hardware = dataclasses.replace(
-        settle_hardware(None, settings.cache_dir, settings.cache_dir, say),
-        gpu=None,
-        h2d=Transfer(settings.link),
-        d2h=None,
-    )
+    return parser
+
+
+def machine(settings: argparse.Namespace) -> Hardware:
+    """An accelerator that the CPU emulates computes at its rates; only the link is another one."""
+    here = settle_hardware(None, settings.cache_dir, settings.cache_dir, say)
+    return dataclasses.replace(here, gpu=None, h2d=Transfer(settings.link), d2h=None)
+
+
+def drawn_prompts(settings: argparse.Namespace) -> list[list[int]]:
     draw = random.Random(0)
     lengths = [settings.prompt_tokens] * settings.sequences
-    prompts = [[draw.randrange(FIRST_PROMPT_TOKEN, 30_000) for _ in range(length)] for length in lengths]
-    results = {name: run(policy, prompts, settings, hardware) for name, policy in policies(settings).items()}
-    first, second = (result.pop("token_ids") for result in results.values())
+    return [[draw.randrange(FIRST_PROMPT_TOKEN, 30_000) for _ in range(length)] for length in lengths]
+
+
+def show(results: dict[str, dict]) -> None:
     for name, result in results.items():
         print(
             f"{name:<10} {result['tokens_per_second']:7.1f} tokens/s, {result['seconds']:6.1f} s, {result['passes']} "
             f"passes, {result['link_bytes'] / 1e9:.1f} GB over the link, busy {result['link_busy_seconds']:.1f} s, "
             f"forecast {result['forecast_seconds']:.1f} s ({result['forecast_error']:+.0%})"
         )
+
+
+def main() -> int:
+    parser = arguments(__doc__, 64)
+    parser.add_argument("--shared", type=int, default=16, help="sequences of a micro-batch")
+    settings = parser.parse_args()
+    hardware, prompts = machine(settings), drawn_prompts(settings)
+    results = {name: run(policy, prompts, settings, hardware) for name, policy in policies(settings).items()}
+    first, second = (result.pop("token_ids") for result in results.values())
+    show(results)
     ratio = results["one size"]["seconds"] / results["by module"]["seconds"]
     same = sum(pair[0] == pair[1] for pair in zip(first, second))
     print(f"by module is {ratio:.2f} times as fast; {same} of {len(first)} answers are the same")

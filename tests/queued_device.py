@@ -107,13 +107,14 @@ class QueuedDevice(EmulatedDevice):
         return self.queues[lane, bulk]
 
     def queue_compute(self, engine) -> None:
-        """Compute steps of an engine run on the queue of the compute lane; only the sampled tokens are waited for."""
+        """Compute steps of an engine run on the queue of the compute lane; only sampled tokens are waited for, and the
+        choices of a router, which the host reads before it goes on."""
         modules = engine._executor._modules
-        run = modules.run
+        run, spec = modules.run, modules._spec
 
         def enqueue(step) -> None:
             _active.queue.put(partial(run, step))
-            if step.kind is StepKind.LOGITS:
+            if step.kind is StepKind.LOGITS or (step.kind is StepKind.MLP and spec.is_sparse(step.layer)):
                 _active.queue.mark().synchronize()
                 if _active.queue.error is not None:
                     raise _active.queue.error

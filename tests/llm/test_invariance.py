@@ -27,9 +27,9 @@ def placements(draw, gpu: bool) -> Placement:
 
 
 @st.composite
-def engines(draw, cpu_attention: bool = True, hidden_on_host: bool = False) -> dict:
-    """Options of an LLM: a policy, and whether an accelerator is emulated, with attention on the CPU beside it, and
-    with hidden states of passes that are larger than it."""
+def engines(draw, cpu_attention: bool = True, hidden_on_host: bool = False, experts: bool = False) -> dict:
+    """Options of an LLM: a policy, and whether an accelerator is emulated, with attention and experts on the CPU beside
+    it, and with hidden states of passes that are larger than it."""
     on_device = draw(st.booleans())
     hidden = st.sampled_from([0.0, 0.5, 1.0]) if on_device and hidden_on_host else st.just(1.0)
     on_gpu = draw(hidden)
@@ -45,10 +45,12 @@ def engines(draw, cpu_attention: bool = True, hidden_on_host: bool = False) -> d
         half_batches=draw(st.booleans()),
         expert_batch=draw(st.sampled_from([0, 1, 5])),
         hidden=Placement(on_gpu, 1.0 - on_gpu),
+        cpu_experts_share=draw(st.sampled_from([0.0, 0.5, 1.0])) if experts else 0.0,
     )
     return {"policy": policy, "gpu_memory": "192MiB" if on_device else 0, "direct_io": draw(st.booleans())}
 
 
+DENSE = ("llama", "gemma2_untied")
 lengths = st.lists(st.integers(1, 60), min_size=1, max_size=6)
 
 
@@ -69,7 +71,7 @@ def test_greedy_tokens_are_the_same_under_any_policy(run, assert_same_but_for_ti
 
     @settings(PROPERTY, max_examples=examples)
     @given(
-        engines(cpu_attention="deepseek" not in name, hidden_on_host=name in ("llama", "gemma2_untied")),  # dense ones
+        engines("deepseek" not in name, hidden_on_host=name in DENSE, experts=name not in DENSE),
         lengths,
         st.integers(0, 3),
     )
@@ -89,7 +91,11 @@ def test_greedy_tokens_of_compressed_weights_are_the_same_too(run, name, example
     greedy = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
 
     @settings(PROPERTY, max_examples=examples)
-    @given(engines(cpu_attention="deepseek" not in name), lengths, st.sampled_from([(4, ()), (8, ()), (4, ("*=8",))]))
+    @given(
+        engines("deepseek" not in name, experts=name not in DENSE),
+        lengths,
+        st.sampled_from([(4, ()), (8, ()), (4, ("*=8",))]),
+    )
     def check(engine, lengths, bits):
         asked = prompts(tuple(lengths), 1)
         weights = {"weight_bits": bits[0], "keep": bits[1]}

@@ -26,10 +26,10 @@ def parts(*calls):
 
 @pytest.fixture
 def tokens_with(packed, make_group):
-    """tokens_with(device, **policy) -> (tokens of each request, engine, closed already)."""
+    """tokens_with(device, name of a model, **policy) -> (tokens of each request, engine, closed already)."""
 
-    def run(device, **settings):
-        spec, cache = packed("llama")
+    def run(device, name="llama", **settings):
+        spec, cache = packed(name)
         policy = Policy(**{"sequences_in_flight": 6, "tokens_per_pass": 16, "attention_micro_batch": 2} | settings)
         placed = place_weights(spec, policy, on_device=True)
         account = memory_account(spec, policy, placed, KV_TOKENS, on_device=True)
@@ -82,6 +82,7 @@ def tokens_with(packed, make_group):
             "half_batches": True,
             "token_micro_batch": 5,
         },
+        {"name": "mixtral", "weights": Placement(0.2, 0.6, 0.2), "kv": Placement(0, 1, 0), "cpu_experts_share": 0.6},
     ],
     ids=[
         "weights in RAM",
@@ -90,6 +91,7 @@ def tokens_with(packed, make_group):
         "everything at once",
         "KV split",
         "KV split, halves",
+        "experts and attention on the host",
     ],
 )
 def test_slow_queues_change_no_token(tokens_with, settings):
