@@ -1,8 +1,8 @@
 """Brings the tokens of a pass into the order of their experts, and what experts made of them back to the tokens.
 
 A token's sum over its experts is taken in float32 and in the order of the experts' numbers. Experts run one after
-another in that order, whichever tier they come from and whichever are moved together, so neither changes a token. The
-other way, a row for each choice of each token that are summed at the end, would hold as many rows as experts a token.
+another in that order, whichever tier they come from and whichever are moved together, so neither changes a token;
+those that the CPU runs beside a device have a sum of their own, which is added last. The other way, a row for each choice of each token that are summed at the end, would hold as many rows as experts a token.
 """
 
 from __future__ import annotations
