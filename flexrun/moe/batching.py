@@ -2,7 +2,8 @@
 
 A token's sum over its experts is taken in float32 and in the order of the experts' numbers. Experts run one after
 another in that order, whichever tier they come from and whichever are moved together, so neither changes a token;
-those that the CPU runs beside a device have a sum of their own, which is added last. The other way, a row for each choice of each token that are summed at the end, would hold as many rows as experts a token.
+those that the CPU runs beside a device have a sum of their own, which is added last. The other way, a row for each
+choice of each token that are summed at the end, would hold as many rows as experts a token.
 """
 
 from __future__ import annotations

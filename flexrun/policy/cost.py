@@ -124,9 +124,11 @@ class StepCosts:
     def start_seconds(self) -> float:
         """What the first pass takes beyond its like: weights that a CPU computes with are read for the first time. Of
         compressed ones nothing of it was seen."""
-        if self.device is not self.hardware.cpu or self.policy.weight_bits < 16:
+        if self.policy.weight_bits < 16:
             return 0.0
-        resident = self.placement.bytes_on(Tier.GPU if self.on_device else Tier.CPU)
+        resident = self.placement.cpu_experts_bytes
+        if self.device is self.hardware.cpu:
+            resident += self.placement.bytes_on(Tier.GPU if self.on_device else Tier.CPU)
         return resident / FIRST_TOUCH_BYTES_PER_SECOND
 
     # Compute ------------------------------------------------------------------------------------------

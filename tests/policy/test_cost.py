@@ -401,6 +401,8 @@ def test_experts_on_the_cpu_leave_the_link_and_the_device():
     on_gpu = {"home": Tier.GPU, "lane": Lane.GPU}
     few, many = decoding(4, 10, **on_gpu), decoding(400, 10, **on_gpu)
     none, half, whole = (costs.lane_seconds(few) for costs in (alone_on_device, shared, by_cpu))
+    first_reads = [costs.start_seconds for costs in (alone_on_device, shared, by_cpu)]
+    assert first_reads[0] == 0 < first_reads[1] == pytest.approx(first_reads[2] / 2)
     assert none[Lane.CPU] == 0 < half[Lane.CPU] == pytest.approx(whole[Lane.CPU] / 2)
     for lane in (Lane.H2D, Lane.GPU):
         assert none[lane] > half[lane] > whole[lane]
