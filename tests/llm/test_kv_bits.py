@@ -144,3 +144,11 @@ def test_what_is_not_compressed_yet_is_refused_by_name(open_llm, name, options, 
     with pytest.raises(UnsupportedError, match=said) as caught:
         llm.generate(prompts((9,)), GREEDY, use_tqdm=False)
     assert "kv_bits to 16" in caught.value.hint
+
+
+def test_prompts_that_begin_alike_keep_their_own_compressed_cache(run):
+    """Prefixes are shared only by caches that are not compressed."""
+    (header,) = prompts((100,), 4)
+    asked = [header + tail for tail in prompts((30, 50, 9), 5)]
+    expected = [tokens_of(run("llama", [prompt], GREEDY, policy=IN_RAM, kv_bits=4))[0] for prompt in asked]
+    assert tokens_of(run("llama", asked, GREEDY, policy=IN_RAM, kv_bits=4)) == expected
