@@ -38,7 +38,7 @@ WORTH = 0.005  # a move must save this share of the time
 ROUNDED_STEPS, QUICK_STEPS, CLOSE_STEPS = 60_000, 70_000, 70_000  # simulated before climbing, and while
 AGAIN_STEPS = {CLOSE: 30_000, FULL: 30_000}
 LOOK_STEPS, UNIT_STEPS = 400, 7  # that the rest of a look at a policy, and of each of its units, takes as long as
-SEARCH_SHARE, SEARCH_SECONDS, MOST_EFFORT = 0.005, 3.0, 10.0  # of a job's time; of a usual search
+SEARCH_SHARE, SEARCH_SECONDS, MOST_EFFORT = 0.005, 3.0, 4.0  # of a job's time; of a usual search
 MANY_MORE = 0.1  # share of the weights, those on the device counted twice
 
 

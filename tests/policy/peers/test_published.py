@@ -192,7 +192,7 @@ MOE_GEN_BEST = {
     "deepseek-v2": (787, 31),
     "deepseek-r1": (204, 17),
 }
-EFFORT = {"mixtral-8x7b": 4.0}  # for jobs of hours flexrun run searches ten times as long; the others need no more
+EFFORT = {"mixtral-8x7b": 4.0}  # for jobs of hours flexrun run searches so much longer; the others need no more
 
 
 @pytest.mark.slow
