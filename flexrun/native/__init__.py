@@ -24,7 +24,7 @@ _ATTENTION = struct.Struct("@6P13q2fi").pack
 _GROUPWISE = struct.Struct("@2P4q4i").pack  # of groupwise.h
 _CODED = struct.Struct("@P3q2i").pack  # of coded.h
 _PRODUCT = struct.Struct("@3P3q").pack  # what follows the matrix
-_LAYOUT = 3  # of dispatch.c: a library of other sources would misread the structs
+_LAYOUT = 4  # of dispatch.c: a library of other sources would misread the structs
 
 
 def _load():
@@ -49,23 +49,19 @@ def _load():
             function = getattr(library, name)
             function.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
             function.restype = ctypes.c_int
-        if hasattr(library, "flexrun_attend_coded"):  # the others serve without it, and without the next ones
-            coded = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
-            library.flexrun_attend_coded.argtypes = coded
-            library.flexrun_attend_coded.restype = ctypes.c_int
-        if hasattr(library, "flexrun_multiply_codes"):
-            library.flexrun_decode_codes.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int]
-            library.flexrun_decode_codes.restype = None
-            library.flexrun_multiply_codes.argtypes = [ctypes.c_char_p, ctypes.c_int]
-            library.flexrun_multiply_codes.restype = ctypes.c_int
+        coded = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+        library.flexrun_attend_coded.argtypes = coded
+        library.flexrun_attend_coded.restype = ctypes.c_int
+        library.flexrun_decode_codes.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int]
+        library.flexrun_decode_codes.restype = None
+        library.flexrun_multiply_codes.argtypes = [ctypes.c_char_p, ctypes.c_int]
+        library.flexrun_multiply_codes.restype = ctypes.c_int
         return library
     return None
 
 
 _library = _load()
 available = _library is not None
-attends_codes = hasattr(_library, "flexrun_attend_coded")
-multiplies_codes = hasattr(_library, "flexrun_multiply_codes")  # dequantise and multiply below
 if available:
     instruction_set = _library.flexrun_select(None).decode()
     _rms_norm, _gated, _rope, _attend, _prefill = (
@@ -244,7 +240,7 @@ def attend_coded(query, records, recent, form, table_pointer: int, count: int, o
     int64 [5, count]: query row, first record, records, first recent row, recent rows (one at least).
     options: scale, window, softcap and sinks, as for ``attend``.
     """
-    if not attends_codes:
+    if not available:
         return False
     code = _code(query, recent, out)
     if code is None or query.shape[2] % 16 or not records.is_contiguous():
@@ -263,7 +259,7 @@ def _groupwise(codes, factors, rows: int, columns: int, bits: int, group: int, c
 
 def dequantise(codes, factors, bits: int, group: int, out) -> bool:
     """A compressed matrix brought back to ``out`` [rows, columns]; codes, factors: see flexrun.compress.groupwise."""
-    if not multiplies_codes or not codes.is_cpu or not out.is_contiguous():
+    if not available or not codes.is_cpu or not out.is_contiguous():
         return False
     code = _code(out)
     if code is None:
@@ -275,7 +271,7 @@ def dequantise(codes, factors, bits: int, group: int, out) -> bool:
 
 def multiply(x, codes, factors, bits: int, group: int, bias, out) -> bool:
     """``out = x @ weights.T + bias`` with a compressed matrix: x [T, K], bias [N] or None, out [T, N] of one dtype."""
-    if not multiplies_codes or not codes.is_cpu or x.dim() != 2 or out.dim() != 2:
+    if not available or not codes.is_cpu or x.dim() != 2 or out.dim() != 2:
         return False
     code = _code(x, out)
     if code is None or (bias is not None and (bias.dtype != x.dtype or not bias.is_contiguous())):

@@ -40,7 +40,7 @@ EXPORT const char *flexrun_select(const char *name) {
 }
 
 /* Changes whenever a struct or the meaning of an argument does: __init__.py refuses a library of another number. */
-EXPORT int flexrun_layout(void) { return 3; }
+EXPORT int flexrun_layout(void) { return 4; }
 
 EXPORT void flexrun_rms_norm(const struct norm *n, int threads) {
     int64_t bytes = element_bytes(n->dtype), rows = n->outer * n->inner;

@@ -67,7 +67,7 @@ class CodedRows:
 
 def reads_codes(form: KVFormat) -> bool:
     """Whether kernels attend records as they are, on the CPU, for queries that decode."""
-    return native.attends_codes and form.head_dim == form.width
+    return native.available and form.head_dim == form.width
 
 
 def coded_rows(segments: Segments, places: numpy.ndarray, direct: bool, device: torch.device = CPU) -> CodedRows:

@@ -65,7 +65,7 @@ def test_tokens_are_those_of_transformers_with_the_same_weights(run, oracle, bit
 def test_without_kernels_the_tokens_are_the_same(run, monkeypatch):
     asked = prompts((5, 23))
     expected = tokens_of(run("llama", asked, GREEDY, policy=IN_RAM, weight_bits=4))
-    monkeypatch.setattr("flexrun.native.multiplies_codes", False)
+    monkeypatch.setattr("flexrun.native.available", False)
     assert tokens_of(run("llama", asked, GREEDY, policy=IN_RAM, weight_bits=4)) == expected
 
 

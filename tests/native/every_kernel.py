@@ -16,6 +16,7 @@ from attention_oracle import make, oracle  # noqa: E402
 
 from flexrun import native  # noqa: E402
 from flexrun.compress.groupwise import GroupFormat, dequantise, quantise, split  # noqa: E402
+from flexrun.compress.kv_groups import GROUP_TOKENS, KVFormat, dequantise_kv, quantise_kv  # noqa: E402
 
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16")
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -74,6 +75,30 @@ def check_compressed(dtype, bits, group, shape, rows):
     torch.testing.assert_close(out.float(), expected, rtol=TOLERANCE[dtype], atol=10 * TOLERANCE[dtype])
 
 
+def check_compressed_kv(dtype, bits, head_dim):
+    """Three sequences of no, one and five records (more than a chunk), each with a newest row or some."""
+    form, heads, counts, newest = KVFormat(*bits, 2, head_dim), 6, (0, 1, 5), (1, 64, 7)
+    generator = torch.Generator().manual_seed(head_dim)
+    keys, values = torch.randn(2, sum(counts), GROUP_TOKENS, 2, head_dim, generator=generator).to(dtype)
+    records = torch.empty(sum(counts), form.record_bytes, dtype=torch.uint8)
+    quantise_kv(keys, values, form, records)
+    recent = torch.randn(2, sum(newest), 2, head_dim, generator=generator).to(dtype)
+    query, out = torch.randn(2, 3, heads, head_dim, generator=generator).to(dtype)
+    query, out = query.clone(), out.clone()
+    firsts = [[sum(sizes[:index]) for index in range(3)] for sizes in (counts, newest)]
+    table = torch.tensor([range(3), firsts[0], counts, firsts[1], newest])
+    options = {"scale": 0.2, "window": 0, "softcap": 0.0, "sinks": None}
+    assert native.attend_coded(query, records, recent, form, table.data_ptr(), 3, options, out)
+    back = dequantise_kv(records, form, torch.float32)
+    for index in range(3):
+        record, row = (first[index] for first in firsts)
+        old = back[:, record * GROUP_TOKENS : (record + counts[index]) * GROUP_TOKENS]
+        keys, values = torch.cat((old, recent[:, row : row + newest[index]].float()), 1).repeat_interleave(3, 2)
+        weights = torch.einsum("hd,thd->ht", query[index].float(), keys).mul(0.2).softmax(1)
+        expected = torch.einsum("ht,thd->hd", weights, values)
+        torch.testing.assert_close(out[index].float(), expected, rtol=0.02, atol=0.02)
+
+
 def plant(fault):
     query, keys, values, segments = tensors([1, 40], [300, 70], torch.bfloat16, 128)
     short = {"keys": keys, "values": values, "query": query}
@@ -99,6 +124,8 @@ def main():
             for dtype, bits, rows in product(TOLERANCE, (4, 8), (1, 7)):
                 for shape, group in product(((1, 1), (70, 70), (130, 300)), (32, 128)):
                     check_compressed(dtype, bits, group, shape, rows)
+            for dtype, bits, head_dim in product(TOLERANCE, ((4, 4), (8, 8), (8, 4)), (16, 64, 80, 128)):
+                check_compressed_kv(dtype, bits, head_dim)
         print(f"{name}: passed")
         runs += 1
     assert runs, "no instruction set ran"

@@ -48,7 +48,7 @@ def attended(query, slab, segments, places, direct, form=None, sinks=None):
     return out.float()
 
 
-@pytest.mark.skipif(not native.attends_codes, reason="needs the native kernels")
+@pytest.mark.skipif(not native.available, reason="needs the native kernels")
 @pytest.mark.parametrize("kernels", ["portable", "avx2", "avx512", "avx512_bf16"], indirect=True)
 @pytest.mark.parametrize(("head_dim", "heads", "group"), [(64, 3, 3), (128, 1, 5), (80, 2, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -66,7 +66,7 @@ def test_kernels_attend_what_torch_brings_back(kernels, head_dim, heads, group, 
             )
 
 
-@pytest.mark.skipif(not native.attends_codes, reason="needs the native kernels")
+@pytest.mark.skipif(not native.available, reason="needs the native kernels")
 def test_a_sequence_is_attended_alike_on_any_number_of_threads_and_beside_any_others():
     form = KVFormat(4, 4, 2, 64)
     query, slab, segments, places = decoding(form, 2, torch.float32)
