@@ -211,6 +211,7 @@ INLINE void clear_sums(VEC (*sums)[PANEL_VECTORS], const int inputs) {
 /* totals += scale * (x * codes) + minimum * sum of x, of one group. */
 INLINE void add_group(VEC (*sums)[PANEL_VECTORS], const float *factors, const float *x_sums, int64_t sums_stride,
                       float *totals, const int inputs) {
+    __asm__ volatile("" ::: "memory"); /* else totals are kept on the stack too, which doubles the stores */
 #pragma GCC unroll 4
     for (int vector = 0; vector < PANEL_VECTORS; vector++) {
         VEC scale = v_load(factors + vector * LANES), minimum = v_load(factors + PANEL_ROWS + vector * LANES);
@@ -317,9 +318,9 @@ INLINE void multiply_panel_typed(const struct product *p, int64_t row, const str
             decode_floats(m, first + tile, column, columns, factors, PANEL_ROWS,
                           (float *)panel->weights + tile * TILE_ROWS, PANEL_ROWS, bits);
         }
-        const uint8_t *next = codes_at(m, place_of(m, first), column + columns);
-        int64_t turns = (inputs->count + TILE_INPUTS - 1) / TILE_INPUTS, ahead = smaller(padded - column - columns, block);
-        int64_t lines = ahead * TILES_AT_ONCE * bits / 4 / 8 / 2 / turns + 1;
+        /* the next block, or the first one of the next panel */
+        const char *next = (const char *)codes_at(m, place_of(m, first), column + columns);
+        int64_t turns = inputs->count / TILE_INPUTS, lines = turns ? columns * TILES_AT_ONCE * bits / 32 / turns + 1 : 0;
         for (; slot + TILE_INPUTS <= inputs->count; slot += TILE_INPUTS) {
             if (!stored)
                 for (int64_t line = 0; line < lines; line++, next += 64) __builtin_prefetch(next);
