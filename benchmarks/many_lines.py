@@ -64,12 +64,12 @@ def run_lines(count: int, settings: argparse.Namespace, scratch: Path) -> dict:
     command += [
         "--cpu-memory",
         settings.cpu_memory,
-        "--threads",
-        settings.threads,
         "--ignore-eos",
         "--no-progress",
         *settings.flags,
     ]
+    threads = settings.threads or (None if settings.model else 1)
+    command += ["--threads", threads] if threads else []
     before = MachineTimes.now()
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen([str(word) for word in command], stdout=errors, stderr=errors)
@@ -157,10 +157,10 @@ def print_results(results: list[dict]) -> None:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lines", type=int, nargs="+", default=[1_000, 10_000, 100_000])
-    parser.add_argument("--max-model-len", type=int, default=64)
+    parser.add_argument("--max-model-len", type=int, default=128)
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--cpu-memory", default="1GiB")
-    parser.add_argument("--threads", type=int, default=1, help="a tiny model only loses time by sharing work out")
+    parser.add_argument("--threads", type=int, help="default: one for the tiny model, flexrun's own for another")
     parser.add_argument("--start-only", action="store_true", help="end each run when its first answers are written")
     parser.add_argument("--model", help="a model with a tokenizer: the lines are text then")
     parser.add_argument("--scratch", type=Path, help="folder for the files (default: a temporary one)")

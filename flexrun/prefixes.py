@@ -125,7 +125,7 @@ class PrefixTree:
         self._most_tokens, self._most_leaves = most_tokens, most_leaves
         self._parents, self._depths = array("i", [ROOT]), array("i", [0])
         self._starts, self._rows = array("q", [0]), array("i", [0])
-        self._children: dict[tuple[int, int], int] = {}  # (node, first token of the child) -> child
+        self._children: dict[tuple[int, int | bytes], int] = {}  # see _key
         self._pool, self._used = numpy.empty(1 << 12, dtype=numpy.int32), 0
         self._full = False
 
@@ -136,7 +136,7 @@ class PrefixTree:
         ids = numpy.asarray(token_ids, dtype=numpy.int32)
         node, at = ROOT, 0
         while at < len(ids):
-            child = self._children.get((node, int(ids[at])))
+            child = self._children.get(_key(node, ids[at:]))
             if child is None:
                 node = self._new_leaf(node, ids[at:])
                 break
@@ -164,7 +164,7 @@ class PrefixTree:
         leaf = self._new(parent, self._depths[parent] + len(tokens), self._used)
         self._pool[self._used : self._used + len(tokens)] = tokens
         self._used += len(tokens)
-        self._children[parent, int(tokens[0])] = leaf
+        self._children[_key(parent, tokens)] = leaf
         return leaf
 
     def _split(self, parent: int, child: int, tokens: int) -> int:
@@ -172,8 +172,8 @@ class PrefixTree:
         start = self._starts[child]
         middle = self._new(parent, self._depths[parent] + tokens, start)
         self._parents[child], self._starts[child] = middle, start + tokens
-        self._children[parent, int(self._pool[start])] = middle
-        self._children[middle, int(self._pool[start + tokens])] = child
+        self._children[_key(parent, self._pool[start:])] = middle
+        self._children[_key(middle, self._pool[start + tokens :])] = child
         return middle
 
     def _forget_leaves(self, but: int) -> None:
@@ -234,6 +234,12 @@ class PrefixTree:
             parts.append(self._pool[start : start + self._depths[node] - self._depths[parent]])
             node = parent
         return numpy.concatenate(parts[::-1])
+
+
+def _key(node: int, tokens: numpy.ndarray) -> tuple[int, int | bytes]:
+    """What a child of ``node`` that goes on with ``tokens`` is found by: its first token, of the root's as many as a
+    prefix has at least, so that prompts that share fewer never meet."""
+    return node, tokens[:LEAST_TOKENS].tobytes() if node == ROOT else int(tokens[0])
 
 
 def _common(first: numpy.ndarray, second: numpy.ndarray) -> int:

@@ -12,6 +12,7 @@ import json
 import tempfile
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -124,7 +125,7 @@ class JobIndex:
         return list(zip(prompts, encoded))
 
     def errors(self) -> Iterator[LineError]:
-        """The refused lines, as found: in file order, then the duplicates."""
+        """The refused lines as found: those that no tokenizer need see some lines early, duplicates at the end."""
         self._errors.seek(0)
         for text in self._errors:
             yield LineError(*json.loads(text))
@@ -227,41 +228,67 @@ def index_job(
     digest = hashlib.sha256()
     batch: list[tuple[int, PromptLine]] = []  # (offset, line) parsed but not tokenised
     batch_bytes = 0
-    for checked, (line, offset, content) in enumerate(read_lines(source, digest)):
-        if checked == limit:
-            break
-        custom_id = f"line-{line}"
-        try:
-            if content is None:
-                raise RequestError(f"the line is over {MAX_LINE_BYTES >> 20} MiB", code="line_too_long")
-            values = decode_line(content)
-            custom_id = line_id(values, line)
-            index._note_unread(values, line)
-            batch.append((offset, parse_line(values, line, defaults)))
-            batch_bytes += len(content)
-        except RequestError as error:
-            index._add(offset, line, custom_id)
-            index._refuse(LineError.of(line, custom_id, error))
-        if len(batch) >= BATCH_LINES or batch_bytes >= BATCH_BYTES:
-            _add_batch(index, batch)
-            batch, batch_bytes = [], 0
-            if on_progress is not None:
-                on_progress(checked + 1)
-    _add_batch(index, batch)
+    with _Tokenising(index) as tokenising:
+        for checked, (line, offset, content) in enumerate(read_lines(source, digest)):
+            if checked == limit:
+                break
+            custom_id = f"line-{line}"
+            try:
+                if content is None:
+                    raise RequestError(f"the line is over {MAX_LINE_BYTES >> 20} MiB", code="line_too_long")
+                values = decode_line(content)
+                custom_id = line_id(values, line)
+                index._note_unread(values, line)
+                batch.append((offset, parse_line(values, line, defaults)))
+                batch_bytes += len(content)
+            except RequestError as error:
+                index._add(offset, line, custom_id)
+                index._refuse(LineError.of(line, custom_id, error))
+            if len(batch) >= BATCH_LINES or batch_bytes >= BATCH_BYTES:
+                tokenising.take(batch)
+                batch, batch_bytes = [], 0
+                if on_progress is not None:
+                    on_progress(checked + 1)
+        tokenising.take(batch)
+        tokenising.finish()
     digest_rest(source, digest)
     index._settle(digest.hexdigest())
     return index
 
 
-def _add_batch(index: JobIndex, batch: list[tuple[int, PromptLine]]) -> None:
-    encoder = index._encoder
-    encoded = encoder.encode([prompt for _, prompt in batch])
+class _Tokenising:
+    """Tokenises a batch of lines in a thread of its own while the next one is read: tokenizers let go of Python."""
+
+    def __init__(self, index: JobIndex):
+        self._index, self._thread = index, ThreadPoolExecutor(1, "flexrun-tokenise")
+        self._under_way: tuple[list[tuple[int, PromptLine]], Future] | None = None
+
+    def __enter__(self) -> _Tokenising:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def take(self, batch: list[tuple[int, PromptLine]]) -> None:
+        before = self._under_way
+        future = self._thread.submit(self._index._encoder.encode, [prompt for _, prompt in batch])
+        self._under_way = batch, future
+        if before is not None:
+            _add_batch(self._index, before[0], before[1].result())
+
+    def finish(self) -> None:
+        batch, future = self._under_way
+        _add_batch(self._index, batch, future.result())
+
+
+def _add_batch(index: JobIndex, batch: list[tuple[int, PromptLine]], encoded: list[list[int] | RequestError]) -> None:
+    most_tokens = index._encoder.max_model_len
     for (offset, prompt), token_ids in zip(batch, encoded):
         if isinstance(token_ids, RequestError):
             index._add(offset, prompt.line, prompt.custom_id)
             index._refuse(LineError.of(prompt.line, prompt.custom_id, token_ids))
             continue
-        room = encoder.max_model_len - len(token_ids)
+        room = most_tokens - len(token_ids)
         params = prompt.params
         answer_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         scored = params.prompt_logprobs is not None

@@ -29,7 +29,8 @@ from flexrun.workload import Workload
 class Effort:
     """How much of a job is looked at.
 
-    passes: planned in full. steps: simulated. layers, units: most layers of a deep model that are simulated for all,
+    passes: planned in full, fewer where sequences end within SHORT of them, for what is planned is each one's coming
+    and going. steps: simulated. layers, units: most layers of a deep model that are simulated for all,
     and most weight units in them (but never fewer than MIN_LAYERS).
     """
 
@@ -46,6 +47,7 @@ class Effort:
 
 
 MIN_LAYERS = 4
+SHORT = 10  # passes
 GROUPS_DRAWN = 4  # at least, where some of the groups that share a prefix are drawn
 NEAR = 0.08  # of the longest pass: passes that differ less are alike
 QUICK = Effort(passes=240, steps=3_000, layers=8, units=64)  # for ranking many policies
@@ -110,8 +112,9 @@ def forecast(
     rows = len(workload)
     costs = StepCosts(layout.spec, layout.policy, layout.placement, hardware, on_device=layout.on_device)
     shrink = passes_guess(layout.policy, workload) / effort.passes
-    rows_a_slot = 3 * layout.policy.sequences_in_flight  # a start, a steady middle and a tail
-    large_rows = min(max(int(rows / max(shrink, 1.0)), rows_a_slot, 2), rows)
+    slots = layout.policy.sequences_in_flight
+    steady_rows = min(int(rows / max(shrink, 1.0)), slots * effort.passes // SHORT)
+    large_rows = min(max(steady_rows, 3 * slots, 2), rows)  # a start, a steady middle and a tail
     parts = [_Part.of(drawn(workload, large_rows), layout, costs, known)]
     if large_rows < rows and len(parts[0].passes):
         # T(small) holds start and tail; T(large) - T(small) is the steady middle of the rows between. Rows of the one
