@@ -25,6 +25,8 @@ def moves(policy: Policy, programs: Programs, *, closely: bool = False) -> Itera
     if "cpu_experts_share" in free and _has_experts_for_cpu(policy, programs):
         yield from ({"cpu_experts_share": share} for share in _other_shares(policy.cpu_experts_share))
     if {"sequences_in_flight", "attention_micro_batch", "tokens_per_pass"} <= free:
+        if "kv" in free and 0 < policy.kv.disk < 1:
+            yield _off_disk(policy)
         yield from _other_sequences(policy, programs)
     yield from _other_passes(policy, programs, free)
     if "weight_bits" in free:
@@ -93,6 +95,18 @@ def _other_sequences(policy: Policy, programs: Programs) -> Iterator[dict]:
             yield change(near)
             if factor == 2:
                 yield {**change(near), "tokens_per_pass": 2 * tokens}
+
+
+def _off_disk(policy: Policy) -> dict:
+    """As many sequences fewer as have their KV on disk: moves of one thing at a time do not lead there."""
+    kept = 1.0 - policy.kv.disk
+    sequences = max(int(policy.sequences_in_flight * kept), 1)
+    gpu = policy.kv.gpu / kept
+    return {
+        "sequences_in_flight": sequences,
+        "attention_micro_batch": -(-sequences // micro_batches(policy)),
+        "kv": Placement(gpu, 1.0 - gpu),
+    }
 
 
 def _other_passes(policy: Policy, programs: Programs, free: set[str]) -> Iterator[dict]:
