@@ -56,6 +56,10 @@ class Recovered:
     partial: Partial = field(default_factory=dict)
     chosen: dict[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def nothing(cls) -> Recovered:
+        return cls(np.zeros(0, dtype=np.int64), 0, 0)
+
     def __contains__(self, line: int) -> bool:
         position = int(np.searchsorted(self.lines, line))
         return position < len(self.lines) and self.lines[position] == line
@@ -118,7 +122,7 @@ class Journal:
         """
         present = [path for path in self._paths() if path.exists() and path.stat().st_size]
         if not self._resume or not (present or self._beside("tokens").exists()):
-            return Recovered(np.zeros(0, dtype=np.int64), 0, 0)
+            return Recovered.nothing()
         with self._writing():
             return self._recover(present, manifest, retry_errors)
 

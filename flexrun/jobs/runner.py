@@ -8,7 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, BinaryIO, TextIO
@@ -89,7 +89,7 @@ def run_job(
 
     The summary: requests {total, answered, failed, answered_before, failed_before, left}, finish_reasons and errors
     as counts, prompt_tokens, generated_tokens, generated_tokens_per_second, total_tokens_per_second, the seconds of
-    each phase, engine (the engine's own summary, None if it was not needed), interrupted.
+    each phase, engine (the engine's own summary, None if it was not needed), interrupted, error (None).
 
     Raises ConfigError for settings that cannot work, and with ``strict`` for any bad line, before weights are loaded.
     """
@@ -113,10 +113,23 @@ class _Job:
         self.answered = self.prompt_tokens = self.generated_tokens = 0
         self.seconds = {"check": 0.0, "load": 0.0, "run": 0.0}
         self.stopping = self.interrupted = False
+        self.total, self.recovered = 0, Recovered.nothing()
+        self.engine: dict[str, Any] | None = None
+        self.started = time.perf_counter()
 
     def run(self, open_model: Callable[[], Any], build_llm: Callable[..., Any]) -> dict[str, Any]:
+        try:
+            self._run(open_model, build_llm)
+        except BaseException as error:
+            self.interrupted |= isinstance(error, KeyboardInterrupt)
+            self.report.write(self._summary(None if self.interrupted else error), self._say)
+            raise
+        summary = self._summary()
+        self.report.write(summary, self._say)
+        return summary
+
+    def _run(self, open_model: Callable[[], Any], build_llm: Callable[..., Any]) -> None:
         config = self.config
-        started = time.perf_counter()
         journal = Journal(config.output_file, config.error_file, resume=config.resume, overwrite=config.overwrite)
         with (
             closing(journal),
@@ -125,17 +138,13 @@ class _Job:
             closing(self._check(source, model)) as index,
         ):
             manifest = self._manifest(index, model)
-            recovered = journal.recover(manifest, config.retry_errors)
+            self.recovered = recovered = journal.recover(manifest, config.retry_errors)
+            self.report.begin()
             rows = index.order(config.order)
             rows = rows[~np.isin(index.lines[rows], recovered.lines)]
             self.partial = recovered.partial
-            engine = self._answer(
-                lambda: build_llm(model, **recovered.chosen), index, rows, recovered, journal, manifest
-            )
+            self._answer(lambda: build_llm(model, **recovered.chosen), index, rows, recovered, journal, manifest)
             journal.finish(config.preserve_order and not self.interrupted, keep_tokens=self.interrupted)
-            summary = self._summary(index, rows, recovered, engine, time.perf_counter() - started)
-        self.report.write(summary, self._say)
-        return summary
 
     def _check(self, source: BinaryIO, model: Any) -> JobIndex:
         """Validate the whole file and tell the user what was found."""
@@ -150,9 +159,8 @@ class _Job:
             shares=self.config.shared_prefixes,
         )
         self.seconds["check"] = time.perf_counter() - started
-        self._say(
-            f"checked {len(index) + index.error_count:,} lines in {self.seconds['check']:.1f} s: {len(index):,} good"
-        )
+        self.total = len(index) + index.error_count  # lines
+        self._say(f"checked {self.total:,} lines in {self.seconds['check']:.1f} s: {len(index):,} good")
         for warning in index.warnings():
             self._say(f"warning: {warning}")
         shown = list(itertools.islice(index.errors(), STRICT_SHOWN))
@@ -161,6 +169,9 @@ class _Job:
         if index.error_count > len(shown):
             self._say(f"... and {index.error_count - len(shown):,} more lines refused")
         if self.config.strict and index.error_count:
+            self.report.begin()
+            for error in index.errors():
+                self._count_error(error)
             index.close()
             raise ConfigError(
                 f"{index.error_count:,} lines of {self.config.input_file} are refused, and --strict is set",
@@ -184,8 +195,8 @@ class _Job:
         self.job_id = job_id_of(manifest)
         return manifest
 
-    def _answer(self, build_llm, index, rows, recovered, journal, manifest) -> dict[str, Any] | None:
-        """Everything that writes. Returns the engine's summary, None where no line needed it."""
+    def _answer(self, build_llm, index, rows, recovered, journal, manifest) -> None:
+        """Everything that writes."""
         started = time.perf_counter()
         with closing(build_llm()) if len(rows) else nullcontext() as llm:
             if llm is not None:
@@ -196,18 +207,20 @@ class _Job:
             journal.start(manifest, recovered.partial.keys())
             self._write_refusals(index, recovered, journal)
             if llm is None:
-                return None
+                return
             started = time.perf_counter()
             try:
                 self._stream(llm, index, rows, journal)
-            except FlexrunError:
-                if self.config.output_file != "-":
+            except BaseException as error:
+                if isinstance(error, FlexrunError) and self.config.output_file != "-":
                     where = self.config.output_file
                     self._say(f"{self.answered:,} answers of this run are safe in {where}; go on with --resume")
+                with suppress(Exception):  # what ended the run is what there is to say
+                    self.engine = llm.summary()
                 raise
             finally:
                 self.seconds["run"] = time.perf_counter() - started
-            return llm.summary()
+            self.engine = llm.summary()
 
     def _write_refusals(self, index: JobIndex, recovered: Recovered, journal: Journal) -> None:
         for error in index.errors():
@@ -324,20 +337,20 @@ class _Job:
         self.finish_reasons.update(completion.finish_reason for completion in output.outputs)
         return usage["total_tokens"]
 
-    def _summary(self, index, rows, recovered, engine, job_seconds) -> dict[str, Any]:
-        run_seconds = self.seconds["run"]
+    def _summary(self, error: BaseException | None = None) -> dict[str, Any]:
+        """Of what has been done, also where an error ended it."""
+        run_seconds, recovered = self.seconds["run"], self.recovered
         failed = sum(self.errors.values())
         # A refused line that an earlier run already recorded is in failed_before, not in failed.
-        total = len(index) + index.error_count
         done = self.answered + failed + recovered.answered_count + recovered.failed_count
         return {
             "requests": {
-                "total": total,
+                "total": self.total,
                 "answered": self.answered,
                 "failed": failed,
                 "answered_before": recovered.answered_count,
                 "failed_before": recovered.failed_count,
-                "left": max(total - done, 0),
+                "left": max(self.total - done, 0),
             },
             "finish_reasons": dict(self.finish_reasons),
             "errors": dict(self.errors),
@@ -350,11 +363,12 @@ class _Job:
             "check_seconds": self.seconds["check"],
             "load_seconds": self.seconds["load"],
             "run_seconds": run_seconds,
-            "job_seconds": job_seconds,
+            "job_seconds": time.perf_counter() - self.started,
             "model": self.config.model_name,
             "output_file": self.config.output_file,
             "interrupted": self.interrupted,
-            "engine": engine,
+            "error": None if error is None else str(error) or type(error).__name__,
+            "engine": self.engine,
         }
 
     def _checking_report(self, started: float) -> Callable[[int], None] | None:
