@@ -71,8 +71,8 @@ class JobReport:
             self._errors.append(error)
 
     def write(self, summary: Mapping[str, Any], say: Callable[[str], None]) -> None:
-        """Write the page, of a job that has begun. Where that fails it is only said: the answers are safe, and a page is
-        no reason to fail."""
+        """Write the page of a job that has begun. Where that fails it is only said: the answers are safe, and a page
+        is no reason to fail."""
         if not self._begun:
             return
         trace = TRACE_FILE if (self._folder / TRACE_FILE).exists() else None

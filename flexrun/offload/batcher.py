@@ -190,7 +190,9 @@ class Batcher:
             return 0
         if sequence.group.score_start is not None or self._kv.form is not None:
             return 0  # a prompt is scored once; and what a compressed cache holds depends on when it was filled
-        likely = self._lengths.likely(len(other.output_ids) for other in self._running)
+        likely = sequence.group.request.kept_tokens
+        if likely is None:
+            likely = self._lengths.likely(len(other.output_ids) for other in self._running)
         if likely is None:
             return 0
         return max(sequence.group.max_tokens - max(likely, len(sequence.output_ids) + 1), 0)
