@@ -12,7 +12,7 @@ from flexrun.prefixes import NONE, Prefixes
 
 
 def longest_answers_first(prompt_tokens: numpy.ndarray, answer_tokens: numpy.ndarray) -> numpy.ndarray:
-    """Rows in the order to run, int64 [rows]: the longest answers first, so that none runs alone at the end, and prompts
+    """Rows in the order to run, int64 [rows]: the longest answers first, so that none runs alone at the end and prompts
     with short answers fill the passes beside them; of answers about as long (within a factor of two) the longest
     sequences first, so that what runs together is alike."""
     return numpy.lexsort((-(prompt_tokens + answer_tokens), -numpy.ceil(numpy.log2(answer_tokens + 1.0))))
