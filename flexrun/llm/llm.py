@@ -18,7 +18,7 @@ from flexrun.core import Lane, parse_bytes
 from flexrun.errors import ConfigError, FlexrunError, RequestError
 from flexrun.hardware import Hardware
 from flexrun.llm.accelerator import Accelerator
-from flexrun.llm.given_policy import fields_to_keep, given_policy
+from flexrun.llm.given_policy import given_policy
 from flexrun.llm.intake import Intake, Prompt, as_chat_requests, as_request_error, as_requests
 from flexrun.llm.lengths import Lengths
 from flexrun.llm.machine_profile import settle_hardware, with_device
@@ -324,7 +324,7 @@ class LLM:
         """The plan of the policy that was given, or the best one."""
         hardware = self._settled_hardware()
         if self._policy is None:
-            fixed = fields_to_keep(self._fixed, budgets.on_device)
+            fixed = dict(self._fixed)
             if self._max_num_seqs is not None:
                 fixed["sequences_in_flight"] = min(self._max_num_seqs, len(workload))
             plan = search_worth(self.spec, hardware, workload, budgets, fixed=fixed, features=self._offered)

@@ -319,6 +319,7 @@ class Batcher:
                     fresh_pairs=int((new * (new + 1) // 2).sum()),
                     **(split.counts if split else {}),
                     **(shared.counts if shared else {}),
+                    **self._kv.group_counts(query, kv, new),
                 )
             )
         more = bool(self._waiting) or not self._exhausted or len(sampled) + len(ended) < len(self._running)

@@ -198,7 +198,7 @@ class _Part:
     def of(cls, workload: Workload, layout: Layout, costs: StepCosts, known: dict[tuple, Passes]) -> _Part:
         policy, places = layout.policy, layout.micro_batches
         key = (len(workload), policy.sequences_in_flight, policy.tokens_per_pass, policy.attention_micro_batch)
-        key += (part_tokens(policy),)
+        key += (part_tokens(policy), policy.key_value_bits is not None)
         key += tuple((place.capacity_tokens, place.device_share, place.shared) for place in places)
         if key not in known:
             known[key] = job_passes(workload, policy, places)

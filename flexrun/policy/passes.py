@@ -11,7 +11,8 @@ import numpy
 
 from flexrun.config import Policy
 from flexrun.core import Lane, Tier
-from flexrun.placement import KVMicroBatch, part_tokens
+from flexrun.placement import KVMicroBatch, part_tokens, room_of_groups
+from flexrun.policy.coded_groups import CodedGroups
 from flexrun.policy.prefix_room import PrefixRoom
 from flexrun.prefixes import NONE
 from flexrun.schedule import cut_rows
@@ -34,8 +35,11 @@ COLUMNS = (
     "prefix_rows",
     "prefix_kv_tokens",
     "prefix_pairs",
+    "there_groups",
+    "new_groups",
+    "fresh_groups",
 )
-ABOVE, PREFIX = slice(7, 12), slice(12, 15)  # of COLUMNS, what begins with these names
+ABOVE, PREFIX, GROUPS = slice(7, 12), slice(12, 15), slice(15, 18)  # of COLUMNS, those of these names
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,6 +180,8 @@ class _Job:
         fits = workload.kv_tokens <= max(place.capacity_tokens for place in micro_batches if not place.shared)
         rows = workload.rows(fits)
         rooms = numpy.maximum(rows.kept_kv_tokens, rows.own_prompt_tokens + rows.likely_tokens - 1)  # no pauses here
+        self.groups = CodedGroups(len(micro_batches)) if policy.key_value_bits is not None else None
+        rooms = rooms if self.groups is None else room_of_groups(rooms)
         columns = (rows.own_prompt_tokens, rows.likely_tokens, rooms, rows.scored_tokens, rows.prefix)
         self.rows = list(zip(*(column.tolist() for column in columns)))
         self.next_row = self.in_flight = 0
@@ -201,7 +207,7 @@ class _Job:
             logits_rows.append(rows)
             number += 1
         table = numpy.zeros((number, len(COLUMNS), len(self.places)), dtype=numpy.int64)
-        if number:  # the last columns are there only where KV is split by token, or prefixes are shared
+        if number:  # the last columns are there only where they can be other than 0
             table[:, : len(counts[0])] = counts
         last = not self.in_flight and self.next_row == len(self.rows)
         return Passes(self.places, table.transpose(0, 2, 1), numpy.array(logits_rows, dtype=numpy.int64), last)
@@ -218,6 +224,8 @@ class _Job:
             self.above_kv[home] += 1
         if self.splits:
             table += [column[:] for column in (self.above, self.above_kv, self.above_kv, self.above, self.above_kv)]
+        if self.groups is not None:
+            groups = self.groups.columns(number)
         shared, attended = self.prefixes, {}
         if shared is not None:
             table += [nothing[:] for _ in range(12 - len(table))]
@@ -252,6 +260,8 @@ class _Job:
                 if shared is not None:
                     chain = shared.chain(prompt.prefix)
                     shared.add_chunk(by_home[home], chain, count, attended.setdefault(home, set()))
+                if self.groups is not None:
+                    self.groups.add_chunk(groups, home, prompt.cached, seen)
                 if self.splits and seen > prompt.border:
                     self._add_above(table[-5:], prompt, count)
                 prompt.cached = seen
@@ -261,6 +271,9 @@ class _Job:
                 done.append(prompt)
         if shared is not None:
             table += [list(column) for column in zip(*by_home)]
+        if self.groups is not None:
+            table += [[0] * len(decoding) for _ in range(GROUPS.start - len(table))] + groups
+            self.groups.advance(number)
         for home, count in enumerate(decoding):
             decoding_kv[home] += count
             self.above_kv[home] += self.above[home]
@@ -272,6 +285,8 @@ class _Job:
                 self.above_kv[home] -= above + 1
             if prefix != NONE:
                 shared.attend(home, prefix, -1)
+            if self.groups is not None:
+                self.groups.decode(home, number, tokens, -1)
             self._release(home, taken, prefix)
         for prompt in done:
             if prompt.limit <= 1:
@@ -281,6 +296,8 @@ class _Job:
                 shared.attend(prompt.home, prompt.prefix, 1)
             decoding[prompt.home] += 1
             decoding_kv[prompt.home] += prompt.tokens + 1
+            if self.groups is not None:
+                self.groups.decode(prompt.home, number, prompt.tokens, 1)
             last_tokens = prompt.tokens + prompt.limit - 1
             above = max(last_tokens - prompt.border, 0)
             ending = (prompt.home, last_tokens, above, prompt.prefix, prompt.room)
@@ -326,7 +343,7 @@ class _Job:
         self.free[home] -= room
         self.next_row += 1
         self.in_flight += 1
-        border = self.places[home].split(0, room)[2] if self.splits else room
+        border = self.places[home].split(0, room)[2] if self.splits else prompt + limit
         admitted = _Prompt(prompt, limit, room, scored, home, border, prefix)
         if not new:
             return admitted
