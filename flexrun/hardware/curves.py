@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy
 from scipy.optimize import least_squares, nnls
 
+from flexrun import native
 from flexrun.errors import ExecutionError
 from flexrun.hardware.rates import CompressedRates, LinearWork, Rates, Transfer
 
@@ -140,7 +141,7 @@ def _fit_few(readings: Sequence[CompressedReading], few_rows: int) -> tuple[Comp
 
     def rates_at(point: numpy.ndarray) -> CompressedRates:
         matmul, few, many = (math.exp(value) for value in point)
-        return CompressedRates(matmul, few if few_rows else many, many, few_rows)
+        return CompressedRates(matmul, few if few_rows else many, many, few_rows, native.ROWS_AT_ONCE)
 
     def errors(point: numpy.ndarray) -> numpy.ndarray:
         rates = rates_at(point)

@@ -55,7 +55,7 @@ class Effort:
 
 FULL = Effort(
     shapes=(SMALL, MIDDLE, LARGE),
-    rows=(4, 16, 64, 256, 512),
+    rows=(1, 4, 16, 64, 256, 512),
     pool_bytes=256 * MIB,
     reading_seconds=0.15,
     least_repeats=4,
@@ -68,7 +68,7 @@ FULL = Effort(
 )
 QUICK = Effort(
     shapes=(SMALL, MIDDLE),
-    rows=(8, 64, 256),
+    rows=(1, 8, 64, 256),
     pool_bytes=128 * MIB,
     reading_seconds=0.03,
     least_repeats=2,

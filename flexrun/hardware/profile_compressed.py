@@ -21,7 +21,7 @@ from flexrun.hardware.rates import CompressedRates, Rates
 
 GROUP = 64
 BITS = (4, 8)
-ROWS = (1, 6, 8, 192)  # of a call; the kernels take few rows, up to about 6, another way
+ROWS = (1, 6, 8, 64, 256, 512)  # of a call; the kernels take few rows, up to about 6, another way
 TIMED = ("attention_inputs", "mlp")
 
 

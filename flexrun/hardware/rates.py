@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -54,24 +55,28 @@ class CompressedRates:
     """Products of a CPU with matrices of 4 or 8 bits, straight from their codes.
 
     few_bytes_per_second: codes and factors, of calls of at most ``few_rows`` rows; many_bytes_per_second: of larger
-    ones, which make weights of the codes first and multiply then, at matmul_flops_per_second.
+    ones, which make weights of the codes first and multiply then, at matmul_flops_per_second, once for every
+    ``rows_at_once`` rows (0: for all of them).
     """
 
     matmul_flops_per_second: float
     few_bytes_per_second: float
     many_bytes_per_second: float
     few_rows: int = 0
+    rows_at_once: int = 0
 
     def __post_init__(self):
         speeds = ("matmul_flops_per_second", "few_bytes_per_second", "many_bytes_per_second")
         require_range(self, speeds, 0, above=True)
-        require_range(self, ("few_rows",), 0)
+        require_range(self, ("few_rows", "rows_at_once"), 0)
 
     def seconds(self, rows: float, elements: float, nbytes: float) -> float:
         """Of one call, apart from its inputs and outputs."""
         products = 2.0 * rows * elements / self.matmul_flops_per_second
-        speed = self.few_bytes_per_second if rows <= self.few_rows else self.many_bytes_per_second
-        return products + nbytes / speed
+        if rows <= self.few_rows:
+            return products + nbytes / self.few_bytes_per_second
+        times = math.ceil(rows / self.rows_at_once) if self.rows_at_once else 1
+        return products + times * nbytes / self.many_bytes_per_second
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ _ATTENTION = struct.Struct("@6P13q2fi").pack
 _GROUPWISE = struct.Struct("@2P4q4i").pack  # of groupwise.h
 _CODED = struct.Struct("@P3q2i").pack  # of coded.h
 _PRODUCT = struct.Struct("@3P3q").pack  # what follows the matrix
+ROWS_AT_ONCE = 192  # of x, that share weights brought back from codes: MOST_INPUTS of groupwise.c
 _LAYOUT = 4  # of dispatch.c: a library of other sources would misread the structs
 
 

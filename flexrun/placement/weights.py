@@ -166,11 +166,6 @@ class WeightPlacement:
         return int(self._columns.padded[self._tiers == TIERS.index(tier)].sum())
 
     @property
-    def cpu_experts_bytes(self) -> int:
-        """Page-aligned bytes of the routed experts that the CPU runs beside a device."""
-        return int(self._columns.padded[self._stays].sum())
-
-    @property
     def stored_bytes(self) -> int:
         """Page-aligned bytes of all weights: what their packed files take on disk."""
         return int(self._columns.padded.sum())

@@ -102,7 +102,7 @@ def forecast(
     limit_seconds: float = float("inf"),
     known: dict[tuple, Passes] | None = None,
 ) -> Forecast:
-    """Time of a job whose sequences all run to ``likely_tokens``. Raises nothing of its own: check the layout first.
+    """Time of a job whose sequences all run to ``max_tokens``. Raises nothing of its own: check the layout first.
 
     limit_seconds: where the busiest lanes alone take longer, their time is the answer and nothing is simulated.
     known: passes of this workload that other policies had; filled here.
@@ -124,7 +124,7 @@ def forecast(
     if bound.seconds > limit_seconds or not len(parts[0].passes):
         return bound
     seconds_of, steps = _simulated(layout, hardware, parts[0].passes, parts[0].lanes, effort)
-    job = _whole(workload, [part.forecast(seconds_of, costs.start_seconds) for part in parts])
+    job = _whole(workload, [part.forecast(seconds_of) for part in parts])
     return dataclasses.replace(job, simulated_steps=steps)
 
 
@@ -163,7 +163,7 @@ def _drawn_groups(groups: numpy.ndarray, count: int) -> numpy.ndarray:
 
 def _combine(workload: Workload, large: Forecast, small: Forecast) -> Forecast:
     """What a part takes more than a smaller one, as often as the job has tokens more, of prompts and of answers."""
-    prompt_tokens, generated_tokens = workload.prefill_tokens, int(workload.likely_tokens.sum())
+    prompt_tokens, generated_tokens = workload.prefill_tokens, int(workload.max_tokens.sum())
     prompts = (prompt_tokens - large.prompt_tokens) / (large.prompt_tokens - small.prompt_tokens)
     answers = (generated_tokens - large.generated_tokens) / (large.generated_tokens - small.generated_tokens)
     prefill = large.prefill_seconds + prompts * (large.prefill_seconds - small.prefill_seconds)
@@ -178,7 +178,7 @@ def _combine(workload: Workload, large: Forecast, small: Forecast) -> Forecast:
 
 def passes_guess(policy: Policy, workload: Workload) -> float:
     """Passes of a job, roughly: limited by slots or by the tokens of a pass, whichever is slower."""
-    generated, prompts = float(workload.likely_tokens.sum()), float(workload.prefill_tokens)
+    generated, prompts = float(workload.max_tokens.sum()), float(workload.prefill_tokens)
     slots = min(policy.sequences_in_flight, max(len(workload), 1))
     return max(generated / slots, (prompts + generated) / policy.tokens_per_pass)
 
@@ -198,19 +198,18 @@ class _Part:
     def of(cls, workload: Workload, layout: Layout, costs: StepCosts, known: dict[tuple, Passes]) -> _Part:
         policy, places = layout.policy, layout.micro_batches
         key = (len(workload), policy.sequences_in_flight, policy.tokens_per_pass, policy.attention_micro_batch)
-        key += (part_tokens(policy), policy.key_value_bits is not None)
+        key += (part_tokens(policy),)
         key += tuple((place.capacity_tokens, place.device_share, place.shared) for place in places)
         if key not in known:
             known[key] = job_passes(workload, policy, places)
         passes = known[key].at(places)
         return cls(workload, passes, costs.lane_seconds_of(passes))
 
-    def forecast(self, seconds_of: PassSeconds, start_seconds: float = 0.0) -> Forecast:
-        """Of exactly these rows, given how long passes take, and what the start adds."""
+    def forecast(self, seconds_of: PassSeconds) -> Forecast:
+        """Of exactly these rows, given how long passes take."""
         if not len(self.passes):  # no row fits the cache: a run refuses them all
             return Forecast(0.0, 0.0, 0.0, 0, 0, 0, dict.fromkeys(Lane, 0.0))
         pass_seconds = numpy.maximum(seconds_of(self.lanes), self.lanes.max(axis=1))  # no lane ends before its work
-        pass_seconds[0] += start_seconds
         shares = self.passes.decode_tokens / self.passes.tokens
         decode, total = float((pass_seconds * shares).sum()), float(pass_seconds.sum())
         return Forecast(
@@ -219,7 +218,7 @@ class _Part:
             decode,
             len(self.passes),
             self.workload.prefill_tokens,
-            int(self.workload.likely_tokens.sum()),
+            int(self.workload.max_tokens.sum()),
             dict(zip(Lane, self.lanes.sum(axis=0).tolist())),
         )
 

@@ -6,6 +6,7 @@ import numpy
 import pytest
 import torch
 
+from flexrun import native
 from flexrun.compress import GroupFormat, GroupwiseMatrix
 from flexrun.hardware import CompressedRates, Rates, profile_compressed
 from flexrun.hardware.curves import CompressedReading, fit_compressed
@@ -13,7 +14,7 @@ from flexrun.hardware.effort import Bench
 from flexrun.hardware.timing import Reading
 
 RATES = Rates(4e11, 2e10, 1e10, 3e10, 2e11)
-KERNEL = CompressedRates(7e11, 4e10, 1.5e10, few_rows=6)
+KERNEL = CompressedRates(7e11, 4e10, 1.5e10, few_rows=6, rows_at_once=native.ROWS_AT_ONCE)
 ROWS = (1, 6, 8, 16, 64, 256)
 
 
@@ -41,7 +42,9 @@ def test_noisy_readings_are_described_within_their_noise():
 
 
 def test_one_way_for_all_rows_is_found_as_such():
-    found, residual = fit_compressed(readings_of(CompressedRates(7e11, 1.5e10, 1.5e10)))
+    found, residual = fit_compressed(
+        readings_of(CompressedRates(7e11, 1.5e10, 1.5e10, rows_at_once=native.ROWS_AT_ONCE))
+    )
     assert residual < 1e-3
     assert found.seconds(1, 5e7, 3e7) == pytest.approx(2e-3, rel=0.08)
 

@@ -1,5 +1,7 @@
 """Compressed matrices by the kernels: the weights of torch's form bit for bit, products within rounding of float64."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -81,3 +83,8 @@ def test_what_the_kernels_do_not_take_is_left_to_torch(instruction_set):
     assert not native.multiply(x, *parts, 4, 32, None, out.bfloat16())
     assert not native.multiply(x, *parts, 4, 32, torch.zeros(16).bfloat16(), out)
     assert not native.dequantise(*parts, 4, 32, torch.empty(32, 32)[:, :16])
+
+
+def test_forecasts_count_the_blocks_of_rows_that_the_kernels_take():
+    source = Path(native.__file__).with_name("groupwise.c").read_text()
+    assert f"#define MOST_INPUTS {native.ROWS_AT_ONCE} " in source

@@ -14,8 +14,7 @@ from flexrun.core import Lane, Tier
 from flexrun.hardware import CompressedRates, Hardware, LinearWork
 from flexrun.models.spec import ModelSpec
 from flexrun.placement import build_scheduler, part_tokens
-from flexrun.policy.coded_cost import CODING_ACCESSES
-from flexrun.policy.cost import StepCosts
+from flexrun.policy.cost import CODING_ACCESSES, StepCosts
 from flexrun.policy.kv_writes import BLOCK_WRITE_SECONDS
 from flexrun.policy.layout import Budgets, Layout
 from flexrun.policy.passes import job_passes
@@ -76,9 +75,6 @@ def test_the_seconds_of_a_lane_are_those_of_its_steps(name, machine, on_device):
     spec = planned(name)
     places = ON_DEVICE if on_device else ON_CPU
     cases = [(*case, POLICY) for case in places]
-    if spec.latent is None:
-        coded = [dataclasses.replace(POLICY, kv_bits=bits) for bits in (4, "k8v4")]
-        cases += [(RAM, kv, share, base) for base in coded for _, kv, share in places]
     cases += [(*case, IN_PARTS) for case in places[:5] if on_device and spec.experts is None]  # not run with them
     split = [dataclasses.replace(base, kv_device_tokens_share=share) for base, share in SPLIT]
     cases += [(RAM, kv, 1.0, base) for kv in (RAM, MIX) for base in split if on_device and name in SPLIT_MODELS]
@@ -281,7 +277,10 @@ def with_compressed(machine: Hardware, found: dict[str, CompressedRates]) -> Har
 def test_compressed_products_take_what_was_measured_for_their_bits():
     """4 and 8 bits by their own rates, those of few rows up to few_rows; what is kept as it would be alone."""
     spec = planned("llama")
-    slow = {"4": CompressedRates(1e10, 1e9, 2e8, few_rows=4), "8": CompressedRates(1e10, 5e8, 1e8, few_rows=4)}
+    slow = {
+        "4": CompressedRates(1e10, 1e9, 2e8, few_rows=4, rows_at_once=100),
+        "8": CompressedRates(1e10, 5e8, 1e8, few_rows=4),
+    }
     machine = with_compressed(LAPTOP, slow)
     elements, outputs = (
         sum(tensor.elements for tensor in spec.layer_tensors(0) if tensor.name in names)
@@ -294,7 +293,7 @@ def test_compressed_products_take_what_was_measured_for_their_bits():
         return sum(costs._linear(part, 0, rows, 0.0) for part in ("attention_inputs", "attention_output", "mlp"))
 
     stored = elements * (0.5 + 4 / 64)
-    for rows, speed in ((1, 1e9), (4, 1e9), (5, 2e8), (100, 2e8)):
+    for rows, speed in ((1, 1e9), (4, 1e9), (5, 2e8), (100, 2e8), (101, 1e8)):
         assert layer_seconds(rows) == pytest.approx(stored / speed + 2 * rows * elements / 1e10, rel=0.1)
     share = outputs / elements
     eight = share * (layer_seconds(100, bits=8) - layer_seconds(100)) + layer_seconds(100)
@@ -339,9 +338,10 @@ def test_compressing_a_cache_takes_time_with_every_new_token_and_spares_a_disk_i
     coded = four.attention_inputs_seconds(1000, 0, 1.0) - full.attention_inputs_seconds(1000, 0, 1.0)
     moved = coded * LAPTOP.cpu.rates_of(spec.dtype).activation_bytes_per_second
     assert moved == pytest.approx(1000 * spec.kv_elements_per_token * 4 * CODING_ACCESSES)
-    shape = decoding(8, 4000, home=Tier.DISK)
-    parts = tuple(dataclasses.replace(each, there_groups=8 * (3999 // 64)) for each in shape.micro_batches)
-    shape = dataclasses.replace(shape, micro_batches=parts)
+    shape = decoding(8, 4000)
+    shape = dataclasses.replace(
+        shape, micro_batches=tuple(dataclasses.replace(each, home=Tier.DISK) for each in shape.micro_batches)
+    )
     whole, packed = (costs.lane_seconds(shape)[Lane.DISK_READ] for costs in (full, four))
     assert whole / 4 < packed < whole / 3
 
@@ -404,8 +404,6 @@ def test_experts_on_the_cpu_leave_the_link_and_the_device():
     on_gpu = {"home": Tier.GPU, "lane": Lane.GPU}
     few, many = decoding(4, 10, **on_gpu), decoding(400, 10, **on_gpu)
     none, half, whole = (costs.lane_seconds(few) for costs in (alone_on_device, shared, by_cpu))
-    first_reads = [costs.start_seconds for costs in (alone_on_device, shared, by_cpu)]
-    assert first_reads[0] == 0 < first_reads[1] == pytest.approx(first_reads[2] / 2)
     assert none[Lane.CPU] == 0 < half[Lane.CPU] == pytest.approx(whole[Lane.CPU] / 2)
     for lane in (Lane.H2D, Lane.GPU):
         assert none[lane] > half[lane] > whole[lane]
