@@ -115,10 +115,8 @@ class AttentionSteps:
             return
         cached, below = micro_batch.cached, micro_batch.below
         slot, source = self._read_to_host(layer, micro_batch) if on_disk else (0, ())
-        leaving = micro_batch.query_tokens - micro_batch.above_new_tokens
         if not below.query_tokens:
-            if leaving:
-                self._save(part, layer, micro_batch, start, slot, source)
+            self._save(part, layer, micro_batch, start, slot, source)
             return
         where = {"layer": layer, "micro_batch": micro_batch.index, "start": start}
         down = self._emit(
@@ -127,7 +125,7 @@ class AttentionSteps:
             (part.inputs, *source),
             stop=start + micro_batch.query_tokens,
             offset=slot,
-            bytes=cached.query_tokens * self._work.query_bytes_per_token + leaving * self._work.kv_bytes_per_token,
+            bytes=cached.query_tokens * self._work.query_bytes_per_token + self._leaving_bytes(micro_batch),
             **where,
         )
         part.busy.append(down)
@@ -135,7 +133,8 @@ class AttentionSteps:
         done = self._attend(StepKind.ATTEND, Lane.CPU, (down,), below, slot, where)
         self._returning[layer, micro_batch.index] = done
         if on_disk:
-            self._host_slots.users[slot] = (done, self._write_back(layer, micro_batch, down, slot))
+            stored = done if self._work.kv.record else down  # who attends a compressed cache also takes its rows in
+            self._host_slots.users[slot] = (done, *self._write_back(layer, micro_batch, stored, slot))
 
     def receive(self, part: Part, layer: int, micro_batch: MicroBatchShape, start: int) -> None:
         """Attention on the compute lane that needs no copy, and what comes back from the CPU."""
@@ -154,7 +153,7 @@ class AttentionSteps:
             attended = self._attend(
                 StepKind.ATTEND, self._compute_lane, (part.inputs, *source), micro_batch, slot, where
             )
-            self._host_slots.users[slot] = (self._write_back(layer, micro_batch, attended, slot),)
+            self._host_slots.users[slot] = self._write_back(layer, micro_batch, attended, slot) or (attended,)
             part.attended.append(attended)
             return
         cached_stop = start + tokens - fresh
@@ -216,7 +215,7 @@ class AttentionSteps:
             lane,
             depends_on,
             offset=slot,
-            bytes=rows.kv_tokens * self._work.kv_bytes_per_token,
+            bytes=rows.kv_tokens * self._work.kv.token,
             flops=rows.query_kv_pairs * self._work.attend_flops_per_pair,
             **where,
         )
@@ -226,7 +225,7 @@ class AttentionSteps:
             StepKind.ATTEND_PREFIX,
             self._compute_lane,
             attended,
-            bytes=micro_batch.prefix_kv_tokens * self._work.kv_bytes_per_token,
+            bytes=micro_batch.prefix_kv_tokens * self._work.kv.token,
             flops=micro_batch.prefix_pairs * self._work.attend_flops_per_pair,
             **where,
         )
@@ -235,7 +234,14 @@ class AttentionSteps:
 
     def _there_bytes(self, micro_batch: MicroBatchShape) -> int:
         """What earlier passes left of its KV."""
-        return max(micro_batch.kv_tokens - micro_batch.query_tokens, 0) * self._work.kv_bytes_per_token
+        return self._work.kv.there(micro_batch.query_tokens, micro_batch.kv_tokens, micro_batch.there_groups)
+
+    def _leaving_bytes(self, micro_batch: MicroBatchShape) -> int:
+        """What leaves the device of its new rows."""
+        tokens, kv = micro_batch.query_tokens - micro_batch.above_new_tokens, self._work.kv
+        if micro_batch.attend_lane is Lane.CPU:
+            return kv.to_host(tokens, micro_batch.fresh_groups)
+        return kv.added(tokens, micro_batch.new_groups)
 
     def load_ahead(self, part: Part, layer: int) -> None:
         """Fill the device's staging slots for the attention that comes next, before anything that must come back from
@@ -284,9 +290,12 @@ class AttentionSteps:
         source: tuple[Dependency, ...],
         readers: tuple[Dependency, ...] = (),
     ) -> None:
-        """Emit the way home of all new rows. readers: steps that read the host's slot besides."""
-        tokens = micro_batch.query_tokens
-        leaving = tokens - micro_batch.above_new_tokens
+        """Emit the way home of all new rows, if some go. readers: steps that read the host's slot besides."""
+        nbytes, on_disk = self._leaving_bytes(micro_batch), micro_batch.home is Tier.DISK
+        if not nbytes:
+            if on_disk:
+                self._host_slots.users[slot] = (*readers, *source)
+            return
         saved = self._emit(
             StepKind.SAVE_KV,
             Lane.D2H,
@@ -294,18 +303,24 @@ class AttentionSteps:
             layer=layer,
             micro_batch=micro_batch.index,
             start=start,
-            stop=start + tokens,
+            stop=start + micro_batch.query_tokens,
             offset=slot,
-            bytes=leaving * self._work.kv_bytes_per_token,
+            bytes=nbytes,
         )
         part.busy.append(saved)
-        if micro_batch.home is Tier.DISK:
-            self._host_slots.users[slot] = (*readers, self._write_back(layer, micro_batch, saved, slot))
+        if on_disk:
+            written = self._write_back(layer, micro_batch, saved, slot)
+            self._host_slots.users[slot] = (*readers, *(written or (saved,)))
         else:
             self._kv_saving[layer, micro_batch.index] = saved
 
-    def _write_back(self, layer: int, micro_batch: MicroBatchShape, stored: Dependency, slot: int) -> Dependency:
-        """Emit the write of new rows out of a host slot, once ``stored`` has put them there."""
+    def _write_back(
+        self, layer: int, micro_batch: MicroBatchShape, stored: Dependency, slot: int
+    ) -> tuple[Dependency, ...]:
+        """Emit the write, if there is one, of new rows out of a host slot, once ``stored`` has put them there."""
+        nbytes = self._work.kv.added(micro_batch.query_tokens, micro_batch.new_groups)
+        if not nbytes:
+            return ()
         self._kv_saving[layer, micro_batch.index] = written = self._emit(
             StepKind.WRITE_KV,
             Lane.DISK_WRITE,
@@ -313,6 +328,6 @@ class AttentionSteps:
             layer=layer,
             micro_batch=micro_batch.index,
             offset=slot,
-            bytes=micro_batch.query_tokens * self._work.kv_bytes_per_token,
+            bytes=nbytes,
         )
-        return written
+        return (written,)

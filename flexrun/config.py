@@ -127,11 +127,6 @@ class Policy:
             (coded and latents, "compresses latent KV", uncoded),
             (coded and splits, "compresses KV that is split by token", whole),
             (coded and self.hidden.gpu < 1, "compresses KV and keeps hidden states off the device", uncoded),
-            (
-                coded and on_device and self.kv.gpu < 1,
-                "compresses KV that lives off the device",
-                "set kv_bits to 16, or kv.gpu to 1",
-            ),
         ):
             if asked:
                 raise UnsupportedError(f"the policy {what}, which this version plans but does not run", remedy)

@@ -17,7 +17,8 @@ class Request:
     params: the request's SamplingParams; None takes the engine's defaults. score_start: first prompt token whose
     log-probability is wanted where not all are (from 1; None: what params say). partial: tokens that an earlier run
     generated, by choice, which this one goes on from. prefix: number of the shared prefix that the prompt begins with,
-    among those of the workload (-1: none).
+    among those of the workload (-1: none). kept_tokens: of its answer, for which cache room is kept where there is not
+    enough for the worst case (None: learnt from other answers).
     """
 
     request_id: str
@@ -28,6 +29,7 @@ class Request:
     score_start: int | None = None
     partial: Mapping[int, Sequence[int]] | None = None
     prefix: int = NONE
+    kept_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

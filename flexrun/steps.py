@@ -123,6 +123,33 @@ class WeightUnit:
 
 
 @dataclass(frozen=True)
+class KVBytes:
+    """Bytes of one layer's KV on its ways. token: in the cache. record: of a group of tokens that are compressed (0:
+    none are); row: of a token before that. Counts, those of MicroBatchShape, are numbers or arrays."""
+
+    token: int
+    row: int
+    record: int = 0
+
+    def there(self, query_tokens, kv_tokens, there_groups):
+        """What earlier passes left of a cache."""
+        if self.record:
+            return there_groups * self.record
+        return (kv_tokens - query_tokens) * (kv_tokens > query_tokens) * self.token
+
+    def added(self, new_tokens, new_groups):
+        """What a pass adds to it."""
+        return new_groups * self.record if self.record else new_tokens * self.token
+
+    def to_host(self, new_tokens, fresh_groups):
+        """What goes to a host that attends: rows, and of prompts that start the groups that the device compresses."""
+        if not self.record:
+            return new_tokens * self.token
+        spared = self.record // self.token * self.row - self.record
+        return new_tokens * self.row - fresh_groups * spared
+
+
+@dataclass(frozen=True)
 class ModelWork:
     """FLOPs of each kind of step, so that a step can say what it costs. Multiply-add counts as two."""
 
@@ -131,7 +158,7 @@ class ModelWork:
     attention_output_flops_per_token: int
     mlp_flops_per_token: tuple[int, ...]  # one a layer; of a sparse layer without its routed experts
     logits_flops_per_row: int
-    kv_bytes_per_token: int  # one layer
+    kv: KVBytes
     query_bytes_per_token: int  # q of one layer
     hidden_bytes_per_token: int
     embedding_row_bytes: int
@@ -157,6 +184,8 @@ class MicroBatchShape:
     this pass, in fresh_pairs: nothing of them is cached.
     above_*: of a micro-batch on the host whose newest tokens live on the device, what lies above the borders of its
     sequences: new rows, fresh ones too; KV tokens and pairs of the rows that are not fresh, and of the decoding ones.
+    *_groups: of a compressed cache the groups that earlier passes completed of its sequences, those that this pass
+    completes, and of these what is of fresh rows.
     prefix_*: what its rows attend of prefixes that they share, which is in none of the counts above: rows, one for each
     prefix they attend; KV tokens, those of rows that follow each other once; pairs.
     """
@@ -179,6 +208,9 @@ class MicroBatchShape:
     prefix_rows: int = 0
     prefix_kv_tokens: int = 0
     prefix_pairs: int = 0
+    there_groups: int = 0
+    new_groups: int = 0
+    fresh_groups: int = 0
 
     @cached_property
     def cached(self) -> MicroBatchShape:

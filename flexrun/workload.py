@@ -11,6 +11,13 @@ import numpy
 from flexrun.prefixes import NONE, Prefixes
 
 
+def longest_answers_first(prompt_tokens: numpy.ndarray, answer_tokens: numpy.ndarray) -> numpy.ndarray:
+    """Rows in the order to run, int64 [rows]: the longest answers first, so that none runs alone at the end and prompts
+    with short answers fill the passes beside them; of answers about as long (within a factor of two) the longest
+    sequences first, so that what runs together is alike."""
+    return numpy.lexsort((-(prompt_tokens + answer_tokens), -numpy.ceil(numpy.log2(answer_tokens + 1.0))))
+
+
 @dataclass(frozen=True, eq=False)
 class Workload:
     """One row a sequence (a request with n choices is n rows).
@@ -19,6 +26,8 @@ class Workload:
     scored_tokens: int64 [rows], prompt tokens whose log-probabilities are wanted, each a row of the head besides those
     that are sampled; default: none.
     prefixes, prefix: int64 [rows], which of the job's shared prefixes the prompt begins with, NONE where with none.
+    likely_tokens, kept_tokens: int64 [rows], what a sequence is likely to generate, by which a job is forecast, and for
+    how much of it the cache keeps room; default of both: max_tokens.
     """
 
     prompt_tokens: numpy.ndarray
@@ -26,8 +35,13 @@ class Workload:
     scored_tokens: numpy.ndarray | None = None
     prefixes: Prefixes = field(default_factory=Prefixes)
     prefix: numpy.ndarray | None = None
+    likely_tokens: numpy.ndarray | None = None
+    kept_tokens: numpy.ndarray | None = None
 
     def __post_init__(self):
+        for name in ("likely_tokens", "kept_tokens"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, self.max_tokens)
         if self.scored_tokens is None:
             object.__setattr__(self, "scored_tokens", numpy.zeros_like(self.prompt_tokens))
         if self.prefix is None:
@@ -54,8 +68,8 @@ class Workload:
 
     def rows(self, numbers: numpy.ndarray) -> Workload:
         """Those rows alone, in that order."""
-        columns = (self.prompt_tokens, self.max_tokens, self.scored_tokens)
-        return Workload(*(column[numbers] for column in columns), self.prefixes, self.prefix[numbers])
+        names = ("prompt_tokens", "max_tokens", "scored_tokens", "prefix", "likely_tokens", "kept_tokens")
+        return replace(self, **{name: getattr(self, name)[numbers] for name in names})
 
     def sharing(self, prefixes: Prefixes, prefix: Iterable[int]) -> Workload:
         """The same rows, which begin with these prefixes."""
@@ -126,11 +140,17 @@ class Workload:
         return self.own_prompt_tokens + self.max_tokens - 1
 
     @cached_property
+    def kept_kv_tokens(self) -> numpy.ndarray:
+        """Cache room that is kept for each."""
+        return self.own_prompt_tokens + self.kept_tokens - 1
+
+    @cached_property
     def longest_tokens(self) -> int:
         return int(self.kv_tokens.max(initial=1))
 
     def kv_tokens_of(self, sequences: int) -> int:
-        """Room for any ``sequences`` of them at once: the sum over the longest."""
-        if sequences >= len(self):
-            return int(self.kv_tokens.sum())
-        return int(numpy.partition(self.kv_tokens, -sequences)[-sequences:].sum())
+        """Room kept for any ``sequences`` of them at once, the sum over the longest, and no less than one may need."""
+        kept = self.kept_kv_tokens
+        if sequences < len(self):
+            kept = numpy.partition(kept, -sequences)[-sequences:]
+        return max(int(kept.sum()), self.longest_tokens)

@@ -263,6 +263,8 @@ class Machine:
     def _makes_rows_of(self, other: Step, write: Step) -> bool:
         """Whether ``other`` puts the rows into the slot that ``write`` writes out."""
         makers = (StepKind.OFFLOAD_QUERY, StepKind.SAVE_KV) if self.scheduler.on_device else (StepKind.ATTEND,)
+        if self.scheduler.work.kv.record and other.kind is StepKind.ATTEND and other.lane is Lane.CPU:
+            makers = (StepKind.ATTEND,)  # who attends compresses
         return other.kind in makers and _same_kv(other, write)
 
     def _part_of(self, step: Step) -> int:

@@ -97,11 +97,10 @@ def test_kv_bits_are_sixteen_eight_four_or_two_of_them(bits):
 
 def test_compressed_kv_is_refused_where_it_is_not_run():
     policy = Policy(kv_bits=4)
-    policy.check_runnable(on_device=False)
-    Policy(kv_bits=4, kv=Placement(1.0, 0.0)).check_runnable()
-    for settings, named in (({"latents": True}, "latent KV"), ({}, "lives off the device")):
-        with pytest.raises(UnsupportedError, match=named) as error:
-            policy.check_runnable(**settings)
+    for on_device in (False, True):
+        policy.check_runnable(on_device=on_device)
+        with pytest.raises(UnsupportedError, match="latent KV") as error:
+            policy.check_runnable(on_device=on_device, latents=True)
         assert "kv_bits to 16" in error.value.hint
 
 

@@ -20,9 +20,9 @@ from step_machine import (
 
 from flexrun.core import Lane, Tier
 from flexrun.schedule import Scheduler, cut_rows
-from flexrun.steps import ATTENDS, STREAMING, MicroBatchShape, ModelWork, PassShape, Step, StepKind, WeightUnit
+from flexrun.steps import ATTENDS, STREAMING, KVBytes, MicroBatchShape, ModelWork, PassShape, Step, StepKind, WeightUnit
 
-WORK = ModelWork(2, 3, 5, (7,) * 8, 11, 13, 17, 19, 23, 29.0, 1.0, 31, 37, 41)
+WORK = ModelWork(2, 3, 5, (7,) * 8, 11, KVBytes(13, 13), 17, 19, 23, 29.0, 1.0, 31, 37, 41)
 
 
 def stream_sizes(units: list[WeightUnit]) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -54,9 +54,10 @@ def micro_batch_shapes(draw, number: int, home: Tier, lane: Lane, splits: bool) 
             "above_kv_tokens": kv_above,
             "above_pairs": pairs * kv_above // (tokens + there or 1),
         }
-    return MicroBatchShape(
-        number, tokens + fresh, kv_tokens, pairs + fresh_pairs, home, lane, 0, 0, fresh, fresh_pairs, **above
-    )
+    counts = (tokens + fresh, kv_tokens, pairs + fresh_pairs, home, lane, 0, 0, fresh, fresh_pairs)
+    groups = {"there_groups": draw(st.integers(0, there // 2)), "fresh_groups": fresh // 2}
+    new_groups = fresh // 2 + (draw(st.integers(0, 2)) if tokens else 0)
+    return MicroBatchShape(number, *counts, **above, **groups, new_groups=new_groups)
 
 
 @st.composite
@@ -73,9 +74,10 @@ def machines(draw, roomy: bool = False, halves: bool = True, choosy: bool = True
         least = layer_bytes + unit_bytes if part_tokens and name == DEVICE else unit_bytes
         rings[name] = two_layers if roomy else draw(st.integers(least, max(least, two_layers + 5)))
     share = draw(st.sampled_from([1.0, 1.0, 0.3, 0.02])) if choosy else 1.0
+    kv = draw(st.sampled_from([WORK.kv, WORK.kv, KVBytes(13, 39, 26)]))  # perhaps compressed, in groups of 2 tokens
     scheduler = Scheduler(
         units,
-        dataclasses.replace(WORK, experts_share_per_token=share),
+        dataclasses.replace(WORK, experts_share_per_token=share, kv=kv),
         layers,
         compute_lane=Lane.GPU if on_device else Lane.CPU,
         host_ring_bytes=rings[HOST],
@@ -95,7 +97,7 @@ def machines(draw, roomy: bool = False, halves: bool = True, choosy: bool = True
     for index in range(passes):
         present = draw(st.sets(st.integers(0, len(places) - 1), min_size=1))
         micro_batches = tuple(
-            draw(micro_batch_shapes(number, *places[number], on_device)) for number in sorted(present)
+            draw(micro_batch_shapes(number, *places[number], on_device and not kv.record)) for number in sorted(present)
         )
         tokens = sum(micro_batch.query_tokens for micro_batch in micro_batches)
         more = index + 1 < passes and draw(st.booleans())
@@ -129,10 +131,15 @@ def test_any_schedule_runs_to_its_end_and_never_overwrites_what_is_needed(drawn)
     for step in (step for step in steps if step.kind in (StepKind.READ_KV, StepKind.WRITE_KV)):
         (part,) = [part for part in shapes[step.pass_index].micro_batches if part.index == step.micro_batch]
         assert part.home is Tier.DISK
-        new = part.query_tokens
-        assert step.bytes == 13 * (part.kv_tokens - new if step.kind is StepKind.READ_KV else new)
+        read = step.kind is StepKind.READ_KV
+        if scheduler.work.kv.record:
+            assert step.bytes == 26 * (part.there_groups if read else part.new_groups) > 0
+        else:
+            assert step.bytes == 13 * (part.kv_tokens - part.query_tokens if read else part.query_tokens)
     slabs = [part for shape in shapes for part in shape.micro_batches if part.home is Tier.DISK]
     cached = [part for part in slabs if part.kv_tokens > part.query_tokens]
+    if scheduler.work.kv.record:
+        slabs, cached = ([part for part in slabs if part.new_groups], [part for part in slabs if part.there_groups])
     for kind, moved in ((StepKind.READ_KV, cached), (StepKind.WRITE_KV, slabs)):
         assert sum(step.kind is kind for step in steps) == scheduler.num_layers * len(moved)
     for shape in shapes:
@@ -152,14 +159,15 @@ def test_any_schedule_runs_to_its_end_and_never_overwrites_what_is_needed(drawn)
                 assert covered(mine, (kind,)) == list(range(shape.tokens)), f"{kind} takes every row once"
             for part in shape.micro_batches:
                 steps_of = [step for step in mine if step.micro_batch == part.index]
-                check_split(part, steps_of) if part.attend_lane is Lane.CPU and scheduler.on_device else None
+                if part.attend_lane is Lane.CPU and scheduler.on_device:
+                    check_split(part, steps_of, bool(scheduler.work.kv.record))
             for unit in (unit for unit in units if unit.experts and unit.layer == layer):
                 assert covered([step for step in mine if step.unit == unit.index], (StepKind.EXPERTS,)) == list(
                     range(shape.tokens)
                 )
 
 
-def check_split(part: MicroBatchShape, steps: list[Step]) -> None:
+def check_split(part: MicroBatchShape, steps: list[Step], compressed: bool) -> None:
     """What the CPU and the device attend of a micro-batch, and what moves for it (13 bytes a KV token, 17 a query)."""
     by_kind = {(step.kind, step.lane): step for step in steps}
     below, above = part.below, part.above
@@ -170,7 +178,10 @@ def check_split(part: MicroBatchShape, steps: list[Step]) -> None:
         assert (attend is not None) == (side.kv_tokens > 0)
         assert attend is None or (attend.bytes, attend.rows) == (13 * side.kv_tokens, cached)
     down = sum(step.bytes for step in steps if step.lane is Lane.D2H)
-    assert down == 13 * (part.query_tokens - part.above_new_tokens) + 17 * cached * (below.kv_tokens > 0)
+    new = 13 * (part.query_tokens - part.above_new_tokens)
+    if compressed:  # rows, but of prompts that start whole groups
+        new = 39 * (part.query_tokens - 2 * part.fresh_groups) + 26 * part.fresh_groups
+    assert down == new + 17 * cached * (below.kv_tokens > 0)
     both = below.kv_tokens > 0 < above.kv_tokens
     back = sum(step.bytes for step in steps if step.lane is Lane.H2D)
     assert back == (17 + 31 * both) * cached * (below.kv_tokens > 0)

@@ -16,7 +16,7 @@ from typing import BinaryIO
 import numpy as np
 
 from flexrun.errors import ConfigError
-from flexrun.jobs.records import record_job, record_line
+from flexrun.jobs.records import record_job, record_lengths, record_line
 
 MOST_SHOWN = 20
 COPY_BYTES = 1 << 20
@@ -60,7 +60,7 @@ class FileLock:
 @dataclass(frozen=True)
 class WrittenRecords:
     """What a result file holds. lines, offsets, sizes: int64 [records]; answered: bool [records], status 200.
-
+    answers: int64 [records, 3], of an answer its choices, the tokens of all, and whether none went to its limit.
     end: byte offset after the last whole record. jobs: ids of the jobs that wrote them.
     """
 
@@ -68,6 +68,7 @@ class WrittenRecords:
     offsets: np.ndarray
     sizes: np.ndarray
     answered: np.ndarray
+    answers: np.ndarray
     end: int
     jobs: frozenset[str]
 
@@ -77,7 +78,7 @@ def read_records(path: Path) -> WrittenRecords:
 
     Raises ConfigError for lines that are no record of ours with records after them.
     """
-    lines, offsets, sizes, answered = array("q"), array("q"), array("q"), bytearray()
+    lines, offsets, sizes, answered, answers = array("q"), array("q"), array("q"), bytearray(), array("q")
     end = offset = 0
     jobs: set[str] = set()
     broken: list[int] = []  # lines with records after them
@@ -91,6 +92,7 @@ def read_records(path: Path) -> WrittenRecords:
                 record = json.loads(raw)
                 line, status = record_line(record), (record["response"] or {}).get("status_code")
                 jobs.add(record_job(record))
+                lengths = record_lengths(record)
             except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
                 doubtful.append(number)
                 continue
@@ -100,6 +102,7 @@ def read_records(path: Path) -> WrittenRecords:
             offsets.append(start)
             sizes.append(len(raw))
             answered.append(status == 200)
+            answers.extend(lengths)
             end = offset
     if broken:
         shown = broken[:MOST_SHOWN]
@@ -110,7 +113,8 @@ def read_records(path: Path) -> WrittenRecords:
             f"sed -i '{';'.join(f'{number}d' for number in shown)}' {shlex.quote(str(path))}",
         )
     columns = [np.array(column, dtype=np.int64) for column in (lines, offsets, sizes)]
-    return WrittenRecords(*columns, np.frombuffer(bytes(answered), dtype=bool), end, frozenset(jobs))
+    answers = np.array(answers, dtype=np.int64).reshape(-1, 3)
+    return WrittenRecords(*columns, np.frombuffer(bytes(answered), dtype=bool), answers, end, frozenset(jobs))
 
 
 def rewrite_records(path: Path, records: WrittenRecords, order: Iterable[int]) -> None:

@@ -33,7 +33,7 @@ from flexrun.jobs.jsonl import (
 from flexrun.jobs.source import MAX_LINE_BYTES, digest_rest, read_line_at, read_lines
 from flexrun.prefixes import NONE, ROOT, Prefixes, PrefixTree, shareable_tokens
 from flexrun.sampling import SamplingParams
-from flexrun.workload import Workload
+from flexrun.workload import Workload, longest_answers_first
 
 ORDERS = ("longest", "input")
 BATCH_LINES = 512
@@ -84,18 +84,20 @@ class JobIndex:
     def __len__(self) -> int:
         return len(self.lines)
 
-    def order(self, name: str = "longest") -> np.ndarray:
-        """Rows in the order to run. ``longest`` first keeps the end of the job short: no long answer runs alone; lines
-        that share a prefix then follow the longest of them."""
-        rows = np.arange(len(self))
+    def order(
+        self, name: str = "longest", rows: np.ndarray | None = None, answer_tokens: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Rows (default: all) in the order to run. ``longest``: see longest_answers_first; lines that share a prefix
+        follow the first of them.
+
+        answer_tokens: of the rows of the index, what each choice is expected to take (default: the most that it may).
+        """
+        rows = np.arange(len(self)) if rows is None else rows
         if name == "input":
             return rows
-        rows = np.argsort(-self.expected_tokens(rows), kind="stable")
+        answers = (self.answer_tokens if answer_tokens is None else answer_tokens)[rows]
+        rows = rows[longest_answers_first(self.prompt_tokens[rows], answers)]
         return rows[self.prefixes.order(self.prefix[rows])]
-
-    def expected_tokens(self, rows: np.ndarray) -> np.ndarray:
-        """int64, the most tokens (prompt and all choices) of each of ``rows``."""
-        return self.prompt_tokens[rows] + self.choices[rows] * self.answer_tokens[rows]
 
     def workload(self, rows: np.ndarray) -> Workload:
         """What the engine sizes itself by to run ``rows``."""

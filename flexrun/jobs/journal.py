@@ -39,6 +39,7 @@ from flexrun.jobs.token_log import KEY_BYTES, Partial, TokenLog
 SYNC_RECORDS = 256
 SYNC_SECONDS = 2.0
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LEARNT_ANSWERS = 1 << 14  # of an earlier run, from which lengths are learnt
 CHOSEN = "chosen"  # of a manifest: what was left to the program, for a resume to repeat
 _UNCOMPARED_KEYS = ("flexrun_version", CHOSEN)
 
@@ -47,7 +48,8 @@ _UNCOMPARED_KEYS = ("flexrun_version", CHOSEN)
 class Recovered:
     """What an earlier run left. ``lines``: int64, sorted, the input lines that need no work; the counts are records.
 
-    partial: tokens of the answers that were under way. chosen: see CHOSEN.
+    partial: tokens of the answers that were under way. chosen: see CHOSEN. answers: int64 [answers, 4], the latest of
+    them: line, choices, tokens of all of them, and whether none went to its limit.
     """
 
     lines: np.ndarray
@@ -55,6 +57,11 @@ class Recovered:
     failed_count: int
     partial: Partial = field(default_factory=dict)
     chosen: dict[str, Any] = field(default_factory=dict)
+    answers: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), dtype=np.int64))
+
+    @classmethod
+    def nothing(cls) -> Recovered:
+        return cls(np.zeros(0, dtype=np.int64), 0, 0)
 
     def __contains__(self, line: int) -> bool:
         position = int(np.searchsorted(self.lines, line))
@@ -118,7 +125,7 @@ class Journal:
         """
         present = [path for path in self._paths() if path.exists() and path.stat().st_size]
         if not self._resume or not (present or self._beside("tokens").exists()):
-            return Recovered(np.zeros(0, dtype=np.int64), 0, 0)
+            return Recovered.nothing()
         with self._writing():
             return self._recover(present, manifest, retry_errors)
 
@@ -142,7 +149,9 @@ class Journal:
         partial = {} if self._streams else self._token_log(manifest).read()
         partial = {line: choices for line, choices in partial.items() if line not in done}
         chosen = {} if unreadable else json.loads(self._beside("manifest.json").read_text("utf-8")).get(CHOSEN, {})
-        return Recovered(done, answered_count, failed_count, partial, chosen)
+        answers = [np.column_stack([records.lines, records.answers])[records.answered] for _, records in found]
+        answers = np.concatenate([np.zeros((0, 4), dtype=np.int64), *answers])[-LEARNT_ANSWERS:]
+        return Recovered(done, answered_count, failed_count, partial, chosen, answers)
 
     def start(self, manifest: Mapping[str, Any], kept: Collection[int] = ()) -> None:
         """Open the files for appending (emptied unless resuming) and write the manifest.

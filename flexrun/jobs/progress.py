@@ -13,25 +13,24 @@ _BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} requests [{elapsed}{postfi
 
 
 class Progress:
-    """Counts finished requests. Tokens, not requests, drive the ETA: the longest requests usually come first.
+    """Counts finished requests. Work, not requests, drives the ETA: the longest answers usually come first.
 
-    total_requests, done_requests: of the whole job, and done before this run. total_tokens: the most prompt and answer
-    tokens this run may take. enabled: None draws a bar on a terminal and plain lines elsewhere; True forces the bar,
-    False is silent.
+    total_requests, done: of the whole job, and done before this run. work: what this run is expected to take, in
+    any unit. enabled: None draws a bar on a terminal and plain lines elsewhere; True forces the bar, False is silent.
     """
 
     def __init__(
         self,
         total_requests: int,
-        total_tokens: int,
+        work: float,
         *,
-        done_requests: int = 0,
+        done: int = 0,
         enabled: bool | None = None,
         stream: TextIO | None = None,
     ):
         self._stream = stream or sys.stderr
-        self._total_requests, self._done_requests = total_requests, done_requests
-        self._total_tokens, self._done_tokens = total_tokens, 0
+        self._total_requests, self._done_requests = total_requests, done
+        self._work, self._done_work, self._finished_work = work, 0.0, 0.0
         self._generated_tokens = 0
         self._started = self._last_line = time.monotonic()
         draws = self._stream.isatty() if enabled is None else enabled
@@ -39,7 +38,7 @@ class Progress:
         # No colours are used, so NO_COLOR holds; ascii keeps the bar readable in any encoding.
         self._bar = tqdm(
             total=total_requests,
-            initial=done_requests,
+            initial=done,
             disable=not draws,
             file=self._stream,
             bar_format=_BAR,
@@ -48,17 +47,22 @@ class Progress:
             mininterval=0.2,
         )
 
-    def advance(self, prompt_tokens: int, generated_tokens: int) -> None:
-        """The engine has run a pass with so many prompt tokens, and generated so many."""
+    def advance(self, work: float, generated_tokens: int) -> None:
+        """The engine has run a pass."""
         self._generated_tokens += generated_tokens
-        self._done_tokens += prompt_tokens + generated_tokens
+        self._done_work += work
         self._show(0)
 
-    def finish(self, unused_tokens: int) -> None:
-        """One request has finished, and took ``unused_tokens`` less than the most it might have."""
+    def finish(self, expected_work: float, work: float) -> None:
+        """One request has finished, and took ``work`` in place of what was expected."""
         self._done_requests += 1
-        self._total_tokens -= unused_tokens
+        self._finished_work += work
+        self._work += work - expected_work
         self._show(1)
+
+    def expect(self, work_left: float) -> None:
+        """What has no answer yet is now expected to take ``work_left``, what of it is done included."""
+        self._work = self._finished_work + work_left
 
     def _show(self, requests: int) -> None:
         if not self._bar.disable:
@@ -74,6 +78,6 @@ class Progress:
 
     def _rates(self) -> str:
         seconds = max(time.monotonic() - self._started, 1e-9)
-        left_tokens = max(self._total_tokens - self._done_tokens, 0)
-        eta = tqdm.format_interval(seconds * left_tokens / self._done_tokens) if self._done_tokens else "?"
+        left = max(self._work - self._done_work, 0.0)
+        eta = tqdm.format_interval(seconds * left / self._done_work) if self._done_work else "?"
         return f"{self._generated_tokens / seconds:,.1f} generated tok/s, ETA {eta}"

@@ -55,6 +55,15 @@ def error_record(error: LineError, job_id: str, metadata: dict[str, Any] | None 
     return _envelope(job_id, error.line, error.custom_id, None, complaint, metadata)
 
 
+def record_lengths(record: dict[str, Any]) -> tuple[int, int, int]:
+    """(choices, tokens of all of them, whether none was cut at its limit) of an answer; zeros of any other record."""
+    body = (record["response"] or {}).get("body") or {}
+    if not body.get("choices"):
+        return 0, 0, 0
+    ended = all(choice["finish_reason"] != "length" for choice in body["choices"])
+    return len(body["choices"]), int(body["usage"]["completion_tokens"]), int(ended)
+
+
 def record_line(record: dict[str, Any]) -> int:
     """The 1-based input line that a record answers. Raises KeyError, TypeError or ValueError on a foreign record."""
     return int(record["id"].rsplit("_", 1)[1])

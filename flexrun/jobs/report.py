@@ -17,9 +17,10 @@ PAGE_FILE, TRACE_FILE = "index.html", "trace.json"
 
 
 class JobReport:
-    """The report of one job in ``folder``, which is made, and rid of what an earlier one left there.
+    """The report of one job in ``folder``, which is made.
 
-    Nothing is gathered and nothing written where folder is None. The trace beside the page is the engine's to write.
+    Nothing is gathered and nothing written where folder is None. What an earlier job left there stays until this one
+    begins, so that a command that is refused costs no page. The trace beside the page is the engine's to write.
     Raises ConfigError where the folder cannot be made.
     """
 
@@ -27,14 +28,27 @@ class JobReport:
         self._folder = None if folder is None else Path(folder)
         self._samples: Samples | None = None
         self._errors: list[LineError] = []
+        self._begun = False
         if self._folder is None:
             return
         try:
             os.makedirs(self._folder, exist_ok=True)
+        except OSError as error:
+            raise self._refused(error) from error
+
+    def _refused(self, error: OSError) -> ConfigError:
+        return ConfigError(f"the report {self._folder} cannot be made: {error.strerror}", "name another folder")
+
+    def begin(self) -> None:
+        """The job is known to be one that can go on. Raises ConfigError where an earlier report cannot be removed."""
+        if self._folder is None:
+            return
+        try:
             for name in (PAGE_FILE, TRACE_FILE):
                 (self._folder / name).unlink(missing_ok=True)
         except OSError as error:
-            raise ConfigError(f"the report {folder} cannot be made: {error.strerror}", "name another folder") from error
+            raise self._refused(error) from error
+        self._begun = True
 
     def start(self) -> None:
         """The engine begins to run."""
@@ -57,8 +71,9 @@ class JobReport:
             self._errors.append(error)
 
     def write(self, summary: Mapping[str, Any], say: Callable[[str], None]) -> None:
-        """Write the page. Where that fails it is only said: the answers are safe, and a page is no reason to fail."""
-        if self._folder is None:
+        """Write the page of a job that has begun. Where that fails it is only said: the answers are safe, and a page
+        is no reason to fail."""
+        if not self._begun:
             return
         trace = TRACE_FILE if (self._folder / TRACE_FILE).exists() else None
         points = [] if self._samples is None else self._samples.finish()

@@ -1,11 +1,70 @@
-"""The last words of a job, for people: the machine-readable form is the summary itself."""
+"""The last words of a job: what it came to, counted while it runs, and the same for people."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from flexrun.core import format_bytes
+
+
+class Tally:
+    """Counts for the summary of one run, which can be had at any time. total: lines of the job.
+
+    seconds: of each phase. engine: the engine's own summary.
+    """
+
+    def __init__(self, model_name: str, output_file: str):
+        self._names = {"model": model_name, "output_file": output_file}
+        self._started = time.perf_counter()
+        self._finish_reasons: Counter[str] = Counter()
+        self._answered_before = self._failed_before = 0
+        self._prompt_tokens = self._generated_tokens = 0
+        self.errors: Counter[str] = Counter()
+        self.total = self.answered = 0
+        self.seconds = {"check": 0.0, "load": 0.0, "run": 0.0}
+        self.interrupted = False
+        self.engine: dict[str, Any] | None = None
+
+    def before(self, answered: int, failed: int) -> None:
+        """What an earlier run has recorded; a refused line that it has is in ``failed``, and not among the errors."""
+        self._answered_before, self._failed_before = answered, failed
+
+    def add_answer(self, usage: Mapping[str, int], finish_reasons: Iterable[str]) -> None:
+        self.answered += 1
+        self._prompt_tokens += usage["prompt_tokens"]
+        self._generated_tokens += usage["completion_tokens"]
+        self._finish_reasons.update(finish_reasons)
+
+    def summary(self, error: BaseException | None = None) -> dict[str, Any]:
+        """See run_job. error: what ended the run."""
+        run_seconds, failed = self.seconds["run"], sum(self.errors.values())
+        done = self.answered + failed + self._answered_before + self._failed_before
+        generated, tokens = self._generated_tokens, self._prompt_tokens + self._generated_tokens
+        return {
+            "requests": {
+                "total": self.total,
+                "answered": self.answered,
+                "failed": failed,
+                "answered_before": self._answered_before,
+                "failed_before": self._failed_before,
+                "left": max(self.total - done, 0),
+            },
+            "finish_reasons": dict(self._finish_reasons),
+            "errors": dict(self.errors),
+            "prompt_tokens": self._prompt_tokens,
+            "generated_tokens": generated,
+            "generated_tokens_per_second": generated / run_seconds if run_seconds else 0.0,
+            "total_tokens_per_second": tokens / run_seconds if run_seconds else 0.0,
+            **{f"{phase}_seconds": seconds for phase, seconds in self.seconds.items()},
+            "job_seconds": time.perf_counter() - self._started,
+            **self._names,
+            "interrupted": self.interrupted,
+            "error": None if error is None or self.interrupted else str(error) or type(error).__name__,
+            "engine": self.engine,
+        }
 
 
 def format_summary(summary: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flexrun.compress import WeightBits
-from flexrun.config import Placement, Policy
+from flexrun.config import Policy
 from flexrun.errors import ConfigError
 from flexrun.models.spec import ModelSpec
 from flexrun.placement import weight_bits_of
@@ -51,9 +51,3 @@ def given_policy(
     bits = weight_bits_of(decided)
     bits.check(spec.tensors_by_layer())
     return None if policy is None else decided, fixed, bits, features
-
-
-def fields_to_keep(fixed: dict[str, Any], on_device: bool) -> dict[str, Any]:
-    """The fields that a search keeps: those decided, and of compressed KV the one home where a device attends it."""
-    compressed = on_device and fixed.get("kv_bits", 16) != 16
-    return {**fixed, "kv": Placement(gpu=1.0, cpu=0.0)} if compressed else dict(fixed)

@@ -8,7 +8,7 @@ import numpy
 
 from flexrun.outputs import Request, RequestOutput
 from flexrun.prefixes import NONE, Prefixes
-from flexrun.workload import Workload
+from flexrun.workload import Workload, longest_answers_first
 
 
 class Lengths:
@@ -41,8 +41,8 @@ class Lengths:
             self._prefix.append(prefix)
 
     def workload(self) -> Workload:
-        """Longest first, as a job runs by default, and those that share a prefix together."""
+        """In the order that a job runs in by default, those that share a prefix together."""
         prompt, generated, prefix = (numpy.array(column) for column in (self._prompt, self._generated, self._prefix))
-        order = numpy.argsort(-(prompt + generated), kind="stable")
+        order = longest_answers_first(prompt, generated)
         order = order[self._prefixes.order(prefix[order])]
         return Workload(prompt[order], generated[order]).sharing(self._prefixes, prefix[order])

@@ -18,14 +18,14 @@ from flexrun.core import Lane, parse_bytes
 from flexrun.errors import ConfigError, FlexrunError, RequestError
 from flexrun.hardware import Hardware
 from flexrun.llm.accelerator import Accelerator
-from flexrun.llm.given_policy import fields_to_keep, given_policy
+from flexrun.llm.given_policy import given_policy
 from flexrun.llm.intake import Intake, Prompt, as_chat_requests, as_request_error, as_requests
 from flexrun.llm.lengths import Lengths
 from flexrun.llm.machine_profile import settle_hardware, with_device
 from flexrun.llm.model_files import ModelFiles, open_model
 from flexrun.llm.packing import PackedModel
 from flexrun.llm.scoring import Text, as_score, score_requests
-from flexrun.llm.sharing import arranged, prefixes_at_hand, serves
+from flexrun.llm.sharing import arranged, longest_first, prefixes_at_hand, serves
 from flexrun.llm.totals import forecasts_document, run_document
 from flexrun.machine import available_cores, available_memory_bytes, free_disk_bytes
 from flexrun.moe import write_expert_profile
@@ -185,10 +185,7 @@ class LLM:
         return [as_score(*pair) for pair in zip(requests, self._all(requests, use_tqdm))]
 
     def _all(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
-        # Longest first: the end of the run then holds the short ones, and the machine stays full.
-        encoded = [(request, *self._intake.lengths(request)) for request in requests]
-        encoded.sort(key=lambda item: -item[2])
-        prepared = [dataclasses.replace(request, token_ids=ids) if ids else request for request, ids, _ in encoded]
+        prepared = longest_first(requests, self._intake)
         prepared, workload = arranged(prepared, self._intake, shares=self._shared_prefixes)
         place = {request.request_id: number for number, request in enumerate(requests)}
         outputs: list[RequestOutput | None] = [None] * len(requests)
@@ -327,7 +324,7 @@ class LLM:
         """The plan of the policy that was given, or the best one."""
         hardware = self._settled_hardware()
         if self._policy is None:
-            fixed = fields_to_keep(self._fixed, budgets.on_device)
+            fixed = dict(self._fixed)
             if self._max_num_seqs is not None:
                 fixed["sequences_in_flight"] = min(self._max_num_seqs, len(workload))
             plan = search_worth(self.spec, hardware, workload, budgets, fixed=fixed, features=self._offered)

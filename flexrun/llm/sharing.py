@@ -1,8 +1,10 @@
-"""Shared prefixes of requests that are all at hand, and whether the engine at hand has room for a job's."""
+"""Order and shared prefixes of requests that are all at hand, and whether the engine at hand has room for a job's."""
 
 from __future__ import annotations
 
 import dataclasses
+
+import numpy
 
 from flexrun.llm.intake import Intake
 from flexrun.offload.engine import Engine
@@ -10,9 +12,19 @@ from flexrun.outputs import Request
 from flexrun.placement import why_not_shared
 from flexrun.prefixes import ROOT, Prefixes, PrefixTree, shareable_tokens
 from flexrun.sampling import SamplingParams
-from flexrun.workload import Workload
+from flexrun.workload import Workload, longest_answers_first
 
 REOPEN_SHARE = 0.75  # of the prompt tokens of a job: an engine without room for its prefixes is opened anew for less
+
+
+def longest_first(requests: list[Request], intake: Intake) -> list[Request]:
+    """Requests in the order to run, encoded; those that will be refused keep what they came with."""
+    encoded = [intake.lengths(request) for request in requests]
+    prompts = numpy.array([len(ids or ()) for ids, _ in encoded], dtype=numpy.int64)
+    totals = numpy.array([total for _, total in encoded], dtype=numpy.int64)
+    order = longest_answers_first(prompts, totals - prompts)
+    ordered = [(requests[row], encoded[row][0]) for row in order.tolist()]
+    return [dataclasses.replace(request, token_ids=ids) if ids else request for request, ids in ordered]
 
 
 def arranged(requests: list[Request], intake: Intake, *, shares: bool) -> tuple[list[Request], Workload]:

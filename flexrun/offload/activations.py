@@ -10,6 +10,7 @@ from flexrun.config import Policy
 from flexrun.core import DTYPES, Lane, Tier
 from flexrun.models.rope import RopeTables, Rotary
 from flexrun.models.spec import ModelSpec
+from flexrun.offload.away_kv import AwayRows, away_rows
 from flexrun.offload.batcher import MicroBatchRows, PassPlan
 from flexrun.offload.coded_kv import CodedRows, coded_rows, reads_codes
 from flexrun.offload.device import EmulatedDevice
@@ -19,9 +20,11 @@ from flexrun.offload.sparse import SparseLayers
 from flexrun.offload.tiers import Buffer, MemoryTier
 from flexrun.offload.weight_store import TOKEN_EMBEDDING, WeightStore
 from flexrun.placement import (
-    kv_scratch_bytes,
+    attended_on_host,
+    coded_kv_of,
     logits_block_rows,
     merge_bytes,
+    new_groups_most,
     offloaded_query_bytes,
     part_tokens,
     prefix_row_bytes,
@@ -41,7 +44,8 @@ class Activations:
     hidden: [tokens, hidden_size]. query: [tokens, heads, head_dim]; attended: [tokens, heads, attended_head_dim].
     new_rows: what the pass adds to the cache, [tokens, heads, width] of each plane, kept for KV that is
     compressed, or lives elsewhere, until a copy lane has carried it there. host_query, host_attended: host copies for
-    attention on the CPU.
+    attention on the CPU; host_new [planes, tokens, heads, width]: of new_rows, where that is compressed. new_records:
+    uint8 [groups, record_bytes], what is compressed on the device for a cache elsewhere; see away_kv.
     Where KV is split by token: leaving_rows, of new_rows those for the host, packed to the front of their micro-batch's
     rows; attended_below, what the host has attended; lse_below and lse_above: float32 [tokens, heads], of either side;
     host_lse: the first of them on the host.
@@ -81,8 +85,10 @@ class Activations:
         row_bytes = weights.embedding_rows.row_bytes if weights.embedding_rows else 0
         self.embedding_rows = host.allocate("embedding_rows", tokens * row_bytes) if row_bytes else None
         self._kv = kv
-        if kv.form is not None:
-            self._reserved.append((memory, "kv_scratch", kv_scratch_bytes(spec, policy)))
+        beside = coded_kv_of(spec, policy, kv.micro_batches, on_device=device is not None)
+        for where, kinds in ((device, beside[Tier.GPU]), (host, beside[Tier.CPU])):
+            if "kv_scratch" in kinds:
+                self._reserved.append((where, "kv_scratch", kinds["kv_scratch"]))
         for tier, kind, nbytes in self._reserved:
             tier.reserve(kind, nbytes)
 
@@ -107,6 +113,11 @@ class Activations:
             planes, *row = spec.kv_planes
             self.new_rows = [rows_of(*row) for _ in range(planes)]
             self.leaving_rows = [rows_of(*row) for _ in range(planes if splits else 0)]
+        self.new_records: Tensor | None = None
+        self._made: Buffer | None = None
+        if "kv_new" in beside[Tier.GPU]:
+            self._made = device.allocate("kv_new", beside[Tier.GPU]["kv_new"])
+            self.new_records = self._made.view(0, (new_groups_most(policy), kv.form.record_bytes), torch.uint8)
         self.beside_kv: dict[int, Tensor] = {}
         self.host_beside_kv: dict[int, Tensor] = {}
         self._attends_on_host = attends_on_host
@@ -126,6 +137,8 @@ class Activations:
             self._host_rows = host.allocate("offloaded_query", offloaded_query_bytes(spec, policy))
             self.host_query = self._host_rows.view(0, (tokens, *heads), dtype)
             self.host_attended = self._host_rows.view(self.host_query.nbytes, (tokens, *attended_heads), dtype)
+            before, (planes, *row) = self.host_query.nbytes + self.host_attended.nbytes, spec.kv_planes
+            self.host_new = self._host_rows.view(before, (planes, tokens, *row), dtype)
         self.sparse = SparseLayers(spec, policy, weights, host, device, accelerator) if spec.experts else None
         self.plan: PassPlan | None = None
         self.rows: dict[int, MicroBatchRows] = {}
@@ -145,11 +158,10 @@ class Activations:
         self.positions = upload("positions", positions)
         self.kv_rows, self.split_rows = {}, {}
         self.coded_rows: dict[int, CodedRows] = {}
+        self.away_rows: dict[int, AwayRows] = {}
+        if self._kv.form is not None:
+            self._begin_coded(plan)
         for rows in plan.micro_batches:
-            if self._kv.form is not None:
-                places = self._kv.places(rows.index, rows.segments.kv_start)
-                direct = reads_codes(self._kv.form) and not self._accelerator.is_separate
-                self.coded_rows[rows.index] = coded_rows(rows.segments, places, direct, self._accelerator.place)
             if rows.split is None:
                 self.kv_rows[rows.index] = upload(f"kv rows {rows.index}", torch.from_numpy(rows.kv_rows))
                 continue
@@ -164,7 +176,7 @@ class Activations:
             self.unique, token_ids = torch.unique(token_ids, return_inverse=True)
             self.host_token_ids = token_ids
         self.token_ids = upload("token ids", token_ids)
-        if self._accelerator.is_separate:
+        if self._accelerator.is_separate and self._kv.form is None:
             for rows in plan.micro_batches:
                 attended = {"fresh": rows.fresh, "cached": rows.cached}
                 if rows.split is not None:
@@ -178,6 +190,19 @@ class Activations:
                     if segments is not None:
                         label = f"{part} {rows.index}"
                         prepare(segments, lambda name, table, label=label: upload(f"{name} {label}", table))
+
+    def _begin_coded(self, plan: PassPlan) -> None:
+        """Tables of a compressed cache."""
+        codes, place, first = reads_codes(self._kv.form), self._accelerator.place, 0
+        for rows in plan.micro_batches:
+            places = self._kv.places(rows.index, rows.segments.kv_start)
+            on_host = attended_on_host(self._kv.micro_batches[rows.index])
+            direct = codes and (on_host or not self._accelerator.is_separate)
+            if self.compute_tier is Tier.CPU or self.in_place(rows.index):
+                self.coded_rows[rows.index] = coded_rows(rows.segments, places, direct, place)
+            else:
+                self.away_rows[rows.index] = away = away_rows(rows, places, first, on_host, direct, place)
+                first = away.made_fresh.stop
 
     def token_rows(self, step: Step) -> tuple[Tensor | None, Tensor]:
         """For a step that embeds rows out of a table that is gathered: which of ``unique`` to gather (None: all of
@@ -211,6 +236,6 @@ class Activations:
             tier.release(kind, nbytes)
         if self.sparse is not None:
             self.sparse.close()
-        for buffer in (self._host_rows, self._host_lse, self._hidden_rows, self.embedding_rows):
+        for buffer in (self._host_rows, self._host_lse, self._hidden_rows, self.embedding_rows, self._made):
             if buffer is not None:
                 buffer.close()

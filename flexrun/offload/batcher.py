@@ -190,7 +190,9 @@ class Batcher:
             return 0
         if sequence.group.score_start is not None or self._kv.form is not None:
             return 0  # a prompt is scored once; and what a compressed cache holds depends on when it was filled
-        likely = self._lengths.likely(len(other.output_ids) for other in self._running)
+        likely = sequence.group.request.kept_tokens
+        if likely is None:
+            likely = self._lengths.likely(len(other.output_ids) for other in self._running)
         if likely is None:
             return 0
         return max(sequence.group.max_tokens - max(likely, len(sequence.output_ids) + 1), 0)
@@ -317,6 +319,7 @@ class Batcher:
                     fresh_pairs=int((new * (new + 1) // 2).sum()),
                     **(split.counts if split else {}),
                     **(shared.counts if shared else {}),
+                    **self._kv.group_counts(query, kv, new),
                 )
             )
         more = bool(self._waiting) or not self._exhausted or len(sampled) + len(ended) < len(self._running)

@@ -48,17 +48,19 @@ class CodedRows:
     """Where the rows of one micro-batch go and what they attend; the same for every layer of a pass.
 
     early, late: (rows, places, offsets), int64: rows that go among the recent ones, before and after attention: a chunk
-    of a prompt may end a group and begin another. whole_recent, whole_new: (sources, records): groups that are
-    complete, out of the recent ones of a place or of 64 new rows from one on. own_recent, own_new: queries over their
-    own group, among the recent rows of all places or among the new ones; None where there are none.
+    of a prompt may end a group and begin another. whole_recent, whole_new: places and first rows of groups that these
+    complete, out of the recent ones of a place or of 64 new rows. completed: their records, in this order. own_recent,
+    own_new: queries over their own group, among the recent rows of all places or among the new ones; None where there
+    are none.
     decoding: int64 [5, sequences] of those of one row: query row, first record, records, first recent row, recent rows;
     kernels attend them in one call. Without kernels they are among the others, and this is None.
     """
 
     early: tuple[Tensor, Tensor, Tensor]
     late: tuple[Tensor, Tensor, Tensor]
-    whole_recent: tuple[Tensor, Tensor]
-    whole_new: tuple[Tensor, Tensor]
+    whole_recent: Tensor
+    whole_new: Tensor
+    completed: Tensor
     own_recent: Segments | None
     own_new: Segments | None
     old: list[_Old]
@@ -102,9 +104,11 @@ def coded_rows(segments: Segments, places: numpy.ndarray, direct: bool, device: 
             if group and not (direct and count == 1):
                 pieces.append((row, length, record, group, position))
             row, position = row + length, position + length
-    tables = _moved(early), _moved(late), _pairs(whole_recent), _pairs(whole_new)
+    completed = numpy.array(whole_recent + whole_new, dtype=numpy.int64).reshape(-1, 2)
+    sources, records = (torch.from_numpy(column.copy()) for column in completed.T)
     return CodedRows(
-        *(tuple(each.to(device) for each in table) for table in tables),
+        *(tuple(each.to(device) for each in _moved(table)) for table in (early, late)),
+        *(table.to(device) for table in (*sources.split((len(whole_recent), len(whole_new))), records)),
         _segments(own_recent),
         _segments(own_new),
         _old(pieces, device),
@@ -119,11 +123,6 @@ def _moved(runs: list[tuple[int, int, int, int]]) -> tuple[Tensor, Tensor, Tenso
     steps = numpy.arange(lengths.sum()) - numpy.repeat(numpy.cumsum(lengths) - lengths, lengths)
     rows, places, offsets = (numpy.repeat(table[:, column], lengths) for column in (0, 2, 3))
     return torch.from_numpy(rows + steps), torch.from_numpy(places), torch.from_numpy(offsets + steps)
-
-
-def _pairs(pairs: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-    first, second = numpy.array(pairs, dtype=numpy.int64).reshape(-1, 2).T
-    return torch.from_numpy(first.copy()), torch.from_numpy(second.copy())
 
 
 def _segments(rows: list[tuple[int, int, int, int]]) -> Segments | None:
@@ -169,37 +168,45 @@ def store_coded(slab: CodedSlab, rows: CodedRows, new: list[Tensor], name: str) 
 
     name: of the slab, where what comes in cannot be compressed.
     """
-    _keep(slab, rows.early, new)
-    places, records = rows.whole_recent
-    if len(places):
-        _compress(slab, *slab.recent.index_select(1, places), records, name)
-    starts, records = rows.whole_new
-    if len(starts):
-        chosen = (starts[:, None] + torch.arange(GROUP_TOKENS, device=starts.device)).flatten()
-        _compress(
-            slab, *(plane.index_select(0, chosen).unflatten(0, (-1, GROUP_TOKENS)) for plane in new), records, name
-        )
+    shape = len(rows.completed), slab.form.record_bytes
+    made = torch.empty(shape, dtype=torch.uint8, device=slab.records.device)
+    complete(slab.form, slab.recent, rows, new, made, name)
+    put_groups(slab, rows, made)
 
 
-def _compress(slab: CodedSlab, keys: Tensor, values: Tensor, records: Tensor, name: str) -> None:
-    made = torch.empty(len(records), slab.form.record_bytes, dtype=torch.uint8, device=slab.records.device)
-    most = DENSE_TOKENS // GROUP_TOKENS
-    for start in range(0, len(records), most):
-        part = slice(start, start + most)
-        quantise_kv(keys[part], values[part], slab.form, made[part], name)
-    slab.records.index_copy_(0, records, made)
+def complete(
+    form: KVFormat, recent: Tensor | None, rows: CodedRows, new: list[Tensor], made: Tensor, name: str
+) -> None:
+    """The same into ``recent``, see CodedSlab, and into ``made``, uint8 [groups, record_bytes]: those of ``completed``.
+    recent may be None where neither ``early`` nor ``whole_recent`` has anything."""
+    _keep(recent, rows.early, new)
+    most, count = DENSE_TOKENS // GROUP_TOKENS, len(rows.whole_recent)
+    for start in range(0, count, most):
+        part = slice(start, min(start + most, count))
+        quantise_kv(*recent.index_select(1, rows.whole_recent[part]), form, made[part], name)
+    for start in range(0, len(rows.whole_new), most):
+        first = rows.whole_new[start : start + most]
+        chosen = (first[:, None] + torch.arange(GROUP_TOKENS, device=first.device)).flatten()
+        planes = (plane.index_select(0, chosen).unflatten(0, (-1, GROUP_TOKENS)) for plane in new)
+        quantise_kv(*planes, form, made[count + start : count + start + len(first)], name)
+
+
+def put_groups(slab: CodedSlab, rows: CodedRows, made: Tensor) -> None:
+    """What ``complete`` has made, to its records."""
+    if len(made):
+        slab.records.index_copy_(0, rows.completed, made)
 
 
 def store_late(slab: CodedSlab, rows: CodedRows, new: list[Tensor]) -> None:
     """Take in the rest: once the queries of the pass have attended."""
-    _keep(slab, rows.late, new)
+    _keep(slab.recent, rows.late, new)
 
 
-def _keep(slab: CodedSlab, moved: tuple[Tensor, Tensor, Tensor], new: list[Tensor]) -> None:
+def _keep(recent: Tensor | None, moved: tuple[Tensor, Tensor, Tensor], new: list[Tensor]) -> None:
     rows, places, offsets = moved
     if len(rows):
         for plane, values in enumerate(new):
-            slab.recent[plane, places, offsets] = values.index_select(0, rows)
+            recent[plane, places, offsets] = values.index_select(0, rows)
 
 
 def attend_coded(
@@ -236,3 +243,24 @@ def attend_coded(
             query, slab.records, recent, slab.form, table.ctypes.data, table.shape[1], options, out
         ):
             raise ExecutionError("attention over compressed KV finds no memory", "lower --max-num-seqs")
+
+
+def take_in_and_attend(
+    query: Tensor,
+    slab: CodedSlab,
+    rows: CodedRows,
+    new: list[Tensor],
+    form: AttentionForm,
+    sinks: Tensor | None,
+    out: Tensor,
+    name: str,
+) -> None:
+    """All that is to do with the rows of a micro-batch; see store_coded and attend_coded."""
+    store_coded(slab, rows, new, name)
+    attend_coded(query, slab, rows, new, form, sinks, out)
+    store_late(slab, rows, new)
+
+
+def slab_name(layer: int) -> str:
+    """What users are told that cannot be compressed."""
+    return f"KV cache of layer {layer}"

@@ -23,7 +23,7 @@ from flexrun.models.spec import ModelSpec
 from flexrun.offload.coded_kv import CodedSlab
 from flexrun.offload.kv_file import GAP_BYTES, Blocks, KVFile, blocks_of_pass, cover
 from flexrun.offload.tiers import Buffer, MemoryTier
-from flexrun.placement import KV_SLOTS, KVMicroBatch, host_kv_slots, kv_block_bytes
+from flexrun.placement import KV_SLOTS, KVMicroBatch, attended_on_host, host_kv_slots, kv_block_bytes, room_of_groups
 from flexrun.steps import Step
 
 
@@ -113,7 +113,8 @@ class KVStore:
         self._host_slots: Buffer | None = None
         self._device_slots: Buffer | None = None
         self._tails: Buffer | None = None  # of each slab on disk: a block for each of its sequences
-        self._recent: Tensor | None = None  # [layers, micro-batches, 2, max_sequences, 64, heads, width]; see coded_kv
+        # of each micro-batch [layers, 2, max_sequences, 64, heads, width]; see coded_kv
+        self._recent: dict[int, Tensor] = {}
         # micro-batch -> start of a region -> its place among tails or recent rows
         self._places: dict[int, dict[int, int]] = {}
         self._tails_bytes = max_sequences * kv_block_bytes(spec)  # of one slab
@@ -127,7 +128,7 @@ class KVStore:
         try:
             self._allocate(host, device)
             if form is not None:
-                self._recent = self._new_recent(host if device is None else device, max_sequences)
+                self._allocate_recent(host, device, max_sequences)
         except BaseException:
             self.close()
             raise
@@ -157,11 +158,17 @@ class KVStore:
             return [buffer.view(layer * slab_bytes, shape, torch.uint8) for layer in range(layers)]
         return [buffer.view(layer * slab_bytes, (planes, tokens, *row), self._dtype) for layer in range(layers)]
 
-    def _new_recent(self, memory: MemoryTier, max_sequences: int) -> Tensor:
+    def _allocate_recent(self, host: MemoryTier, device: MemoryTier | None, max_sequences: int) -> None:
+        """In the memory of who attends each micro-batch."""
         planes, *row = self._spec.kv_planes
-        shape = (self._spec.num_layers, len(self.micro_batches), planes, max_sequences, GROUP_TOKENS, *row)
-        buffer = self._buffer(memory, "kv_recent", torch.Size(shape).numel() * self._dtype.itemsize)
-        return buffer.view(0, shape, self._dtype)
+        on_host = [device is None or attended_on_host(place) for place in self.micro_batches]
+        for memory, there in ((host, True), (device, False)):
+            chosen = [index for index, here in enumerate(on_host) if here is there]
+            shape = (self._spec.num_layers, len(chosen), planes, max_sequences, GROUP_TOKENS, *row)
+            if chosen:
+                buffer = self._buffer(memory, "kv_recent", torch.Size(shape).numel() * self._dtype.itemsize)
+                rows = buffer.view(0, shape, self._dtype)
+                self._recent |= {index: rows[:, number] for number, index in enumerate(chosen)}
 
     def _buffer(self, memory: MemoryTier, kind: str, nbytes: int) -> Buffer:
         self._buffers.append(memory.allocate(kind, nbytes, touch=True))
@@ -189,7 +196,7 @@ class KVStore:
             key=lambda index: (len(self._regions[index]), -self._spaces[index].free_tokens, index),
         )
         if self.form is not None:  # the last tokens, of a group that is never complete, wait elsewhere
-            tokens = max(tokens // GROUP_TOKENS, 1) * GROUP_TOKENS
+            tokens = room_of_groups(tokens)
         for index in order:
             start = self._spaces[index].allocate(tokens)
             if start is not None:
@@ -242,12 +249,29 @@ class KVStore:
         return self._device_slabs[micro_batch][layer]
 
     def coded(self, layer: int, micro_batch: int, slot: int) -> CodedSlab:
-        """A compressed slab at home, or in the host's ``slot`` where it lives on disk, with its recent rows."""
-        return CodedSlab(self.form, self.on_host(layer, micro_batch, slot), self._recent[layer, micro_batch])
+        """A compressed slab where it is attended, with its recent rows: at home, or in ``slot`` of the host, for one on
+        disk, or of the device."""
+        place = self.micro_batches[micro_batch]
+        staged = place.home is not Tier.GPU and place.attend_lane is Lane.GPU
+        records = self.staging(slot, micro_batch) if staged else self.on_host(layer, micro_batch, slot)
+        return CodedSlab(self.form, records, self.recent(layer, micro_batch))
+
+    def recent(self, layer: int, micro_batch: int) -> Tensor:
+        """See CodedSlab."""
+        return self._recent[micro_batch][layer]
 
     def places(self, micro_batch: int, starts: numpy.ndarray) -> numpy.ndarray:
         """The place among the recent rows of the sequences whose regions begin at ``starts``; int64."""
         return numpy.array([self._places[micro_batch][start] for start in starts.tolist()], dtype=numpy.int64)
+
+    def group_counts(self, query: numpy.ndarray, kv: numpy.ndarray, fresh: numpy.ndarray) -> dict[str, int]:
+        """Groups of a compressed cache in the counts of MicroBatchShape. query, kv: int64 [sequences], new rows and all
+        tokens of each; fresh: tokens of the prompts that start."""
+        if self.form is None:
+            return {}
+        there, then = (int((tokens // GROUP_TOKENS).sum()) for tokens in (kv - query, kv))
+        fresh_groups = int((fresh // GROUP_TOKENS).sum())
+        return {"there_groups": there, "new_groups": then - there, "fresh_groups": fresh_groups}
 
     def on_host(self, layer: int, micro_batch: int, slot: int) -> Tensor:
         """The slab of a micro-batch that lives on the host, or the host's ``slot`` for one that lives on disk."""
@@ -282,7 +306,8 @@ class KVStore:
     # What a pass moves --------------------------------------------------------------------------------
 
     def cached_runs(self, micro_batch: int, segments: Segments) -> list[tuple[int, int]]:
-        """Tokens (start, stop) of a slab that earlier passes left for ``segments``, sorted; small gaps are included."""
+        """Tokens, or records, (start, stop) of a slab that earlier passes left for ``segments``, sorted; small gaps are
+        included."""
         return self._moves_of(micro_batch, segments).cached_runs
 
     def _moves_of(self, micro_batch: int, segments: Segments) -> _Moves:
@@ -293,7 +318,8 @@ class KVStore:
             middle = stop - segments.query_len
             if self.form is not None:
                 stop, middle = (each // GROUP_TOKENS * GROUP_TOKENS for each in (stop, middle))
-            runs = cover(numpy.stack([start, middle], axis=1), 1, GAP_BYTES // self._row_bytes)
+            unit = 1 if self.form is None else GROUP_TOKENS
+            runs = cover(numpy.stack([start, middle], axis=1) // unit, 1, GAP_BYTES // (self._row_bytes * unit))
             blocks = None
             if micro_batch in self._disk_places:
                 places = self.places(micro_batch, start).tolist()
@@ -303,7 +329,7 @@ class KVStore:
         return known[1]
 
     def close(self) -> None:
-        self._slabs, self._device_slabs, self._tails, self._recent = [], [], None, None
+        self._slabs, self._device_slabs, self._tails, self._recent = [], [], None, {}
         self._host_slots = self._device_slots = None
         for buffer in self._buffers:
             buffer.close()
@@ -316,6 +342,8 @@ def _nothing() -> None:
 
 
 def pieces(slab: Tensor, start: int, stop: int) -> list[Tensor]:
-    """Tokens ``[start, stop)`` of a slab as contiguous tensors: its planes, or all in one."""
+    """Tokens ``[start, stop)`` of a slab as contiguous tensors: its planes, or all in one; or its records."""
+    if slab.dim() == 2:
+        return [slab[start:stop]]
     rows = slab[:, start:stop]
     return [rows.transpose(0, 1)] if slab.stride(0) < slab.stride(1) else [*rows]

@@ -28,16 +28,36 @@ class LikelyLengths:
         self._tokens.append(tokens)
         self._ended.append(ended)
 
-    def likely(self, running: Iterable[int]) -> int | None:
+    @property
+    def enough(self) -> bool:
+        return len(self._tokens) >= LEAST_ANSWERS
+
+    def likely(self, running: Iterable[int] = ()) -> int | None:
         """Tokens that SURE of the answers need, or None where too little is known. running: tokens so far of others."""
-        if len(self._tokens) < LEAST_ANSWERS:
+        if not self.enough:
             return None
+        tokens, survivors = self._survivors(running)
+        enough = numpy.flatnonzero(survivors <= 1.0 - SURE + 1e-9)
+        return int(tokens[enough[0]]) if len(enough) else None
+
+    def expected(self, limits: numpy.ndarray, running: Iterable[int] = ()) -> numpy.ndarray:
+        """Mean tokens of answers that may get as long as ``limits``, float64 like these: the area under the share of
+        survivors. What lives longer than anything known is taken to go on to its limit."""
+        if not self.enough:
+            return limits.astype(numpy.float64)
+        tokens, survivors = self._survivors(running)
+        starts = numpy.concatenate([[0], tokens])
+        shares = numpy.concatenate([[1.0], survivors])
+        areas = numpy.concatenate([[0.0], numpy.cumsum(numpy.diff(starts) * shares[:-1])])
+        place = numpy.searchsorted(starts, limits, side="right") - 1
+        return areas[place] + shares[place] * (limits - starts[place])
+
+    def _survivors(self, running: Iterable[int]) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """Lengths, ascending, and the share of answers that get longer than each."""
         running = list(running)
-        tokens = numpy.array([*self._tokens, *running])
-        ended = numpy.array([*self._ended, *([False] * len(running))])
+        tokens = numpy.array([*self._tokens, *running], dtype=numpy.int64)
+        ended = numpy.array([*self._ended, *([False] * len(running))], dtype=bool)
         # At equal lengths those that ended come first: the others lived on.
         order = numpy.lexsort((~ended, tokens))
         at_risk = numpy.arange(len(tokens), 0, -1)
-        survivors = numpy.cumprod(1.0 - ended[order] / at_risk)
-        enough = numpy.flatnonzero(survivors <= 1.0 - SURE + 1e-9)
-        return int(tokens[order][enough[0]]) if len(enough) else None
+        return tokens[order], numpy.cumprod(1.0 - ended[order] / at_risk)

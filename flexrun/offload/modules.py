@@ -12,8 +12,9 @@ from flexrun.core import Tier
 from flexrun.models import decoder
 from flexrun.models.spec import ModelSpec
 from flexrun.offload.activations import Activations
+from flexrun.offload.away_kv import attend_fresh, attend_staged, complete_away
 from flexrun.offload.batcher import MicroBatchRows
-from flexrun.offload.coded_kv import attend_coded, store_coded, store_late
+from flexrun.offload.coded_kv import CodedSlab, slab_name, take_in_and_attend
 from flexrun.offload.kv_store import KVStore
 from flexrun.offload.pass_rows import PassRows
 from flexrun.offload.token_split import SplitRows
@@ -96,6 +97,12 @@ class Modules:
                         kept[low:high] = values[part]
                     if rows.split is not None:
                         self._part_ways(step.layer, rows, low, high)
+        for rows in activations.plan.micro_batches if activations.away_rows else ():
+            away = activations.away_rows.get(rows.index)
+            if away is not None and step.start <= rows.start < step.stop:
+                bounds = (rows.start, rows.fresh_start), (rows.fresh_start, rows.stop)
+                cached, fresh = ([kept[start:stop] for kept in activations.new_rows] for start, stop in bounds)
+                complete_away(away, self._made(step.layer, rows.index), cached, fresh, slab_name(step.layer))
 
     def _part_ways(self, layer: int, rows: MicroBatchRows, low: int, high: int) -> None:
         """New rows ``[low, high)`` of the pass, in KV split by token: to the device's slab, or to those that leave."""
@@ -158,12 +165,20 @@ class Modules:
     def _attend_coded(self, step: Step, beside: Tensor | None) -> None:
         """Take the rows of a micro-batch into its compressed slab, and attend it."""
         activations, slab = self._activations, self._kv.coded(step.layer, step.micro_batch, step.offset)
-        rows, own = activations.coded_rows[step.micro_batch], slice(step.start, step.stop)
-        new = [kept[own] for kept in activations.new_rows]
-        store_coded(slab, rows, new, f"KV cache of layer {step.layer}")
-        form, query = self._spec.attention_form(step.layer), activations.query[own]
-        attend_coded(query, slab, rows, new, form, beside, activations.attended[own])
-        store_late(slab, rows, new)
+        own = slice(step.start, step.stop)
+        new, form = [kept[own] for kept in activations.new_rows], self._spec.attention_form(step.layer)
+        query, out = activations.query[own], activations.attended[own]
+        away = activations.away_rows.get(step.micro_batch)
+        if away is not None:
+            made = self._made(step.layer, step.micro_batch)
+            attend_staged(query, away, made, slab, new, form, beside, out)
+        else:
+            rows = activations.coded_rows[step.micro_batch]
+            take_in_and_attend(query, slab, rows, new, form, beside, out, slab_name(step.layer))
+
+    def _made(self, layer: int, micro_batch: int) -> CodedSlab:
+        """The new records of a pass, with the recent rows of a micro-batch."""
+        return CodedSlab(self._kv.form, self._activations.new_records, self._kv.recent(layer, micro_batch))
 
     def _attend_above(self, step: Step, split: SplitRows, beside: Tensor | None) -> None:
         """The device's part of sequences whose KV is split; the sinks go with the host's part, where there is one."""
@@ -186,6 +201,11 @@ class Modules:
         activations = self._activations
         own = [rows[step.start : step.stop] for rows in activations.new_rows]
         rows, beside = activations.rows[step.micro_batch], activations.beside_kv.get(step.layer)
+        if self._kv.form is not None:
+            query, out = (each[step.start : step.stop] for each in (activations.query, activations.attended))
+            away, made = activations.away_rows[step.micro_batch], self._made(step.layer, step.micro_batch)
+            attend_fresh(query, away, made, own, self._spec.attention_form(step.layer), beside, out)
+            return
         lse = activations.own_lse if rows.prefixes is not None else None
         attend_rows(self._spec, step, rows.fresh, own, beside, activations.query, activations.attended, lse)
 

@@ -10,6 +10,7 @@ import torch
 from flexrun.models.spec import ModelSpec
 from flexrun.offload.activations import Activations
 from flexrun.offload.batcher import MicroBatchRows
+from flexrun.offload.coded_kv import slab_name, take_in_and_attend
 from flexrun.offload.device import EmulatedDevice
 from flexrun.offload.kv_store import KVStore, pieces
 from flexrun.offload.modules import attend_rows, store
@@ -77,10 +78,33 @@ class Transfers:
         rows = activations.rows[step.micro_batch]
         part = slice(rows.start, rows.fresh_start)  # what starts in this pass is attended on the device
         self._accelerator.copy(activations.host_query[part], activations.query[part])
-        self._store_to_host(step, rows)
+        if self._kv.form is None:
+            self._store_to_host(step, rows)
+            return
+        for target, source in zip(activations.host_new, activations.new_rows):
+            self._accelerator.copy(target[part], source[part])
+        self._carry_home(step)
 
     def _save_kv(self, step: Step) -> None:
-        self._store_to_host(step, self._activations.rows[step.micro_batch])
+        if self._kv.form is None:
+            self._store_to_host(step, self._activations.rows[step.micro_batch])
+        else:
+            self._carry_home(step)
+
+    def _carry_home(self, step: Step) -> None:
+        """What the device has compressed, and what the host keeps of prompts that start. All that the step copies has
+        then landed."""
+        activations, copy = self._activations, self._accelerator.copy
+        away, home = (
+            activations.away_rows[step.micro_batch],
+            self._kv.on_host(step.layer, step.micro_batch, step.offset),
+        )
+        for made, record, count in away.homes:
+            copy(home[record : record + count], activations.new_records[made : made + count])
+        for row, place, count in away.late:
+            for plane, source in zip(self._kv.recent(step.layer, step.micro_batch), activations.new_rows):
+                copy(plane[place, :count], source[row : row + count])
+        self._accelerator.landed()
 
     def _store_to_host(self, step: Step, rows: MicroBatchRows) -> None:
         """New keys and values to the slab; behind everything else that the step copies, for it waits for its copies."""
@@ -107,6 +131,9 @@ class Transfers:
     def _attend_on_host(self, step: Step) -> None:
         activations = self._activations
         rows = activations.rows[step.micro_batch]
+        if self._kv.form is not None:
+            self._attend_coded_on_host(step)
+            return
         slab = self._kv.on_host(step.layer, rows.index, step.offset)
         beside, segments, lse = activations.host_beside_kv.get(step.layer), rows.cached, None
         if rows.prefixes is not None:
@@ -115,6 +142,14 @@ class Transfers:
             segments = rows.split.below
             lse = None if rows.split.above is None else activations.host_lse
         attend_rows(self._spec, step, segments, slab, beside, activations.host_query, activations.host_attended, lse)
+
+    def _attend_coded_on_host(self, step: Step) -> None:
+        activations, own = self._activations, slice(step.start, step.stop)
+        slab, away = self._kv.coded(step.layer, step.micro_batch, step.offset), activations.away_rows[step.micro_batch]
+        new, form = [plane[own] for plane in activations.host_new], self._spec.attention_form(step.layer)
+        query, out = activations.host_query[own], activations.host_attended[own]
+        sinks = activations.host_beside_kv.get(step.layer)
+        take_in_and_attend(query, slab, away.cached, new, form, sinks, out, slab_name(step.layer))
 
     def _load_hidden(self, step: Step) -> None:
         activations, part = self._activations, slice(step.start, step.stop)

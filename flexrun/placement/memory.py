@@ -15,7 +15,7 @@ from flexrun.config import Policy
 from flexrun.core import PAGE_BYTES, Lane, Tier, align_up
 from flexrun.models.rope import rope_table_bytes
 from flexrun.models.spec import ModelSpec
-from flexrun.placement.kv_bits import kv_format, kv_room, kv_scratch_bytes, kv_token_bytes, recent_kv_bytes
+from flexrun.placement.kv_bits import coded_kv_bytes, kv_room, kv_token_bytes
 from flexrun.placement.weights import WeightPlacement, compressed_bytes
 
 RING_BYTES = 4 << 30  # rings of models with huge layers need not hold three of them
@@ -92,6 +92,20 @@ def kv_micro_batches(
         return places
     home, lane = (Tier.GPU, Lane.GPU) if on_device else (Tier.CPU, Lane.CPU)
     return KVMicroBatch(home, prefix_tokens, lane, shared=True), *places
+
+
+def attended_on_host(micro_batch: KVMicroBatch) -> bool:
+    """Whether the CPU attends it, by itself or beside a device."""
+    return micro_batch.home is not Tier.GPU and micro_batch.attend_lane is Lane.CPU
+
+
+def coded_kv_of(
+    spec: ModelSpec, policy: Policy, micro_batches: tuple[KVMicroBatch, ...], *, on_device: bool
+) -> dict[Tier, dict[str, int]]:
+    """See coded_kv_bytes."""
+    on_host = sum(map(attended_on_host, micro_batches))
+    away = on_device * sum(micro_batch.home is not Tier.GPU for micro_batch in micro_batches)
+    return coded_kv_bytes(spec, policy, len(micro_batches), on_host, away, on_device=on_device)
 
 
 def micro_batch_sequences(policy: Policy) -> int:
@@ -339,10 +353,8 @@ def memory_account(
     if placement.embedding_on_disk:
         row_bytes = spec.embedding_size * spec.dtype_bytes
         kinds[Tier.CPU]["embedding_rows"] = align_up(policy.tokens_per_pass * row_bytes)
-    if kv_format(spec, policy) is not None:
-        compute = kinds[Tier.GPU if on_device else Tier.CPU]
-        compute["kv_recent"] = recent_kv_bytes(spec, policy, len(micro_batches))
-        compute["kv_scratch"] = kv_scratch_bytes(spec, policy)
+    for tier, parts in coded_kv_of(spec, policy, micro_batches, on_device=on_device).items():
+        kinds[tier] |= parts
     if kv[Tier.DISK]:
         kinds[Tier.CPU]["kv_staging"] = slots * slot_bytes
         kinds[Tier.CPU]["kv_tails"] = slabs * micro_batch_sequences(policy) * kv_block_bytes(spec)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from flexrun.config import Policy
 from flexrun.core import Lane
 from flexrun.models.spec import ModelSpec
-from flexrun.placement.kv_bits import kv_token_bytes
+from flexrun.placement.kv_bits import kv_moved
 from flexrun.placement.memory import KV_SLOTS, MemoryAccount, normed_row_bytes, part_tokens
 from flexrun.placement.weights import WeightPlacement
 from flexrun.schedule import Scheduler
-from flexrun.steps import ModelWork
+from flexrun.steps import KVBytes, ModelWork
 
 
-def model_work(spec: ModelSpec, kv_bytes_per_token: int | None = None) -> ModelWork:
-    """FLOPs and bytes a token of each kind of step. kv_bytes_per_token: of one layer; None: in the model's dtype."""
+def model_work(spec: ModelSpec, kv: KVBytes | None = None) -> ModelWork:
+    """FLOPs and bytes a token of each kind of step. kv: of a cache that is compressed."""
 
     def flops(part: str, layer: int = 0) -> int:
         return 2 * sum(inputs * outputs for inputs, outputs in spec.linear_shapes(part, layer))
@@ -25,7 +25,7 @@ def model_work(spec: ModelSpec, kv_bytes_per_token: int | None = None) -> ModelW
         attention_output_flops_per_token=flops("attention_output"),
         mlp_flops_per_token=tuple(flops("mlp", layer) for layer in range(spec.num_layers)),
         logits_flops_per_row=flops("head"),
-        kv_bytes_per_token=kv_bytes_per_token or spec.kv_bytes_per_token,
+        kv=kv or KVBytes(spec.kv_bytes_per_token, spec.kv_bytes_per_token),
         query_bytes_per_token=spec.query_size * spec.dtype_bytes,
         hidden_bytes_per_token=spec.hidden_size * spec.dtype_bytes,
         embedding_row_bytes=spec.embedding_size * spec.dtype_bytes,
@@ -53,7 +53,7 @@ def build_scheduler(
     """
     return Scheduler(
         placement.units,
-        model_work(spec, None if policy is None else kv_token_bytes(spec, policy)),
+        model_work(spec, None if policy is None else kv_moved(spec, policy)),
         spec.num_layers,
         compute_lane=Lane.GPU if on_device else Lane.CPU,
         host_ring_bytes=account.host_ring_bytes,

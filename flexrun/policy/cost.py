@@ -17,13 +17,14 @@ from flexrun.config import Policy
 from flexrun.core import Lane, Tier
 from flexrun.hardware import Hardware, LinearWork, Processor, Transfer
 from flexrun.models.spec import ModelSpec
-from flexrun.placement import LOGITS_ROWS, WeightPlacement, kv_token_bytes, part_tokens, weight_bits_of
+from flexrun.placement import LOGITS_ROWS, WeightPlacement, kv_moved, part_tokens, weight_bits_of
 from flexrun.policy.attention_cost import attention_seconds, counts_above, counts_of, layers_seconds
+from flexrun.policy.coded_cost import brought_back_seconds, coding_seconds
 from flexrun.policy.compressed import Compressed, compressed_part
 from flexrun.policy.expert_cost import ExpertCosts
 from flexrun.policy.kv_writes import row_write_seconds
 from flexrun.policy.matmul_cost import dequantise_seconds, matmul_seconds
-from flexrun.policy.passes import ABOVE, PREFIX, Passes
+from flexrun.policy.passes import ABOVE, GROUPS, PREFIX, Passes
 from flexrun.policy.prefix_cost import prefix_layers_seconds, prefix_step_seconds
 from flexrun.steps import ATTENDS, MicroBatchShape, PassShape, Step, StepKind, experts_moved_share
 
@@ -35,7 +36,6 @@ STORE_SECONDS, STORE_SEQUENCE_SECONDS = 6e-5, 3.5e-6  # the executor's own work 
 # Steps in a run against each timed by itself, measured on a CPU by benchmarks/forecast.py: modules find other data in
 # the cache, attention meets short contexts, reads wait for one another's ends.
 CPU_IN_RUN, CPU_ATTENTION_IN_RUN, DISK_IN_RUN = 1.09, 1.6, 1.14
-CODING_ACCESSES = 12  # of each new key and value in float32, where it is compressed and, in a prompt, brought back
 MERGE_ACCESSES = 4  # of each value in float32, where what was attended in two places is joined
 
 
@@ -51,7 +51,8 @@ class StepCosts:
         self.device: Processor = hardware.gpu if on_device and hardware.gpu else hardware.cpu
         self.h2d: Transfer = hardware.h2d or hardware.host_copy
         self.d2h: Transfer = hardware.d2h or hardware.host_copy
-        self.kv_bytes = float(kv_token_bytes(spec, policy))
+        self.kv = kv_moved(spec, policy)
+        self.kv_bytes = float(self.kv.token)
         self._coded = policy.key_value_bits is not None
         self._experts = ExpertCosts(spec, placement, self._one_expert_seconds, self.transfer)
         self.experts_seconds = self._experts.seconds
@@ -172,9 +173,7 @@ class StepCosts:
         """Norm, projections, rotary, storing K and V; for MLA also the absorbed or expanded products."""
         seconds = self._linear("attention_inputs", 0, tokens, plain)
         seconds += tokens * self.spec.kv_bytes_per_token / self._rates.activation_bytes_per_second
-        if self._coded:
-            coded = tokens * self.spec.kv_elements_per_token * 4 * CODING_ACCESSES
-            seconds += coded / self._rates.activation_bytes_per_second
+        seconds += coding_seconds(self.spec, self.device, tokens) if self._coded else 0.0
         if self.spec.latent is not None:
             for work, rows in ((self._absorption, decode_tokens), (self._expansion, tokens - decode_tokens)):
                 if rows:
@@ -207,8 +206,13 @@ class StepCosts:
     def attend_seconds(self, processor: Processor, layer: int, micro_batch: MicroBatchShape) -> float:
         """softmax(QK^T)V of one micro-batch in one layer; where its KV is split, of what is below the borders."""
         above = counts_of(micro_batch.above) if micro_batch.above_kv_tokens else None
-        window = self.spec.layer_windows[layer]
-        return float(attention_seconds(self.spec, processor, self.kv_bytes, window, counts_of(micro_batch), above))
+        window, counts = self.spec.layer_windows[layer], counts_of(micro_batch)
+        seconds = float(attention_seconds(self.spec, processor, self.kv_bytes, window, counts, above))
+        return seconds + (brought_back_seconds(self.spec, processor, counts) if self._brings_back(processor) else 0.0)
+
+    def _brings_back(self, processor: Processor) -> bool:
+        """Whether what it attends is compressed, and it cannot read codes."""
+        return self._coded and processor is self.hardware.gpu
 
     def _attend_step(self, step: Step, shape: PassShape) -> float:
         micro_batch = next(each for each in shape.micro_batches if each.index == step.micro_batch)
@@ -218,7 +222,11 @@ class StepCosts:
         elif self.on_device and micro_batch.home is not Tier.GPU:
             of_split = step.lane is not micro_batch.attend_lane  # what the device has of it, attends the CPU the rest
             micro_batch = micro_batch.above if of_split else micro_batch.cached
-        return self.attend_seconds(self.hardware.cpu if on_host else self.device, step.layer, micro_batch)
+        if not on_host:
+            return self.attend_seconds(self.device, step.layer, micro_batch)
+        seconds = self.attend_seconds(self.hardware.cpu, step.layer, micro_batch)
+        taken_in = micro_batch.query_tokens * self._coded
+        return seconds + coding_seconds(self.spec, self.hardware.cpu, taken_in)
 
     def merge_seconds(self, rows):
         """Joining what two places found for the rows (a number or an array) of one micro-batch in one layer."""
@@ -304,7 +312,10 @@ class StepCosts:
 
     def _attend_layers(self, processor: Processor, counts: Sequence, above: Sequence | None = None):
         """The same for counts as numbers or arrays, less what is ``above``."""
-        return layers_seconds(self.spec, processor, self.kv_bytes, counts, above)
+        seconds = layers_seconds(self.spec, processor, self.kv_bytes, counts, above)
+        if self._brings_back(processor):
+            seconds += self.spec.num_layers * brought_back_seconds(self.spec, processor, counts)
+        return seconds
 
     def hidden_bytes(self, tokens: int) -> int:
         """Bytes that cross the link each way in a pass whose hidden states wait off the device between its layers."""
@@ -340,8 +351,9 @@ class StepCosts:
         for number, place in enumerate(passes.places):
             counts = passes.counts[:, number].T
             cached = counts[:5]
-            new_bytes = counts[0] * self.kv_bytes
-            there_bytes = numpy.maximum(counts[1] - counts[0], 0) * self.kv_bytes
+            there_groups, new_groups, fresh_groups = counts[GROUPS]
+            new_bytes = self.kv.added(counts[0], new_groups)
+            there_bytes = self.kv.there(counts[0], counts[1], there_groups)
             away = self.on_device and place.home is not Tier.GPU
             lane, moved, above = place.attend_lane if away else compute, [], None
             if away:
@@ -349,7 +361,7 @@ class StepCosts:
                 cached = (counts[0] - fresh_tokens, counts[1] - fresh_tokens, counts[2] - fresh_pairs, *counts[3:5])
                 fresh = (fresh_tokens, fresh_tokens, fresh_pairs, 0, 0)
                 seconds[compute] += self._attend_layers(self.device, fresh)
-                leaving_bytes = new_bytes - counts[7] * self.kv_bytes
+                leaving_bytes = self.kv.to_host(counts[0] - counts[7], fresh_groups)
                 query_bytes = cached[0] * (spec.query_size * spec.dtype_bytes)
                 back_bytes = query_bytes + (counts[PREFIX][0] > 0) * cached[0] * (4 * spec.num_heads)
                 if counts[8].any():  # split by token
@@ -362,6 +374,8 @@ class StepCosts:
                 on_cpu = [(Lane.D2H, query_bytes + leaving_bytes), (Lane.H2D, back_bytes)]
                 moved += on_cpu if lane is Lane.CPU else [(Lane.H2D, there_bytes), (Lane.D2H, new_bytes)]
             seconds[lane] += self._attend_layers(self.device if lane is compute else self.hardware.cpu, cached, above)
+            if lane is not compute:
+                seconds[lane] += layers * coding_seconds(spec, self.hardware.cpu, cached[0] * self._coded)
             seconds[compute] += prefix_layers_seconds(self, counts[PREFIX])
             if place.home is Tier.DISK:
                 moved.append((Lane.DISK_READ, there_bytes))

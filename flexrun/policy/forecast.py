@@ -102,7 +102,7 @@ def forecast(
     limit_seconds: float = float("inf"),
     known: dict[tuple, Passes] | None = None,
 ) -> Forecast:
-    """Time of a job whose sequences all run to ``max_tokens``. Raises nothing of its own: check the layout first.
+    """Time of a job whose sequences all run to ``likely_tokens``. Raises nothing of its own: check the layout first.
 
     limit_seconds: where the busiest lanes alone take longer, their time is the answer and nothing is simulated.
     known: passes of this workload that other policies had; filled here.
@@ -163,7 +163,7 @@ def _drawn_groups(groups: numpy.ndarray, count: int) -> numpy.ndarray:
 
 def _combine(workload: Workload, large: Forecast, small: Forecast) -> Forecast:
     """What a part takes more than a smaller one, as often as the job has tokens more, of prompts and of answers."""
-    prompt_tokens, generated_tokens = workload.prefill_tokens, int(workload.max_tokens.sum())
+    prompt_tokens, generated_tokens = workload.prefill_tokens, int(workload.likely_tokens.sum())
     prompts = (prompt_tokens - large.prompt_tokens) / (large.prompt_tokens - small.prompt_tokens)
     answers = (generated_tokens - large.generated_tokens) / (large.generated_tokens - small.generated_tokens)
     prefill = large.prefill_seconds + prompts * (large.prefill_seconds - small.prefill_seconds)
@@ -178,7 +178,7 @@ def _combine(workload: Workload, large: Forecast, small: Forecast) -> Forecast:
 
 def passes_guess(policy: Policy, workload: Workload) -> float:
     """Passes of a job, roughly: limited by slots or by the tokens of a pass, whichever is slower."""
-    generated, prompts = float(workload.max_tokens.sum()), float(workload.prefill_tokens)
+    generated, prompts = float(workload.likely_tokens.sum()), float(workload.prefill_tokens)
     slots = min(policy.sequences_in_flight, max(len(workload), 1))
     return max(generated / slots, (prompts + generated) / policy.tokens_per_pass)
 
@@ -198,7 +198,7 @@ class _Part:
     def of(cls, workload: Workload, layout: Layout, costs: StepCosts, known: dict[tuple, Passes]) -> _Part:
         policy, places = layout.policy, layout.micro_batches
         key = (len(workload), policy.sequences_in_flight, policy.tokens_per_pass, policy.attention_micro_batch)
-        key += (part_tokens(policy),)
+        key += (part_tokens(policy), policy.key_value_bits is not None)
         key += tuple((place.capacity_tokens, place.device_share, place.shared) for place in places)
         if key not in known:
             known[key] = job_passes(workload, policy, places)
@@ -218,7 +218,7 @@ class _Part:
             decode,
             len(self.passes),
             self.workload.prefill_tokens,
-            int(self.workload.max_tokens.sum()),
+            int(self.workload.likely_tokens.sum()),
             dict(zip(Lane, self.lanes.sum(axis=0).tolist())),
         )
 

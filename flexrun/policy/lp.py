@@ -29,6 +29,7 @@ from flexrun.placement import (
     kv_token_bytes,
     merge_bytes,
     micro_batch_sequences,
+    new_groups_bytes,
     offloaded_query_bytes,
     recent_kv_bytes,
     workspace_bytes,
@@ -152,7 +153,8 @@ class _Program:
         rows = (policy.tokens_per_pass - at_work) * device_row_bytes(spec)  # that may wait elsewhere
         waiting = policy.tokens_per_pass * spec.hidden_size * spec.dtype_bytes
         fixed_work = max(workspace_bytes(spec, dataclasses.replace(policy, hidden=Placement(1.0, 0.0))) - rows, 0)
-        fixed_work += recent_kv_bytes(spec, policy, self.micro_batches) + kv_scratch_bytes(spec, policy)
+        recent, scratch = recent_kv_bytes(spec, policy, self.micro_batches), kv_scratch_bytes(spec, policy)
+        fixed_work += recent + scratch
         host_kv = kv["cpu_to_gpu"] + kv["cpu_on_cpu"]
         disk_kv = kv["disk_to_gpu"] + kv["disk_on_cpu"]
         above = policy.kv_device_tokens_share * kv_bytes  # of KV that is split by token
@@ -166,9 +168,11 @@ class _Program:
             device += KV_SLOTS * slot * (kv["cpu_to_gpu"] + kv["disk_to_gpu"]) + rows * self.hidden["gpu"]
             merge = merge_bytes(spec, policy) if above else (0, 0)
             device += (above + merge[1]) * kv["cpu_on_cpu"]
+            on_cpu = kv["cpu_on_cpu"] + kv["disk_on_cpu"]
+            device += new_groups_bytes(spec, policy) * (1 - kv["gpu"]) - recent * on_cpu
             self._limit(Tier.GPU, device)
             queries = offloaded_query_bytes(spec, policy) + merge[0]
-            host += waiting * self.hidden["cpu"] + (queries - above) * kv["cpu_on_cpu"]
+            host += waiting * self.hidden["cpu"] + (queries - above) * kv["cpu_on_cpu"] + (recent + scratch) * on_cpu
         else:
             host += fixed_work + rows
         self._limit(Tier.CPU, host)
@@ -196,8 +200,8 @@ class _Program:
         spec, costs, kv, weights = self.spec, self.costs, self.kv, self.weights
         shape, whole = kind.shape, kind.shape.micro_batches[0]
         layers = spec.num_layers
-        new_bytes = layers * whole.query_tokens * costs.kv_bytes
-        there_bytes = max(layers * whole.kv_tokens * costs.kv_bytes - new_bytes, 0)
+        new_bytes = layers * costs.kv.added(whole.query_tokens, whole.new_groups)
+        there_bytes = layers * costs.kv.there(whole.query_tokens, whole.kv_tokens, whole.there_groups)
         cached = whole.cached
         query_bytes = layers * cached.query_tokens * spec.query_size * spec.dtype_bytes
         disk_read, disk_write = self.hardware.disk_read.bytes_per_second, self.hardware.disk_write.bytes_per_second
@@ -219,8 +223,14 @@ class _Program:
         to_gpu = kv["cpu_to_gpu"] + kv["disk_to_gpu"]
         hidden_bytes = costs.hidden_bytes(shape.tokens) * (self.hidden["cpu"] + self.hidden["disk"])
         h2d = moved_bytes * (weights["cpu"] + weights["disk"]) + there_bytes * to_gpu + query_bytes * on_cpu
+        leaving_bytes = layers * costs.kv.to_host(whole.query_tokens, whole.fresh_groups)
         staying_bytes = layers * whole.above_new_tokens * costs.kv_bytes
-        d2h = new_bytes * (to_gpu + on_cpu) - staying_bytes * kv["cpu_on_cpu"] + query_bytes * on_cpu + hidden_bytes
+        d2h = (
+            new_bytes * to_gpu
+            + (leaving_bytes + query_bytes) * on_cpu
+            - staying_bytes * kv["cpu_on_cpu"]
+            + hidden_bytes
+        )
         fresh = costs.attend_pass_seconds(costs.device, whole.fresh) * on_cpu  # prompts that start need no KV cache
         in_one_place = dataclasses.replace(whole, above_kv_tokens=0)
         attended = costs.attend_pass_seconds(costs.device, in_one_place) * (kv["gpu"] + to_gpu)

@@ -11,7 +11,8 @@ import numpy
 
 from flexrun.config import Policy
 from flexrun.core import Lane, Tier
-from flexrun.placement import KVMicroBatch, part_tokens
+from flexrun.placement import KVMicroBatch, part_tokens, room_of_groups
+from flexrun.policy.coded_groups import CodedGroups
 from flexrun.policy.prefix_room import PrefixRoom
 from flexrun.prefixes import NONE
 from flexrun.schedule import cut_rows
@@ -34,8 +35,11 @@ COLUMNS = (
     "prefix_rows",
     "prefix_kv_tokens",
     "prefix_pairs",
+    "there_groups",
+    "new_groups",
+    "fresh_groups",
 )
-ABOVE, PREFIX = slice(7, 12), slice(12, 15)  # of COLUMNS, what begins with these names
+ABOVE, PREFIX, GROUPS = slice(7, 12), slice(12, 15), slice(15, 18)  # of COLUMNS, those of these names
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +139,7 @@ class Passes:
 def job_passes(
     workload: Workload, policy: Policy, micro_batches: Sequence[KVMicroBatch], most: int | None = None
 ) -> Passes:
-    """The passes of a job whose sequences all run to their last token, in the order of the workload's rows.
+    """The passes of a job whose sequences get as long as they are likely to, in the order of the workload's rows.
 
     Follows offload.batcher: decoding sequences first, then prompts under way, then new ones while there is room in
     the pass, a slot and cache room. Gaps that ragged sequences leave in a slab are not modelled, and borders of KV that
@@ -150,10 +154,11 @@ def job_passes(
 class _Prompt:
     """A sequence whose prompt is under way: ``cached`` of its ``tokens`` are done. The ``scored`` ones before the last
     take a row of the head each. prefix: one that it begins with, which is not among its tokens. Of a prefix that is run
-    for those that share it, ``limit`` is None."""
+    for those that share it, ``limit`` is None. room: of the cache, that it is given."""
 
     tokens: int
     limit: int | None
+    room: int
     scored: int
     home: int
     border: int  # what lies above it is on the device, where KV is split by token
@@ -174,7 +179,10 @@ class _Job:
         workload = workload if shared else workload.apart()
         fits = workload.kv_tokens <= max(place.capacity_tokens for place in micro_batches if not place.shared)
         rows = workload.rows(fits)
-        columns = (rows.own_prompt_tokens, rows.max_tokens, rows.scored_tokens, rows.prefix)
+        rooms = numpy.maximum(rows.kept_kv_tokens, rows.own_prompt_tokens + rows.likely_tokens - 1)  # no pauses here
+        self.groups = CodedGroups(len(micro_batches)) if policy.key_value_bits is not None else None
+        rooms = rooms if self.groups is None else room_of_groups(rooms)
+        columns = (rows.own_prompt_tokens, rows.likely_tokens, rooms, rows.scored_tokens, rows.prefix)
         self.rows = list(zip(*(column.tolist() for column in columns)))
         self.next_row = self.in_flight = 0
         self.free = [place.capacity_tokens for place in micro_batches]
@@ -184,8 +192,8 @@ class _Job:
         self.prompts: deque[_Prompt] = deque()
         self.decoding = [0] * len(micro_batches)
         self.decoding_kv = [0] * len(micro_batches)  # tokens they attend in the coming pass
-        # pass -> (micro-batch, cached, above, prefix) of what it ends
-        self.ends: dict[int, list[tuple[int, int, int, int]]] = {}
+        # pass -> (micro-batch, cached, above, prefix, room) of what it ends
+        self.ends: dict[int, list[tuple[int, int, int, int, int]]] = {}
         self.splits = any(place.device_share for place in micro_batches)
         self.above = [0] * len(micro_batches)  # decoding sequences that are past their borders in the coming pass
         self.above_kv = [0] * len(micro_batches)
@@ -199,7 +207,7 @@ class _Job:
             logits_rows.append(rows)
             number += 1
         table = numpy.zeros((number, len(COLUMNS), len(self.places)), dtype=numpy.int64)
-        if number:  # the last columns are there only where KV is split by token, or prefixes are shared
+        if number:  # the last columns are there only where they can be other than 0
             table[:, : len(counts[0])] = counts
         last = not self.in_flight and self.next_row == len(self.rows)
         return Passes(self.places, table.transpose(0, 2, 1), numpy.array(logits_rows, dtype=numpy.int64), last)
@@ -216,6 +224,8 @@ class _Job:
             self.above_kv[home] += 1
         if self.splits:
             table += [column[:] for column in (self.above, self.above_kv, self.above_kv, self.above, self.above_kv)]
+        if self.groups is not None:
+            groups = self.groups.columns(number)
         shared, attended = self.prefixes, {}
         if shared is not None:
             table += [nothing[:] for _ in range(12 - len(table))]
@@ -250,6 +260,8 @@ class _Job:
                 if shared is not None:
                     chain = shared.chain(prompt.prefix)
                     shared.add_chunk(by_home[home], chain, count, attended.setdefault(home, set()))
+                if self.groups is not None:
+                    self.groups.add_chunk(groups, home, prompt.cached, seen)
                 if self.splits and seen > prompt.border:
                     self._add_above(table[-5:], prompt, count)
                 prompt.cached = seen
@@ -259,10 +271,13 @@ class _Job:
                 done.append(prompt)
         if shared is not None:
             table += [list(column) for column in zip(*by_home)]
+        if self.groups is not None:
+            table += [[0] * len(decoding) for _ in range(GROUPS.start - len(table))] + groups
+            self.groups.advance(number)
         for home, count in enumerate(decoding):
             decoding_kv[home] += count
             self.above_kv[home] += self.above[home]
-        for home, tokens, above, prefix in self.ends.pop(number, ()):
+        for home, tokens, above, prefix, taken in self.ends.pop(number, ()):
             decoding[home] -= 1
             decoding_kv[home] -= tokens + 1
             if above:
@@ -270,18 +285,23 @@ class _Job:
                 self.above_kv[home] -= above + 1
             if prefix != NONE:
                 shared.attend(home, prefix, -1)
-            self._release(home, tokens, prefix)
+            if self.groups is not None:
+                self.groups.decode(home, number, tokens, -1)
+            self._release(home, taken, prefix)
         for prompt in done:
             if prompt.limit <= 1:
-                self._release(prompt.home, prompt.tokens, prompt.prefix)
+                self._release(prompt.home, prompt.room, prompt.prefix)
                 continue
             if prompt.prefix != NONE:
                 shared.attend(prompt.home, prompt.prefix, 1)
             decoding[prompt.home] += 1
             decoding_kv[prompt.home] += prompt.tokens + 1
+            if self.groups is not None:
+                self.groups.decode(prompt.home, number, prompt.tokens, 1)
             last_tokens = prompt.tokens + prompt.limit - 1
             above = max(last_tokens - prompt.border, 0)
-            self.ends.setdefault(number + prompt.limit - 1, []).append((prompt.home, last_tokens, above, prompt.prefix))
+            ending = (prompt.home, last_tokens, above, prompt.prefix, prompt.room)
+            self.ends.setdefault(number + prompt.limit - 1, []).append(ending)
             if prompt.tokens >= prompt.border:
                 self.above[prompt.home] += 1
                 self.above_kv[prompt.home] += prompt.tokens + 1 - prompt.border
@@ -307,12 +327,12 @@ class _Job:
         """The next sequence, or None while it must wait."""
         if self.refused or self.in_flight >= self.policy.sequences_in_flight or self.next_row >= len(self.rows):
             return None
-        prompt, limit, scored, prefix = self.rows[self.next_row]
-        tokens, most = prompt + limit - 1, self.policy.attention_micro_batch
+        prompt, limit, room, scored, prefix = self.rows[self.next_row]
+        most = self.policy.attention_micro_batch
         fitting = [
             (count, -free, home)
             for home, (count, free) in enumerate(zip(self.counts, self.free))
-            if count < most and free >= tokens and not self.places[home].shared
+            if count < most and free >= room and not self.places[home].shared
         ]
         new = self.prefixes.take(prefix) if fitting and prefix != NONE else []
         self.refused = not fitting or new is None
@@ -320,15 +340,15 @@ class _Job:
             return None
         home = min(fitting)[2]
         self.counts[home] += 1
-        self.free[home] -= tokens
+        self.free[home] -= room
         self.next_row += 1
         self.in_flight += 1
-        border = self.places[home].split(0, tokens)[2] if self.splits else tokens
-        admitted = _Prompt(prompt, limit, scored, home, border, prefix)
+        border = self.places[home].split(0, room)[2] if self.splits else prompt + limit
+        admitted = _Prompt(prompt, limit, room, scored, home, border, prefix)
         if not new:
             return admitted
         self.admitted.append(admitted)  # behind what it shares
-        links = [_Prompt(length, None, 0, 0, length, self.prefixes.parent(link)) for link, length in new]
+        links = [_Prompt(length, None, length, 0, 0, length, self.prefixes.parent(link)) for link, length in new]
         self.admitted.extendleft(reversed(links))
         return self.admitted.popleft()
 

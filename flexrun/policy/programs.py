@@ -203,7 +203,8 @@ class Programs:
         return solution and Choice(solution.seconds * size_cost(policy) * slots, policy, solution)
 
     def _pass_kinds(self, policy: Policy) -> list[PassKind]:
-        key = (policy.sequences_in_flight, policy.tokens_per_pass, policy.kv_device_tokens_share)
+        coded = policy.key_value_bits is not None
+        key = (policy.sequences_in_flight, policy.tokens_per_pass, policy.kv_device_tokens_share, coded)
         if key not in self._kinds:
             rows = len(self.workload)
             shrink = passes_guess(policy, self.workload) / KIND_PASSES

@@ -33,7 +33,7 @@ def report_page(
     engine = summary.get("engine") or {}
     parts = [
         f"<h1>{escape(str(summary['model']))}: {summary['generated_tokens_per_second']:,.1f} generated tokens/s</h1>",
-        *([_stopped(summary)] if summary["interrupted"] else []),
+        *([_stopped(summary)] if summary["interrupted"] or summary["error"] else []),
         _section("Job", _table(_job_rows(summary))),
     ]
     if points:
@@ -75,8 +75,10 @@ def _table(rows: Sequence[Row], heads: Row = ()) -> str:
 
 
 def _stopped(summary: Mapping[str, Any]) -> str:
-    left = summary["requests"]["left"]
-    return f'<p class="warning">The job was stopped with {left:,} requests left; --resume goes on with them.</p>'
+    left, error = summary["requests"]["left"], summary["error"]
+    ending = f"ended in an error: {error}" if error else "was stopped"
+    text = f"The job {ending}\n{left:,} requests are left; once nothing is in their way, --resume goes on with them."
+    return f'<p class="warning" style="white-space: pre-line">{escape(text)}</p>'
 
 
 def _job_rows(summary: Mapping[str, Any]) -> list[Row]:

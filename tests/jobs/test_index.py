@@ -122,17 +122,21 @@ def test_a_text_the_tokenizer_cannot_take_fails_alone(index_of, model):
     assert [(error.line, error.code) for error in index.errors()] == [(2, "tokenizer")]
 
 
-def test_longest_first_counts_prompt_and_answer(index_of):
+def test_longest_answers_first_and_of_those_about_as_long_the_longest_lines(index_of):
     index = index_of(
         lines_of(
             {"prompt": "a", "max_tokens": 2},
-            {"prompt": "a b c d", "max_tokens": 1},
-            {"prompt": "a", "max_tokens": 50},
+            {"prompt": "a b c d " * 9, "max_tokens": 1},
+            {"prompt": "a", "max_tokens": 20},
+            {"prompt": "a " * 9, "max_tokens": 18},
             {"prompt": "a", "max_tokens": 10, "n": 3, "temperature": 1.0},
         )
     )
-    assert index.order("longest").tolist() == [2, 3, 1, 0]
-    assert index.order("input").tolist() == [0, 1, 2, 3]
+    assert index.order("longest").tolist() == [3, 2, 4, 0, 1]
+    assert index.order("longest", np.array([1, 2, 4])).tolist() == [2, 4, 1]
+    learnt = np.array([2.0, 1.0, 3.0, 2.0, 9.0])  # whatever the limits are
+    assert index.order("longest", answer_tokens=learnt).tolist() == [4, 3, 2, 0, 1]
+    assert index.order("input", np.array([1, 2, 4])).tolist() == [1, 2, 4]
 
 
 def test_limit_leaves_the_hash_of_the_whole_file(index_of):

@@ -17,10 +17,10 @@ class Terminal(io.StringIO):
 
 
 def run(stream, count=4, **settings):
-    bar = Progress(count + 1, 100, done_requests=1, stream=stream, **settings)
+    bar = Progress(count + 1, 100, done=1, stream=stream, **settings)
     for _ in range(count):
-        bar.advance(10, 10)
-        bar.finish(5)
+        bar.advance(20, 10)
+        bar.finish(25, 20)
     bar.close()
     return stream.getvalue()
 
@@ -45,13 +45,15 @@ def test_flags_win_over_what_the_stream_is(enabled, drawn, monkeypatch):
     assert ("requests" in run(Terminal(), enabled=enabled)) is drawn
 
 
-def test_eta_follows_tokens_not_requests(monkeypatch):
-    clock = iter([0.0, 30.0])
+def test_eta_follows_work_not_requests(monkeypatch):
+    clock = iter([0.0, 30.0, 30.0])
     monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock))
     bar = Progress(2, 100, enabled=False, stream=io.StringIO())
-    bar.advance(10, 50)
-    bar.finish(20)  # 60 of what are now 80 tokens are done after 30 s
+    bar.advance(60, 50)
+    bar.finish(70, 50)  # 60 of what are now 80 are done after 30 s
     assert bar._rates() == "1.7 generated tok/s, ETA 00:10"
+    bar.expect(40)  # of the other request 10 are done
+    assert bar._rates() == "1.7 generated tok/s, ETA 00:15"
 
 
 def test_summary_for_people():

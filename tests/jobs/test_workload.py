@@ -49,7 +49,7 @@ def test_every_good_line_is_a_row_a_choice(model, prompts):
     workload = Workload.from_jsonl(prompts, model, sampling=SamplingParams(max_tokens=8), order="input")
     assert columns(workload) == ([4, 2, 6, 6, 6, 31, 4, 3], [8, 20, 8, 8, 8, 2, 4, 8])
     longest = Workload.from_jsonl(prompts, model, sampling=SamplingParams(max_tokens=8))
-    assert columns(longest) == ([31, 6, 6, 6, 2, 4, 3, 4], [2, 8, 8, 8, 20, 8, 8, 4])
+    assert columns(longest) == ([2, 6, 6, 6, 4, 3, 4, 31], [20, 8, 8, 8, 8, 8, 4, 2])
     assert len(longest) == 8
 
 

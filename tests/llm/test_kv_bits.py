@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import threading
+from collections import Counter
 
 import pytest
 import torch
@@ -13,7 +16,11 @@ from flexrun.compress import GROUP_TOKENS, KVFormat, dequantise_kv, quantise_kv
 from flexrun.config import Placement, Policy
 from flexrun.core import Tier
 from flexrun.errors import UnsupportedError
-from flexrun.placement import kv_token_bytes
+from flexrun.offload.device import EmulatedDevice
+from flexrun.placement import build_scheduler, kv_token_bytes
+from flexrun.policy.passes import job_passes
+from flexrun.steps import STREAMING
+from flexrun.workload import Workload
 
 pytestmark = pytest.mark.usefixtures("matrices_move")
 GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
@@ -25,6 +32,24 @@ OTHERS = {
     "alone": Policy(sequences_in_flight=1, tokens_per_pass=9),
     "on disk": Policy(sequences_in_flight=4, tokens_per_pass=90, attention_micro_batch=2, kv=Placement(0, 0, 1)),
     "on a device": Policy(sequences_in_flight=5, tokens_per_pass=64, attention_micro_batch=2, kv=Placement(1, 0, 0)),
+    **{
+        f"{home} of a device, attended by {lane}{how}": Policy(
+            sequences_in_flight=5,
+            tokens_per_pass=tokens,
+            attention_micro_batch=size,
+            kv=kv,
+            cpu_attention_share=share,
+            half_batches=halves,
+        )
+        for home, lane, how, kv, share, tokens, size, halves in (
+            ("beside", "it", "", Placement(0, 1, 0), 0.0, 64, 2, False),
+            ("beside", "the CPU", "", Placement(0, 1, 0), 1.0, 64, 2, False),
+            ("on the disk", "it", "", Placement(0, 0, 1), 0.0, 200, 5, False),
+            ("on the disk", "the CPU", "", Placement(0, 0, 1), 1.0, 200, 2, False),
+            ("all around", "both", "", Placement(0.4, 0.2, 0.4), 0.5, 37, 1, False),
+            ("all around", "both", ", halves", Placement(0.2, 0.4, 0.4), 0.5, 300, 1, True),
+        )
+    },
     "both": Policy(sequences_in_flight=5, tokens_per_pass=64, attention_micro_batch=1, kv=Placement(0, 0.5, 0.5)),
 }
 
@@ -77,9 +102,9 @@ def test_tokens_are_those_of_attention_over_what_is_stored(run, monkeypatch, nam
 def test_tokens_are_the_same_under_any_policy(run, name, bits):
     asked = prompts(LENGTHS, 2)
     expected = tokens_of(run(name, asked, GREEDY, policy=IN_RAM, kv_bits=bits))
-    for policy in OTHERS.values():
-        gpu = "64MiB" if policy.kv.gpu else 0
-        assert tokens_of(run(name, asked, GREEDY, policy=policy, kv_bits=bits, gpu_memory=gpu)) == expected
+    for how, policy in OTHERS.items():
+        gpu = "64MiB" if "device" in how else 0
+        assert tokens_of(run(name, asked, GREEDY, policy=policy, kv_bits=bits, gpu_memory=gpu)) == expected, how
 
 
 def test_four_bits_show(run):
@@ -132,18 +157,32 @@ def test_a_search_takes_the_bits_that_are_given(open_llm):
         assert llm.plan.policy.kv.gpu == bool(gpu_memory)
 
 
+def test_a_plan_keeps_a_compressed_cache_off_a_device_that_is_too_small_for_it(open_llm, run):
+    asked = prompts((200,) * 6, 2)
+    expected = tokens_of(run("llama", asked, GREEDY, policy=IN_RAM, kv_bits=4))
+    roomy = open_llm("llama", max_num_seqs=6, kv_bits=4, gpu_memory="64MiB")
+    roomy.generate(asked[:1], GREEDY, use_tqdm=False)
+    held = roomy.plan.layout.account.bytes_by_kind[Tier.GPU]
+    small = sum(held.values()) - held["weights"]
+    llm = open_llm("llama", max_num_seqs=6, kv_bits=4, gpu_memory=small)
+    assert tokens_of(llm.generate(asked, GREEDY, use_tqdm=False)) == expected
+    assert llm.plan.policy.kv.gpu < 1
+    assert llm.summary()["tiers"]["gpu"]["peak_bytes"] == llm.plan.layout.account.total(Tier.GPU) <= small
+
+
 @pytest.mark.parametrize(
-    ("name", "options", "said"),
+    ("name", "fields", "said", "remedy"),
     [
-        ("deepseek_v2", {}, "compresses latent KV"),
-        ("llama", {"gpu_memory": "64MiB"}, "compresses KV that lives off the device"),
+        ("deepseek_v2", {}, "compresses latent KV", "kv_bits to 16"),
+        ("llama", {"kv_device_tokens_share": 0.5}, "KV that is split by token", "kv_device_tokens_share to 0"),
     ],
 )
-def test_what_is_not_compressed_yet_is_refused_by_name(open_llm, name, options, said):
-    llm = open_llm(name, policy=Policy(sequences_in_flight=2), kv_bits=4, **options)
+def test_what_is_not_compressed_yet_is_refused_by_name(open_llm, name, fields, said, remedy):
+    policy = Policy(sequences_in_flight=2, cpu_attention_share=float(bool(fields)), **fields)
+    llm = open_llm(name, policy=policy, kv_bits=4, gpu_memory="192MiB")
     with pytest.raises(UnsupportedError, match=said) as caught:
         llm.generate(prompts((9,)), GREEDY, use_tqdm=False)
-    assert "kv_bits to 16" in caught.value.hint
+    assert remedy in caught.value.hint
 
 
 def test_prompts_that_begin_alike_keep_their_own_compressed_cache(run):
@@ -152,3 +191,51 @@ def test_prompts_that_begin_alike_keep_their_own_compressed_cache(run):
     asked = [header + tail for tail in prompts((30, 50, 9), 5)]
     expected = [tokens_of(run("llama", [prompt], GREEDY, policy=IN_RAM, kv_bits=4))[0] for prompt in asked]
     assert tokens_of(run("llama", asked, GREEDY, policy=IN_RAM, kv_bits=4)) == expected
+
+
+@pytest.mark.parametrize(
+    ("kv", "share", "size", "halves"),
+    [
+        (None, 1.0, 2, False),
+        (Placement(0, 1, 0), 0.0, 2, False),
+        (Placement(0, 1, 0), 1.0, 2, False),
+        (Placement(0.25, 0.25, 0.5), 0.5, 1, True),
+        (Placement(0, 0, 1), 0.0, 2, False),
+    ],
+)
+def test_every_lane_moves_groups_as_was_planned(open_llm, monkeypatch, kv, share, size, halves):
+    """What the schedule says, what the forecast says, and what copies really move."""
+    monkeypatch.setattr("flexrun.offload.kv_store.GAP_BYTES", 0)
+    moved = Counter()
+
+    def copy(self, target, source):
+        moved[threading.current_thread().name.split("-")[1]] += source.nbytes * (source.dim() > 1)  # weights are bytes
+        target.copy_(source)
+
+    monkeypatch.setattr(EmulatedDevice, "copy", copy)
+    policy = Policy(
+        sequences_in_flight=4,
+        tokens_per_pass=90,
+        attention_micro_batch=size,
+        kv=kv or Placement(0, 0.5, 0.5),
+        cpu_attention_share=share,
+        half_batches=halves,
+    )
+    llm = open_llm("llama", policy=policy, kv_bits="k8v4", gpu_memory="64MiB" if kv else 0)
+    llm.generate(prompts((150,) * 6, 1), dataclasses.replace(GREEDY, max_tokens=60), use_tqdm=False)
+    layout, lanes = llm.plan.layout, llm.summary()["lanes"]
+    for tier, told in llm.summary()["tiers"].items():
+        assert told["peak_bytes"] == layout.account.total(Tier(tier))
+    passes = job_passes(Workload.uniform(6, 150, 60), layout.policy, layout.micro_batches)
+    scheduler = build_scheduler(
+        layout.spec, layout.placement, layout.account, on_device=kv is not None, policy=layout.policy
+    )
+    planned, of_kv = Counter(), Counter()
+    for step in (step for shape in passes for step in scheduler.pass_steps(shape)):
+        planned[step.lane.value] += step.bytes
+        of_kv[step.lane.value] += step.bytes * (step.kind not in STREAMING)
+    for lane in ("h2d", "d2h", "disk_read", "disk_write"):
+        assert lanes.get(lane, {"bytes": 0})["bytes"] == planned[lane], lane
+    if kv:
+        assert (moved["h2d"], moved["d2h"]) == (of_kv["h2d"], of_kv["d2h"]), "copies move something else"
+        assert moved["h2d"] and moved["d2h"]

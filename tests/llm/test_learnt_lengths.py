@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
+import numpy
 import pytest
 
 from flexrun import LLM, SamplingParams
 from flexrun.config import Placement, Policy
 from flexrun.offload import likely_lengths
+from flexrun.outputs import Request
+from flexrun.workload import Workload
 
 LIMIT = 60  # tokens an answer may have
 
@@ -33,16 +37,18 @@ def requests(checkpoint, packed_cache):
 def run(checkpoint, packed_cache, requests):
     """run(**fields of the policy) -> (token ids of all choices of each request, summary)."""
 
-    def run(prompts=None, params=None, device_memory=None, **fields):
+    def run(prompts=None, params=None, device_memory=None, shared_prefixes=True, **fields):
         prompts, params = prompts or requests[0], params or requests[1]
         policy = Policy(tokens_per_pass=128, attention_micro_batch=12, **fields)
         options = {"dtype": "float32", "disk_dir": packed_cache, "cpu_memory": "256MiB", "threads": 1}
-        options["gpu_memory"] = device_memory
+        options |= {"gpu_memory": device_memory, "shared_prefixes": shared_prefixes}
         with LLM(checkpoint("llama"), policy=policy, **options) as llm:
             outputs = llm.generate(prompts, params, use_tqdm=False)
             assert all(output.error is None for output in outputs)
             free = llm._engine.kv.free_tokens
-            assert free == sum(place.capacity_tokens for place in llm._engine.kv.micro_batches), "room was lost"
+            assert free == sum(place.capacity_tokens for place in llm._engine.kv.micro_batches if not place.shared), (
+                "room was lost"
+            )
             return [[choice.token_ids for choice in output.outputs] for output in outputs], llm.summary()
 
     return run
@@ -98,3 +104,52 @@ def test_scored_prompts_are_scored_once(run, requests, monkeypatch):
     expected, _ = run(params=params, sequences_in_flight=24)
     found, summary = run(params=params, sequences_in_flight=24, kv_tokens=200)
     assert found == expected and summary["paused_sequences"] == 0
+
+
+def test_what_shares_a_prefix_is_paused_and_resumed_behind_it(run, requests, monkeypatch):
+    """One that is paused lets go of its prefix, which may be dropped and run again meanwhile."""
+    draw = random.Random(5)
+    headers = [[draw.randrange(3, 90) for _ in range(40)] for _ in range(4)]
+    prompts = [headers[number % 4] + prompt for number, prompt in enumerate(requests[0][:60])]
+    free = SamplingParams(temperature=0.0, max_tokens=LIMIT, ignore_eos=True)
+    answers, _ = run(prompts, [free] * len(prompts), sequences_in_flight=24)
+    params = [
+        free if number % 10 == 3 else replace(free, stop_token_ids=(tokens[number % 9],))
+        for number, (tokens,) in enumerate(answers)
+    ]
+    expected, apart = run(prompts, params, sequences_in_flight=24, shared_prefixes=False)
+    assert apart["shared_prefixes"]["prefixes"] == 0
+    monkeypatch.setattr(likely_lengths, "SURE", 0.5)
+    monkeypatch.setattr(likely_lengths, "LEAST_ANSWERS", 4)
+    found, shared = run(prompts, params, sequences_in_flight=24, kv_tokens=300)
+    assert found == expected
+    assert shared["paused_sequences"] > 10 and shared["shared_prefixes"]["prefixes"] >= 4
+    assert shared["prompt_tokens"] < 0.6 * apart["prompt_tokens"]
+
+
+@pytest.mark.parametrize("kept", [1, 9])
+def test_room_for_what_is_likely_is_planned_and_a_bad_guess_only_pauses(checkpoint, packed_cache, requests, kept):
+    """As a resumed job does it, which has learnt from the answers of before."""
+    prompts, params = requests
+    single = [replace(each, n=1, temperature=0.0) for each in params]
+    lengths = [len(prompt) for prompt in prompts]
+    most = Workload.of(lengths, [LIMIT] * len(prompts))
+    known = numpy.full(len(prompts), kept)
+    policy = Policy(tokens_per_pass=128, attention_micro_batch=24, sequences_in_flight=24)
+    found = {}
+    for name, workload in (("most", most), ("likely", replace(most, likely_tokens=known, kept_tokens=known))):
+        asked = [
+            Request(str(number), prompt, params=each, kept_tokens=kept if name == "likely" else None)
+            for number, (prompt, each) in enumerate(zip(prompts, single))
+        ]
+        options = {"dtype": "float32", "disk_dir": packed_cache, "cpu_memory": "256MiB", "threads": 1}
+        with LLM(checkpoint("llama"), policy=policy, **options) as llm:
+            outputs = {output.request_id: output for output in llm.generate_iter(asked, workload)}
+            assert not any(output.error for output in outputs.values())
+            found[name] = [outputs[str(number)].outputs[0].token_ids for number in range(len(prompts))]
+            room, paused, planned = llm._engine.kv_tokens, llm.summary()["paused_sequences"], llm.plan.forecast
+        if name == "likely":
+            assert room < 24 * (9 + kept) and paused > 0 and planned.generated_tokens == kept * len(prompts)
+        else:
+            assert room > 24 * LIMIT and paused == 0
+    assert found["likely"] == found["most"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import numpy
 import pytest
 
 from flexrun.offload.likely_lengths import LEAST_ANSWERS, MOST_ANSWERS, LikelyLengths
@@ -47,3 +48,18 @@ def test_short_answers_that_end_first_do_not_fool_it():
 @pytest.mark.parametrize("before, after", [(10, 90), (90, 10)])
 def test_old_answers_are_forgotten(before, after):
     assert learnt([before] * 2000 + [after] * MOST_ANSWERS).likely([]) == after
+
+
+def test_what_is_expected_is_the_mean_up_to_each_limit():
+    limits = numpy.array([0, 1, 4, 10, 500])
+    assert learnt([3] * 5).expected(limits).tolist() == limits.tolist()  # too few: the limits are all that is known
+    assert learnt([3] * 50).expected(limits).tolist() == [0, 1, 3, 3, 3]
+    assert learnt([2, 6] * 50).expected(limits) == pytest.approx([0, 1, 3, 4, 4])
+
+
+def test_what_was_cut_or_goes_on_may_still_get_long():
+    known = learnt([5] * 50)
+    for _ in range(50):
+        known.add(20, False)  # cut at their limit
+    assert known.expected(numpy.array([20, 40])) == pytest.approx([12.5, 22.5])
+    assert learnt([5] * 50).expected(numpy.array([40]), running=[8] * 50) == pytest.approx([22.5])

@@ -26,9 +26,9 @@ def parts(*calls):
 
 @pytest.fixture
 def tokens_with(packed, make_group):
-    """tokens_with(device, name of a model, **policy) -> (tokens of each request, engine, closed already)."""
+    """tokens_with(device, name of a model, prompt lengths, **policy) -> (tokens of each request, engine, closed)."""
 
-    def run(device, name="llama", **settings):
+    def run(device, name="llama", lengths=(5, 14, 23), **settings):
         spec, cache = packed(name)
         policy = Policy(**{"sequences_in_flight": 6, "tokens_per_pass": 16, "attention_micro_batch": 2} | settings)
         placed = place_weights(spec, policy, on_device=True)
@@ -48,7 +48,7 @@ def tokens_with(packed, make_group):
         if isinstance(device, QueuedDevice):
             device.queue_compute(engine)
         groups = [
-            make_group([3 + number] * (5 + 9 * (number % 3)), temperature=0, max_tokens=4 + number, ignore_eos=True)
+            make_group([3 + number] * lengths[number % 3], temperature=0, max_tokens=4 + number, ignore_eos=True)
             for number in range(8)
         ]
         try:
@@ -82,6 +82,14 @@ def tokens_with(packed, make_group):
             "half_batches": True,
             "token_micro_batch": 5,
         },
+        *(
+            {"weights": Placement(0, 1, 0), "kv_bits": 4, "tokens_per_pass": 80, "lengths": (58, 110, 64)} | more
+            for more in (
+                {"kv": Placement(0, 1, 0), "cpu_attention_share": 0.0},
+                {"kv": Placement(0, 1, 0), "token_micro_batch": 5},
+                {"kv": Placement(0.34, 0.33, 0.33), "cpu_attention_share": 0.5, "half_batches": True},
+            )
+        ),
         {"name": "mixtral", "weights": Placement(0.2, 0.6, 0.2), "kv": Placement(0, 1, 0), "cpu_experts_share": 0.6},
     ],
     ids=[
@@ -91,6 +99,9 @@ def tokens_with(packed, make_group):
         "everything at once",
         "KV split",
         "KV split, halves",
+        "groups of KV loaded",
+        "groups of KV attended on the host",
+        "groups of KV everywhere, halves",
         "experts and attention on the host",
     ],
 )

@@ -12,10 +12,10 @@ from flexrun.offload.tiers import MemoryTier
 from flexrun.offload.weight_store import WeightStore
 from flexrun.placement import memory_account, place_weights
 from flexrun.schedule import Scheduler
-from flexrun.steps import MicroBatchShape, ModelWork, PassShape, StepKind
+from flexrun.steps import KVBytes, MicroBatchShape, ModelWork, PassShape, StepKind
 
 pytestmark = pytest.mark.usefixtures("matrices_move")
-WORK = ModelWork(1, 1, 1, (1,) * 8, 1, 1, 1, 1, 1)
+WORK = ModelWork(1, 1, 1, (1,) * 8, 1, KVBytes(1, 1), 1, 1, 1)
 USES_WEIGHTS = (StepKind.ATTENTION_INPUTS, StepKind.ATTENTION_OUTPUT, StepKind.MLP, StepKind.LOGITS)
 
 

@@ -14,7 +14,8 @@ from flexrun.core import Lane, Tier
 from flexrun.hardware import CompressedRates, Hardware, LinearWork
 from flexrun.models.spec import ModelSpec
 from flexrun.placement import build_scheduler, part_tokens
-from flexrun.policy.cost import CODING_ACCESSES, StepCosts
+from flexrun.policy.coded_cost import CODING_ACCESSES
+from flexrun.policy.cost import StepCosts
 from flexrun.policy.kv_writes import BLOCK_WRITE_SECONDS
 from flexrun.policy.layout import Budgets, Layout
 from flexrun.policy.passes import job_passes
@@ -75,6 +76,9 @@ def test_the_seconds_of_a_lane_are_those_of_its_steps(name, machine, on_device):
     spec = planned(name)
     places = ON_DEVICE if on_device else ON_CPU
     cases = [(*case, POLICY) for case in places]
+    if spec.latent is None:
+        coded = [dataclasses.replace(POLICY, kv_bits=bits) for bits in (4, "k8v4")]
+        cases += [(RAM, kv, share, base) for base in coded for _, kv, share in places]
     cases += [(*case, IN_PARTS) for case in places[:5] if on_device and spec.experts is None]  # not run with them
     split = [dataclasses.replace(base, kv_device_tokens_share=share) for base, share in SPLIT]
     cases += [(RAM, kv, 1.0, base) for kv in (RAM, MIX) for base in split if on_device and name in SPLIT_MODELS]
@@ -338,10 +342,9 @@ def test_compressing_a_cache_takes_time_with_every_new_token_and_spares_a_disk_i
     coded = four.attention_inputs_seconds(1000, 0, 1.0) - full.attention_inputs_seconds(1000, 0, 1.0)
     moved = coded * LAPTOP.cpu.rates_of(spec.dtype).activation_bytes_per_second
     assert moved == pytest.approx(1000 * spec.kv_elements_per_token * 4 * CODING_ACCESSES)
-    shape = decoding(8, 4000)
-    shape = dataclasses.replace(
-        shape, micro_batches=tuple(dataclasses.replace(each, home=Tier.DISK) for each in shape.micro_batches)
-    )
+    shape = decoding(8, 4000, home=Tier.DISK)
+    parts = tuple(dataclasses.replace(each, there_groups=8 * (3999 // 64)) for each in shape.micro_batches)
+    shape = dataclasses.replace(shape, micro_batches=parts)
     whole, packed = (costs.lane_seconds(shape)[Lane.DISK_READ] for costs in (full, four))
     assert whole / 4 < packed < whole / 3
 

@@ -18,7 +18,7 @@ from flexrun.offload.kv_store import KVStore, Region
 from flexrun.offload.sequence import Group, Sequence
 from flexrun.offload.tiers import MemoryTier
 from flexrun.outputs import Request
-from flexrun.placement import KVMicroBatch, kv_micro_batches
+from flexrun.placement import KVMicroBatch, kv_format, kv_micro_batches, micro_batch_sequences, room_of_groups
 from flexrun.policy.passes import ABOVE, COLUMNS, job_passes
 from flexrun.prefixes import NONE, Prefixes
 from flexrun.sampling import SamplingParams
@@ -34,6 +34,7 @@ class GapCounter(KVStore):
     gaps = 0
 
     def allocate(self, tokens: int, max_sequences: int) -> Region | None:
+        tokens = tokens if self.form is None else room_of_groups(tokens)
         enough = [
             (count, -space.free_tokens, index)
             for index, (count, space) in enumerate(zip(self.sequences, self._spaces))
@@ -61,7 +62,8 @@ def run_batcher(
 
     asked: of each sequence the tokens of its prompt, how many it generates, and how many of its prompt are scored.
     """
-    store = GapCounter(SMALL, places, MemoryTier(Tier.CPU, None), MemoryTier(Tier.GPU, None))
+    tiers, sequences = (MemoryTier(Tier.CPU, None), MemoryTier(Tier.GPU, None)), micro_batch_sequences(policy)
+    store = GapCounter(SMALL, places, *tiers, max_sequences=sequences, form=kv_format(SMALL, policy))
     batcher = Batcher(policy, store)
     groups = []
     for row, ((prompt, limit, scored), shared) in enumerate(
@@ -158,6 +160,24 @@ def test_rows_of_one_length_leave_no_gaps_so_every_pass_is_exact(policy, count, 
     real, exact = run_batcher(policy, places, [(prompt_tokens, max_tokens, 0)] * count)
     assert exact == len(real)
     assert list(job_passes(workload, policy, places)) == real
+
+
+@settings(deadline=None, derandomize=True, max_examples=25)
+@given(
+    policies(True), st.lists(st.tuples(st.integers(1, 200), st.integers(1, 90), st.just(0)), min_size=1, max_size=12)
+)
+def test_groups_of_a_compressed_cache_are_those_of_the_batcher(policy, lengths):
+    whole = Placement(1.0, 0.0)
+    policy = dataclasses.replace(
+        policy, kv_bits=4, kv_device_tokens_share=0.0, hidden=whole, tokens_per_pass=4 * policy.tokens_per_pass
+    )
+    workload = as_workload(lengths)
+    count = -(-policy.sequences_in_flight // policy.attention_micro_batch)
+    places = kv_micro_batches(policy, count * (workload.longest_tokens + 100), on_device=True)
+    real, exact = run_batcher(policy, places, lengths)
+    assert list(job_passes(workload, policy, places))[:exact] == real[:exact]
+    completed = sum(part.new_groups for shape in real for part in shape.micro_batches)
+    assert completed == sum((prompt + generated - 1) // 64 for prompt, generated, _ in lengths)
 
 
 def test_a_pass_counts_what_attention_must_read():

@@ -39,6 +39,7 @@ SUMMARY = {
     "model": "<script>alert(1)</script>",
     "output_file": "a & b.jsonl",
     "interrupted": False,
+    "error": None,
     "engine": {
         "seconds": 10.0,
         "passes": 41,
@@ -143,10 +144,13 @@ def test_curves_show_each_stretch_by_its_own_rate():
     assert heights[1] / heights[0] == pytest.approx((5578 / 2) / 100, rel=0.05)
 
 
-@pytest.mark.parametrize("change", [{"engine": None}, {"engine": {}}, {"interrupted": True, "errors": {}}])
+@pytest.mark.parametrize(
+    "change", [{"engine": None}, {"engine": {}}, {"interrupted": True, "errors": {}}, {"error": "<b>"}]
+)
 def test_jobs_that_ran_nothing_or_not_to_the_end(change):
     found = Checker(report_page({**SUMMARY, **change}, [], [], None))
     assert ("was stopped" in found.text) == bool(change.get("interrupted"))
+    assert ("ended in an error: <b>" in found.text) == bool(change.get("error"))
     if change.get("errors") == {}:
         assert "None." in found.text
 
