@@ -58,7 +58,12 @@ def add_weight_flags(group: argparse._ArgumentGroup) -> None:
         "--weight-group", type=int, choices=(32, 64, 128), help="weights that share a scale; default: 64"
     )
     group.add_argument("--keep", metavar="RULES", help="other bits for some, as in layers.0.*=16,*.down_proj=8")
-    group.add_argument("--kv-bits", type=_kv_bits, metavar="4|8|16|k8v4", help="compress the KV cache; default: do not")
+    group.add_argument(
+        "--kv-bits",
+        type=_kv_bits,
+        metavar="4|8|16|k8v4|auto",
+        help="compress the KV cache; auto: as far as that saves time, 4 bits for a tenth of it; default: do not",
+    )
 
 
 def weight_arguments(args: argparse.Namespace) -> dict[str, Any]:
@@ -73,8 +78,8 @@ def _kv_bits(text: str) -> int | str:
     value = int(text) if text.isdecimal() else text
     from flexrun.config import KV_BITS  # here: it brings torch, and --help is to be quick
 
-    if value not in KV_BITS:
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(map(str, KV_BITS))}")
+    if value not in (*KV_BITS, "auto"):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(map(str, KV_BITS))}, auto")
     return value
 
 

@@ -61,21 +61,21 @@ def call(args: argparse.Namespace) -> int:
     from flexrun.llm.planning import as_budgets, plan_of, search_plan
     from flexrun.placement import weight_bits_of
     from flexrun.policy.explain import format_plan, plan_document
-    from flexrun.policy.features import AUTO_BITS, PLANNABLE, RUNNABLE
+    from flexrun.policy.features import AUTO_CHOICES, PLANNABLE, RUNNABLE
 
     model = read_model_plan(args.model, **{name: getattr(args, name) for name in MODEL_FLAGS})
     workload = _workload(args, model)
     hardware = settle_hardware(args.hardware, args.cache_dir, say=lambda text: print(text, file=sys.stderr))
     budgets = as_budgets({"gpu": args.gpu_memory, "cpu": args.cpu_memory, "disk": args.disk_memory}, hardware)
     if args.policy is not None:
-        if args.weight_bits == "auto":
-            raise ConfigError("--weight-bits auto needs a search, and --policy says there is none", "name the bits")
+        if left := [f"--{name.replace('_', '-')}" for name in AUTO_CHOICES if getattr(args, name) == "auto"]:
+            raise ConfigError(f"{left[0]} auto needs a search, and --policy says there is none", "name the bits")
         policy = dataclasses.replace(Policy.from_json(args.policy), **_fixed(args))
         plan = plan_of(policy, model.spec, hardware, workload, budgets)
     else:
         features = PLANNABLE if args.all_features else RUNNABLE
-        if args.weight_bits == "auto":
-            features = dataclasses.replace(features, weight_bits=AUTO_BITS)
+        left = {name: choices for name, choices in AUTO_CHOICES.items() if getattr(args, name) == "auto"}
+        features = dataclasses.replace(features, **left)
         if not 0 < args.effort <= 1000:
             raise ConfigError(f"--effort {args.effort:g} is outside (0, 1000]", "1 takes seconds")
         plan = search_plan(

@@ -12,7 +12,7 @@ from flexrun.config import Policy
 from flexrun.errors import ConfigError
 from flexrun.models.spec import ModelSpec
 from flexrun.placement import weight_bits_of
-from flexrun.policy.features import AUTO_BITS, RUNNABLE, Features
+from flexrun.policy.features import AUTO_CHOICES, RUNNABLE, Features
 
 AUTO = "auto"
 
@@ -28,26 +28,32 @@ def given_policy(
     """(the policy, or None for the best one; fields of it that are decided; the bits of the weights; what a search may
     use).
 
-    weight_bits, keep, weight_group, kv_bits: where given, in place of the policy's own; of "auto", bits of weights are
-    found with the policy.
+    weight_bits, keep, weight_group, kv_bits: where given, in place of the policy's own; bits that are "auto" are found
+    with the policy.
     Raises ConfigError for a rule that fits no matrix, and for bits to be found where there is nothing to search.
     """
     if policy == "auto":
         policy = None
     features = RUNNABLE
-    if weight_bits == AUTO:
-        if policy is not None:
-            raise ConfigError(
-                "weight_bits 'auto' are found with the policy, but a policy is given",
-                "name the bits, or leave the policy out",
-            )
-        weight_bits, features = None, dataclasses.replace(RUNNABLE, weight_bits=AUTO_BITS)
+    for name, bits in (("weight_bits", weight_bits), ("kv_bits", kv_bits)):
+        if bits == AUTO:
+            if policy is not None:
+                raise ConfigError(
+                    f"{name} 'auto' are found with the policy, but a policy is given",
+                    "name the bits, or leave the policy out",
+                )
+            features = dataclasses.replace(features, **{name: AUTO_CHOICES[name]})
     if isinstance(policy, (str, Path)):
         policy = Policy.from_json(policy)
     rules = None if keep is None else tuple(keep)
     given = {"weight_bits": weight_bits, "keep": rules, "weight_group": weight_group, "kv_bits": kv_bits}
-    fixed = {name: value for name, value in given.items() if value is not None}
+    fixed = {name: value for name, value in given.items() if value not in (None, AUTO)}
     decided = dataclasses.replace(policy or Policy(), **fixed)
     bits = weight_bits_of(decided)
     bits.check(spec.tensors_by_layer())
     return None if policy is None else decided, fixed, bits, features
+
+
+def found_bits(features: Features, policy: Policy) -> dict[str, Any]:
+    """Those that were left to the search, as arguments: all of an LLM's answers come from the same ones."""
+    return {name: getattr(policy, name) for name in AUTO_CHOICES if len(getattr(features, name)) > 1}

@@ -18,7 +18,7 @@ from flexrun.core import Lane, parse_bytes
 from flexrun.errors import ConfigError, FlexrunError, RequestError
 from flexrun.hardware import Hardware
 from flexrun.llm.accelerator import Accelerator
-from flexrun.llm.given_policy import given_policy
+from flexrun.llm.given_policy import found_bits, given_policy
 from flexrun.llm.intake import Intake, Prompt, as_chat_requests, as_request_error, as_requests
 from flexrun.llm.lengths import Lengths
 from flexrun.llm.machine_profile import settle_hardware, with_device
@@ -34,7 +34,6 @@ from flexrun.offload.sequence import Group
 from flexrun.outputs import Request, RequestOutput, Score
 from flexrun.placement import part_tokens, weight_bits_of
 from flexrun.policy.explain import forecast_line
-from flexrun.policy.features import AUTO_BITS
 from flexrun.policy.forecast import forecast
 from flexrun.policy.layout import Budgets, Layout
 from flexrun.policy.search import Plan, search_worth
@@ -66,7 +65,7 @@ class LLM:
         environment, else none. Plans do not know of it: name a hardware with those rates.
     weight_bits, keep, weight_group: in place of the policy's: bits of the matrices ("auto": the first plan weighs 16,
         8 and 4, and later ones keep to them), of some of them (``["*.down_proj=8"]``), and how many weights share a
-        scale. kv_bits: likewise, of the KV cache.
+        scale. kv_bits: likewise, of the KV cache ("auto": of 16, 8, "k8v4" and 4).
     save_expert_profile: file that tells how many tokens each expert of a mixture got, written on close().
         expert_profile: such a file of an earlier run; the most used experts then live on the fastest tiers.
     shared_prefixes: what prompts begin with in common is run once, kept once and attended together, where that pays.
@@ -328,9 +327,9 @@ class LLM:
             if self._max_num_seqs is not None:
                 fixed["sequences_in_flight"] = min(self._max_num_seqs, len(workload))
             plan = search_worth(self.spec, hardware, workload, budgets, fixed=fixed, features=self._offered)
-            if self._offered.weight_bits == AUTO_BITS:  # all of an LLM's answers come from the same weights
-                self.chosen = {"weight_bits": plan.policy.weight_bits}
-                self._fixed |= self.chosen
+            self.chosen = found_bits(self._offered, plan.policy)
+            self._fixed |= self.chosen
+            if "weight_bits" in self.chosen:
                 self._packed.choose(weight_bits_of(plan.policy))
         else:
             policy = self._policy

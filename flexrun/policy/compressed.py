@@ -18,11 +18,14 @@ from flexrun.policy.layout import Budgets
 
 
 def priced(features: Features, spec: ModelSpec, hardware: Hardware, budgets: Budgets) -> Features:
-    """Without the bits of weights that the machine's profile has no rates for; 16 are always there."""
+    """Without the bits of weights that the machine's profile has no rates for, and those of latent KV; 16 are always
+    there."""
     device = hardware.gpu if budgets.on_device and hardware.gpu else hardware.cpu
     straight = device.rates_of(spec.dtype).compressed if device is hardware.cpu else {}
     known = {16, 4, 8} if device.dequantise_bytes_per_second else {16, *map(int, straight)}
-    return dataclasses.replace(features, weight_bits=tuple(bits for bits in features.weight_bits if bits in known))
+    kv_bits = features.kv_bits if spec.latent is None else (16,)
+    weight_bits = tuple(bits for bits in features.weight_bits if bits in known)
+    return dataclasses.replace(features, weight_bits=weight_bits, kv_bits=kv_bits)
 
 
 class Compressed(NamedTuple):

@@ -17,9 +17,9 @@ class Features:
     hidden_off_device: bool = False
     half_batches: bool = True
     weight_bits: tuple[int, ...] = (16,)
-    kv_bits: tuple[int, ...] = (16,)
+    kv_bits: tuple[int | str, ...] = (16,)
 
 
-AUTO_BITS = (16, 8, 4)  # of weights, where the user leaves them to the search
+AUTO_CHOICES = {"weight_bits": (16, 8, 4), "kv_bits": (16, 8, "k8v4", 4)}  # where the user leaves them to the search
 RUNNABLE = Features()
 PLANNABLE = Features(hidden_off_device=True)

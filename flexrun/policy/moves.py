@@ -29,8 +29,8 @@ def moves(policy: Policy, programs: Programs, *, closely: bool = False) -> Itera
             yield _off_disk(policy)
         yield from _other_sequences(policy, programs)
     yield from _other_passes(policy, programs, free)
-    if "weight_bits" in free:
-        yield from ({"weight_bits": bits} for bits in programs.features.weight_bits if bits != policy.weight_bits)
+    for name in sorted({"weight_bits", "kv_bits"} & free):
+        yield from ({name: bits} for bits in programs.bits(name) if bits != getattr(policy, name))
     if programs.budgets.on_device:
         yield from _other_attention(policy, programs, free)
     if "kv" in free and policy.kv.disk > 0:

@@ -34,17 +34,19 @@ PURE_TRIED, PURE_WITHIN = 8, 3.0  # free programs, within this factor of the bes
 SIZES_ROUNDED = 4
 HALVES = "halves"
 BITS_COST = {16: 0.0, 8: 0.02, 4: 0.1}  # what accuracy is worth: 4 bits must save a tenth of the time
+KV_BITS_COST = {16: 0.0, 8: 0.02, "k8v4": 0.05, 4: 0.1}
 
 
 def size_cost(policy: Policy) -> float:
     """Factor on a policy's time that settles what a forecast cannot tell apart.
 
     A pass twice as large must be worth it: it shows its first answers late, loses more when a run is interrupted, and
-    takes more memory. So must moving what could stay, and fewer bits of the weights.
+    takes more memory. So must moving what could stay, and fewer bits of weights or KV cache.
     """
     doublings = math.log2(max(policy.tokens_per_pass / PASS_TOKENS[0], 1.0))
     away = (1.0 - policy.kv.gpu) + (1.0 - policy.weights.gpu) + policy.kv.disk + policy.weights.disk
-    return 1.0 + DOUBLING_COST * doublings + AWAY_COST * away + BITS_COST[policy.weight_bits]
+    bits = BITS_COST[policy.weight_bits] + KV_BITS_COST[policy.kv_bits]
+    return 1.0 + DOUBLING_COST * doublings + AWAY_COST * away + bits
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ class Programs:
         fixed: Mapping[str, Any],
         features: Features,
     ):
-        in_place = Policy(kv=Placement(1.0, 0.0) if budgets.on_device else Placement())
+        kv = Placement(1.0, 0.0) if budgets.on_device else Placement()
+        in_place = Policy(kv=kv, kv_bits=fixed.get("kv_bits", 16))
         shares = why_not_shared(spec, in_place, on_device=budgets.on_device) is None
         # Programs know of prefixes only that they need not be run or kept again; forecasts know what they cost.
         workload = workload.own() if shares else workload.apart()
@@ -160,11 +163,11 @@ class Programs:
                     else:
                         self._choices[key] = self._program(policy, form)
 
-    def bits(self, name: str) -> tuple[int, ...]:
+    def bits(self, name: str) -> tuple[int | str, ...]:
         """To choose among, of weights or KV cache, most first."""
         return (self.fixed[name],) if name in self.fixed else getattr(self.features, name)
 
-    def discrete(self, sequences: int, tokens: int, **bits: int) -> Policy:
+    def discrete(self, sequences: int, tokens: int, **bits: int | str) -> Policy:
         """The discrete part of a policy; what the user fixed wins."""
         micro_batches = min(LP_MICRO_BATCHES, sequences) if self.budgets.on_device else 1
         on_gpu = self.budgets.on_device and self.hardware.gpu

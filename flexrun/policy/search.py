@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -207,8 +208,8 @@ class _Search:
         sequences = self.fixed.get("sequences_in_flight", self.programs.most_sequences)
         tokens = self.fixed.get("tokens_per_pass", max(USUAL_PASS_TOKENS, sequences))
         while True:
-            for weight_bits in self.programs.bits("weight_bits"):
-                policy = self.programs.discrete(sequences, tokens, weight_bits=weight_bits)
+            for weight_bits, kv_bits in itertools.product(*map(self.programs.bits, ("weight_bits", "kv_bits"))):
+                policy = self.programs.discrete(sequences, tokens, weight_bits=weight_bits, kv_bits=kv_bits)
                 yield policy
                 if self.budgets.on_device and "kv" not in self.fixed:
                     yield dataclasses.replace(policy, kv=Placement(1.0, 0.0))
@@ -312,7 +313,8 @@ def _best_of_forms(scores: list[_Score]) -> list[Policy]:
     best: dict[tuple, Policy] = {}
     for score in scores:
         policy = score.layout.policy
-        form = (policy.kv.gpu > 0.5, policy.cpu_attention_share > 0.5, policy.half_batches, policy.weight_bits)
+        bits = policy.weight_bits, policy.kv_bits
+        form = (policy.kv.gpu > 0.5, policy.cpu_attention_share > 0.5, policy.half_batches, *bits)
         best.setdefault(form, policy)
         best.setdefault((*form, policy.tokens_per_pass), policy)
     order = {score.layout.policy: place for place, score in enumerate(scores)}

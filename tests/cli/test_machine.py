@@ -27,7 +27,7 @@ def test_bits_of_weights(command):
         "keep": ["layers.0.*=16", "*.down_proj=8"],
         "kv_bits": None,
     }
-    for words, bits in (("4", 4), ("16", 16), ("k8v4", "k8v4")):
+    for words, bits in (("4", 4), ("16", 16), ("k8v4", "k8v4"), ("auto", "auto")):
         assert weight_arguments(parse(command, "--kv-bits", words))["kv_bits"] == bits
     with pytest.raises(SystemExit):
         parse(command, "--kv-bits", "k4v8")

@@ -13,9 +13,9 @@ from tiny_families import prompts
 
 from flexrun import SamplingParams
 from flexrun.compress import GROUP_TOKENS, KVFormat, dequantise_kv, quantise_kv
-from flexrun.config import Placement, Policy
+from flexrun.config import KV_BITS, Placement, Policy
 from flexrun.core import Tier
-from flexrun.errors import UnsupportedError
+from flexrun.errors import ConfigError, UnsupportedError
 from flexrun.offload.device import EmulatedDevice
 from flexrun.placement import build_scheduler, kv_token_bytes
 from flexrun.policy.passes import job_passes
@@ -155,6 +155,21 @@ def test_a_search_takes_the_bits_that_are_given(open_llm):
         llm.generate(prompts((20,) * 3, 1), GREEDY, use_tqdm=False)
         assert llm.plan.policy.kv_bits == "k8v4"
         assert llm.plan.policy.kv.gpu == bool(gpu_memory)
+
+
+def test_bits_left_to_the_search_hold_for_all_later_calls(open_llm, run, monkeypatch):
+    asked = prompts((150,) * 3, 1)
+    with pytest.raises(ConfigError, match="kv_bits 'auto' are found with the policy"):
+        open_llm("llama", policy=IN_RAM, kv_bits="auto")
+    for cheap, bits in ((16, 16), ("k8v4", "k8v4")):
+        monkeypatch.setattr("flexrun.policy.programs.KV_BITS_COST", {each: 9.0 * (each != cheap) for each in KV_BITS})
+        llm = open_llm("llama", kv_bits="auto")
+        found = tokens_of(llm.generate(asked, GREEDY, use_tqdm=False))
+        assert llm.plan.policy.kv_bits == bits and llm.chosen == {"kv_bits": bits}
+        assert found == tokens_of(run("llama", asked, GREEDY, kv_bits=bits))
+        monkeypatch.setattr("flexrun.policy.programs.KV_BITS_COST", {each: 9.0 * (each != 4) for each in KV_BITS})
+        llm.generate(prompts((60,) * 12, 1), GREEDY, use_tqdm=False)
+        assert llm.plan.policy.kv_bits == bits
 
 
 def test_a_plan_keeps_a_compressed_cache_off_a_device_that_is_too_small_for_it(open_llm, run):

@@ -14,9 +14,9 @@ from planned_models import GIB, LAPTOP, MIB, NO_GPU, T4, planned
 from flexrun.config import Placement, Policy
 from flexrun.core import Tier, parse_bytes
 from flexrun.errors import BudgetError, ConfigError
-from flexrun.hardware import CompressedRates, Hardware
+from flexrun.hardware import CompressedRates, Hardware, Transfer
 from flexrun.placement import memory_account, place_weights
-from flexrun.policy.features import AUTO_BITS, Features
+from flexrun.policy.features import AUTO_CHOICES, Features
 from flexrun.policy.fill import NoFit
 from flexrun.policy.forecast import FULL, forecast
 from flexrun.policy.layout import Budgets, Layout, room_for
@@ -264,7 +264,7 @@ def test_fewer_bits_are_taken_where_they_are_offered_and_pay():
     assert roomy.policy.weight_bits == 16, "dequantising what fits anyway costs time"
 
 
-ANY_BITS = Features(weight_bits=AUTO_BITS)
+ANY_BITS = Features(weight_bits=AUTO_CHOICES["weight_bits"])
 
 
 def with_kernels(machine: Hardware, **compressed: CompressedRates) -> Hardware:
@@ -289,6 +289,21 @@ def test_on_a_cpu_fewer_bits_must_save_a_tenth_of_the_time():
         assert best.forecast.seconds < plain.forecast.seconds / 1.1
     many = UNIFORM(200, 400, 1)  # which computes all the time: there are no fewer products with fewer bits
     assert search(large, machine, many, Budgets(2 * GIB), features=ANY_BITS).policy.weight_bits == 16
+
+
+def test_a_cache_is_compressed_where_that_is_offered_and_pays():
+    """Over a link that is the bottleneck; not in RAM that has room, nor of latents."""
+    offered, slow = Features(kv_bits=AUTO_CHOICES["kv_bits"]), dataclasses.replace(T4, h2d=Transfer(1e9))
+    here = {"kv": Placement(0, 1, 0), "cpu_attention_share": 0.0, "sequences_in_flight": 16}
+    plain, best = (
+        plan_for(UNIFORM(16, 1000, 64), 64 * GIB, 8 * GIB, machine=slow, fixed=here, features=each)
+        for each in (Features(), offered)
+    )
+    assert plain.policy.kv_bits == 16 != best.policy.kv_bits
+    assert best.forecast.seconds < 0.98 * plain.forecast.seconds
+    assert plan_for(UNIFORM(4, 16, 8), GIB, features=offered).policy.kv_bits == 16
+    latent = search(planned("deepseek"), LAPTOP, UNIFORM(4, 16, 8), Budgets(GIB), features=offered)
+    assert latent.policy.kv_bits == 16
 
 
 def test_bits_that_were_decided_are_kept():
