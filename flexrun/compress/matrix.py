@@ -69,9 +69,14 @@ class GroupwiseMatrix:
             kernel(self.data, self.shape, self.form, weights, part)
             yield part, weights
 
-    def dequantised(self) -> Tensor:
-        """The weights [outputs, inputs] in the dtype."""
-        out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+    @property
+    def multiplies_codes(self) -> bool:
+        """Whether a product needs no dense weights."""
+        return native.multiplies(self.data, self.dtype)
+
+    def dequantised(self, out: Tensor | None = None) -> Tensor:
+        """The weights [outputs, inputs] in the dtype, in ``out`` where given."""
+        out = torch.empty(self.shape, dtype=self.dtype, device=self.device) if out is None else out
         if native.dequantise(self._codes, self._factors, self.form.bits, self.form.group, out):
             return out
         if (kernel := _gpu_kernel(self.device)) is not None:

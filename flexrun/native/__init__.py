@@ -270,6 +270,11 @@ def dequantise(codes, factors, bits: int, group: int, out) -> bool:
     return True
 
 
+def multiplies(codes, dtype) -> bool:
+    """Whether ``multiply`` takes a compressed matrix where ``codes`` are, for rows of that dtype."""
+    return available and codes.is_cpu and dtype in _DTYPE
+
+
 def multiply(x, codes, factors, bits: int, group: int, bias, out) -> bool:
     """``out = x @ weights.T + bias`` with a compressed matrix: x [T, K], bias [N] or None, out [T, N] of one dtype."""
     if not available or not codes.is_cpu or x.dim() != 2 or out.dim() != 2:

@@ -70,9 +70,9 @@ class Modules:
         return table.to(hidden.device, non_blocking=True)
 
     def _attention_inputs(self, step: Step) -> None:
-        activations, weights = self._activations, self._weights.unit_weights(step)
+        activations, chunks = self._activations, self._activations.chunks(step)
+        weights = self._weights.unit_weights(step, len(chunks))
         activations.keep_beside_kv(step.layer, weights)
-        chunks = activations.chunks(step)
         whole = len(chunks) == 1 and step.rows == activations.plan.shape.tokens
         for start, stop in chunks:
             query, *new = decoder.attention_inputs(
@@ -210,19 +210,21 @@ class Modules:
         attend_rows(self._spec, step, rows.fresh, own, beside, activations.query, activations.attended, lse)
 
     def _attention_output(self, step: Step) -> None:
-        activations, weights = self._activations, self._weights.unit_weights(step)
+        activations, chunks = self._activations, self._activations.chunks(step)
+        weights = self._weights.unit_weights(step, len(chunks))
         activations.branches[step.start] = [
             decoder.attention_output(self._spec, step.layer, weights, activations.attended[start:stop])
-            for start, stop in activations.chunks(step)
+            for start, stop in chunks
         ]
 
     def _mlp(self, step: Step) -> None:
-        activations, weights = self._activations, self._weights.unit_weights(step)
+        activations, chunks = self._activations, self._activations.chunks(step)
         branches = activations.branches.pop(step.start)
         if self._spec.is_sparse(step.layer):
-            activations.sparse.route(step, activations.hidden, branches, activations.chunks(step))
+            activations.sparse.route(step, activations.hidden, branches, chunks)
             return
-        for start, stop in reversed(activations.chunks(step)):  # each branch is freed as it is used
+        weights = self._weights.unit_weights(step, len(chunks))
+        for start, stop in reversed(chunks):  # each branch is freed as it is used
             decoder.mlp(self._spec, step.layer, weights, activations.hidden[start:stop], branches.pop())
 
     def _keep_sampled(self, step: Step) -> None:

@@ -55,7 +55,7 @@ class SparseLayers:
 
     def route(self, step: Step, hidden: Tensor, branches: list[Tensor], chunks: list[tuple[int, int]]) -> None:
         """The MLP step: adds the attention branches of the step's rows to hidden, runs router and shared experts."""
-        spec, weights = self._spec, self._weights.unit_weights(step)
+        spec, weights = self._spec, self._weights.unit_weights(step, len(chunks))
         chosen = []
         for start, stop in reversed(chunks):  # each branch is freed as it is used
             logits = decoder.sparse_mlp(

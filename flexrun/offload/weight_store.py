@@ -18,7 +18,7 @@ from flexrun.errors import ConfigError
 from flexrun.models.spec import ModelSpec
 from flexrun.offload.device import EmulatedDevice
 from flexrun.offload.tiers import Buffer, MemoryTier
-from flexrun.placement import MemoryAccount, PlacedTensor, WeightPlacement, expert_number, unit_of
+from flexrun.placement import MemoryAccount, PlacedTensor, WeightPlacement, expert_number, is_multiplied, unit_of
 from flexrun.steps import Step, StepKind
 from flexrun.weights.packed import PackedWeights
 
@@ -86,12 +86,14 @@ class WeightStore:
             self._load(host, device, read_threads)
             self.host_ring = self._ring(host, account.host_ring_bytes)
             self.device_ring = self._ring(device, account.device_ring_bytes) if device is not None else None
+            slot_bytes = account.bytes_by_kind.get(Tier.GPU, {}).get("dense_weights", 0)
+            self._slot = self._ring(device, slot_bytes, "dense_weights") if device is not None else None
             undo.pop_all()
 
-    def _ring(self, tier: MemoryTier, nbytes: int) -> Buffer | None:
+    def _ring(self, tier: MemoryTier, nbytes: int, kind: str = "ring") -> Buffer | None:
         if not nbytes:
             return None
-        self._buffers.append(tier.allocate("ring", nbytes, touch=True))
+        self._buffers.append(tier.allocate(kind, nbytes, touch=True))
         return self._buffers[-1]
 
     def _load(self, host: MemoryTier, device: MemoryTier | None, read_threads: int) -> None:
@@ -257,18 +259,34 @@ class WeightStore:
         chunks = zip(target.split(CHUNK_BYTES), source.split(CHUNK_BYTES))
         return [partial(self._accelerator.copy, *chunk) for chunk in chunks]
 
-    def unit_weights(self, step: Step) -> dict[str, Weight]:
-        """Packed names and tensors of the unit that a compute step uses, streamed ones viewed in their ring."""
+    def unit_weights(self, step: Step, calls: int = 1) -> dict[str, Weight]:
+        """Packed names and tensors of the unit that a compute step uses, streamed ones viewed in their ring.
+
+        calls: that the step takes. For several of them, matrices that a product needs dense are made so once for all.
+        """
         unit = self._units[step.unit]
-        if not unit.from_disk and not unit.from_host:
-            return unit.resident
-        weights = dict(unit.resident)
-        ring = self.host_ring if self._compute_tier is Tier.CPU else self.device_ring
-        offset = step.offset
-        for placed in [*unit.from_disk, *(item for item, _ in unit.from_host)]:
-            weights[_weight_name(placed)] = self._view(ring, offset, placed)
-            offset += align_up(placed.nbytes)
-        return weights
+        weights = unit.resident
+        if unit.from_disk or unit.from_host:
+            weights = dict(weights)
+            ring = self.host_ring if self._compute_tier is Tier.CPU else self.device_ring
+            offset = step.offset
+            for placed in [*unit.from_disk, *(item for item, _ in unit.from_host)]:
+                weights[_weight_name(placed)] = self._view(ring, offset, placed)
+                offset += align_up(placed.nbytes)
+        return weights if calls == 1 or self._slot is None else {**weights, **self._dense(step, weights)}
+
+    def _dense(self, step: Step, weights: Mapping[str, Weight]) -> dict[str, Tensor]:
+        """The matrices that a step needs dense, in the slot, which the next step of several calls takes over."""
+        found, offset = {}, 0
+        for name, weight in weights.items():
+            if not isinstance(weight, GroupwiseMatrix) or weight.multiplies_codes:
+                continue
+            nbytes = align_up(weight.shape.numel() * weight.dtype.itemsize)
+            if is_multiplied(step.kind, name) and offset + nbytes <= len(self._slot.data):
+                found[name] = self._slot.view(offset, tuple(weight.shape), weight.dtype)
+                offset += nbytes
+                weight.dequantised(found[name])
+        return found
 
     @contextmanager
     def compressed(self, layer: int, name: str, form: GroupFormat) -> Iterator[None]:

@@ -1,5 +1,6 @@
 """A policy in whole tensors, micro-batches and bytes: read by the planner and the executor alike."""
 
+from flexrun.placement.dense_slot import dense_slot_bytes, is_multiplied
 from flexrun.placement.kv_bits import (
     DENSE_TOKENS,
     coded_kv_bytes,
@@ -74,11 +75,13 @@ __all__ = [
     "compressed_bytes",
     "cpu_expert_rows",
     "cpu_experts_bytes",
+    "dense_slot_bytes",
     "device_row_bytes",
     "expert_batch_rows",
     "expert_buffer_bytes",
     "expert_number",
     "host_kv_slots",
+    "is_multiplied",
     "kv_block_bytes",
     "kv_bytes_per_token",
     "kv_format",

@@ -15,6 +15,7 @@ from flexrun.config import Policy
 from flexrun.core import PAGE_BYTES, Lane, Tier, align_up
 from flexrun.models.rope import rope_table_bytes
 from flexrun.models.spec import ModelSpec
+from flexrun.placement.dense_slot import dense_slot_bytes
 from flexrun.placement.kv_bits import coded_kv_bytes, kv_room, kv_token_bytes
 from flexrun.placement.weights import WeightPlacement, compressed_bytes
 
@@ -359,6 +360,8 @@ def memory_account(
         kinds[Tier.CPU]["kv_staging"] = slots * slot_bytes
         kinds[Tier.CPU]["kv_tails"] = slabs * micro_batch_sequences(policy) * kv_block_bytes(spec)
     if on_device:
+        if slot := dense_slot_bytes(spec, policy):
+            kinds[Tier.GPU]["dense_weights"] = slot
         lanes = {micro_batch.attend_lane for micro_batch in micro_batches if micro_batch.home is not Tier.GPU}
         if Lane.GPU in lanes:
             kinds[Tier.GPU]["kv_staging"] = KV_SLOTS * slot_bytes

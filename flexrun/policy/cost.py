@@ -130,9 +130,9 @@ class StepCosts:
 
     def _linear_seconds(self, part: str, layer: int, tokens: int, plain: float) -> float:
         work, compressed = self._work(part, layer), compressed_part(self.spec, self._bits, part, layer)
-        each_call = self.device.step_overhead_seconds + self._brought_back_seconds(compressed)
-        return sum(
-            count * (self._matmul_seconds(rows, work, plain, compressed) + each_call)
+        brought_back = self._brought_back_seconds(compressed) if tokens else 0.0
+        return brought_back + sum(
+            count * (self._matmul_seconds(rows, work, plain, compressed) + self.device.step_overhead_seconds)
             for count, rows in self._chunks(tokens)
         )
 
@@ -154,7 +154,7 @@ class StepCosts:
         return 1.0 if self.on_device else self.placement.moved_share
 
     def _brought_back_seconds(self, compressed: tuple[Compressed, ...] | None) -> float:
-        on_gpu = self.device is not self.hardware.cpu  # there by every call
+        on_gpu = self.device is not self.hardware.cpu  # there, once for all calls of a step
         dequantises = compressed and on_gpu
         return dequantise_seconds(self.spec, self.hardware, self.device, compressed) if dequantises else 0.0
 

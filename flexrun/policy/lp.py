@@ -22,6 +22,7 @@ from flexrun.models.spec import ModelSpec
 from flexrun.placement import (
     KV_SLOTS,
     WeightPlacement,
+    dense_slot_bytes,
     device_row_bytes,
     host_kv_slots,
     kv_block_bytes,
@@ -167,7 +168,7 @@ class _Program:
             device = weight_bytes * weights["gpu"] + kv_bytes * kv["gpu"] + device_ring * streams + fixed_work
             device += KV_SLOTS * slot * (kv["cpu_to_gpu"] + kv["disk_to_gpu"]) + rows * self.hidden["gpu"]
             merge = merge_bytes(spec, policy) if above else (0, 0)
-            device += (above + merge[1]) * kv["cpu_on_cpu"]
+            device += (above + merge[1]) * kv["cpu_on_cpu"] + dense_slot_bytes(spec, policy)
             on_cpu = kv["cpu_on_cpu"] + kv["disk_on_cpu"]
             device += new_groups_bytes(spec, policy) * (1 - kv["gpu"]) - recent * on_cpu
             self._limit(Tier.GPU, device)

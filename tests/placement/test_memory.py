@@ -253,3 +253,19 @@ def test_an_embedding_on_disk_needs_rows_for_a_pass():
     rows = account(policy).bytes_by_kind[Tier.CPU]["embedding_rows"]
     assert rows == align_up(1000 * SPEC.embedding_size * SPEC.dtype_bytes)
     assert "embedding_rows" not in account(POLICY).bytes_by_kind[Tier.CPU]
+
+
+def test_a_device_has_room_for_the_matrices_of_a_step_where_it_takes_several_calls():
+    largest = max(
+        sum(align_up(tensor.elements * SPEC.dtype_bytes) for tensor in SPEC.layer_tensors(0) if tensor.name in names)
+        for names in (("qkv.weight",), ("output.weight",), ("gate_up.weight", "down.weight"))
+    )
+
+    def slot(on_device: bool = True, **changes) -> int | None:
+        policy = dataclasses.replace(POLICY, **{"weight_bits": 4} | changes)
+        return account(policy, on_device).bytes_by_kind[Tier.GPU].get("dense_weights")
+
+    assert slot() == slot(weight_bits=8) == largest
+    assert slot(keep=("*.down_proj=16", "*.o_proj=16")) < largest
+    for none in ({"weight_bits": 16}, {"token_micro_batch": 1000}, {"on_device": False}):
+        assert slot(**none) is None, none
