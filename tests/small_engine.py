@@ -47,12 +47,29 @@ POLICIES = {
         "token_micro_batch": 5,
     },
     "KV on disk": {"weights": Placement(0, 1, 0), "kv": Placement(0.34, 0, 0.66), "cpu_attention_share": 0.5},
+    "groups of KV copied": {
+        "weights": Placement(0, 1, 0),
+        "kv": Placement(0, 1, 0),
+        "cpu_attention_share": 0.0,
+        "kv_bits": 8,
+        "tokens_per_pass": 80,
+        "lengths": (58, 110, 64),
+    },
+    "groups of KV on all tiers, half attended on the CPU": {
+        "weights": Placement(0, 1, 0),
+        "kv": Placement(0.34, 0.33, 0.33),
+        "cpu_attention_share": 0.5,
+        "half_batches": True,
+        "kv_bits": 8,
+        "tokens_per_pass": 80,
+        "lengths": (58, 110, 64),
+    },
 }
 
 
-def run_engine(packed, make_group, device, device_waits=lambda: 0, **settings):
+def run_engine(packed, make_group, device, device_waits=lambda: 0, lengths=(5, 14, 23), **settings):
     """(tokens by request, the closed engine) of a tiny model on ``device``. device_waits: how often the host waited
-    for the whole device so far; it must not while passes run."""
+    for the whole device so far; it must not while passes run. lengths: of prompts."""
     spec, cache = packed("llama")
     policy = Policy(**{"sequences_in_flight": 6, "tokens_per_pass": 16, "attention_micro_batch": 2} | settings)
     placed = place_weights(spec, policy, on_device=True)
@@ -70,7 +87,7 @@ def run_engine(packed, make_group, device, device_waits=lambda: 0, **settings):
         trace=True,
     )
     groups = [
-        make_group([3 + number] * (5 + 9 * (number % 3)), temperature=0, max_tokens=4 + number, ignore_eos=True)
+        make_group([3 + number] * lengths[number % 3], temperature=0, max_tokens=4 + number, ignore_eos=True)
         for number in range(8)
     ]
     before = device_waits()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from flexrun.hardware import Processor
 from flexrun.models.spec import ModelSpec
+from flexrun.placement import DENSE_TOKENS
 
 CODING_ACCESSES = 12  # of each new key and value in float32, where it is compressed and, in a prompt, brought back
 BROUGHT_BACK_ACCESSES = 11  # the same, where a GPU brings back what it attends: kernels of the CPU read codes
@@ -17,8 +18,9 @@ def coding_seconds(spec: ModelSpec, processor: Processor, tokens):
 
 
 def brought_back_seconds(spec: ModelSpec, gpu: Processor, counts: Sequence):
-    """Bringing back what is attended, in one layer; counts: see attention_cost."""
-    return _seconds(spec, gpu, (counts[1] - counts[0]) * BROUGHT_BACK_ACCESSES)
+    """Bringing back what is attended, in one layer, so many tokens at a time; counts: see attention_cost."""
+    tokens = counts[1] - counts[0]
+    return _seconds(spec, gpu, tokens * BROUGHT_BACK_ACCESSES) + tokens / DENSE_TOKENS * gpu.step_overhead_seconds
 
 
 def _seconds(spec: ModelSpec, processor: Processor, accesses):
