@@ -49,6 +49,9 @@ def call(args: argparse.Namespace) -> int:
         for result in measure(llm, cells, repetitions=args.repetitions, warmup=args.warmup, seed=args.seed):
             results.append(result)
             _say(f"{result.cell.name}: {result.seconds:.2f} s, {result.generated_per_second:.1f} tokens/s generated")
+    if len(results) > 1:
+        prompts = sum(result.cell.prompts for result in results)
+        _say(f"all {len(results)} workloads: {prompts:,} prompts in {sum(result.seconds for result in results):,.2f} s")
     print(render(results, args.output))
     return 0
 

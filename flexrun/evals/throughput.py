@@ -175,16 +175,17 @@ def _deviation(values: list[float]) -> float:
 
 
 def render(results: Sequence[Measured], form: str) -> str:
-    """The results as a table in Markdown, as CSV, or as JSON."""
+    """The results as a table in Markdown, or with all their figures as CSV or JSON."""
     if form == "json":
         return json.dumps([dataclasses.asdict(result) for result in results], indent=2)
-    rows = [_row(result) for result in results]
     if form == "csv":
+        rows = [{**(found := dataclasses.asdict(result)).pop("cell"), **found} for result in results]
         text = io.StringIO()
         writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         return text.getvalue().rstrip("\n")
+    rows = [_row(result) for result in results]
     heads = list(rows[0])
     table = [heads, ["---"] * len(heads), *([str(row[head]) for head in heads] for row in rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in table)

@@ -78,7 +78,7 @@ def run_job(
     """Run one job and return its summary.
 
     open_model: returns the ModelFiles (of which tokenizer, spec.vocab_size and max_model_len are read), no weights.
-    build_llm: returns the LLM of these files (of which prepare, generate_iter, summary and close are called); called
+    build_llm: returns the LLM of these files (prepare, generate_iter, reconsider, summary and close are called); called
     only once every line has been checked and some are left to do. A resume calls it with what the LLM of the first run
     had chosen (its ``chosen``).
 

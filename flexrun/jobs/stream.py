@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from array import array
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -39,11 +40,11 @@ class _UnderWay:
 
     prompt: PromptLine
     row: int
-    tokens: dict[int, int]
+    tokens: dict[int, array]
 
     @property
     def is_kept(self) -> bool:
-        """Whether its tokens outlive a run that is stopped: not with log-probabilities."""
+        """Whether another run goes on from its tokens: not with log-probabilities."""
         return self.prompt.params.logprobs is None and self.prompt.params.prompt_logprobs is None
 
 
@@ -88,25 +89,18 @@ class AnswerStream:
         self.report.start()
         self.outlook.cost(*_token_seconds(llm))
         stop = StopSignals(partial(self._announce_stop, self.journal.keeps_tokens))
-        with (
-            closing(
-                Progress(
-                    len(self.index),
-                    self.outlook.work_left,
-                    done=len(self.index) - len(rows),
-                    enabled=self.config.progress,
-                )
-            ) as bar,
-            stop,
-            closing(
-                llm.generate_iter(
-                    self._requests(rows, stop, bar),
-                    self.workload(rows),
-                    partial(self._count_pass, llm, bar),
-                    partial(self._after_pass, stop),
-                )
-            ) as outputs,
-        ):
+        done, work, shown = len(self.index) - len(rows), self.outlook.work_left, self.config.progress
+        with closing(Progress(len(self.index), work, done=done, enabled=shown)) as bar, stop:
+            while len(rows):
+                rows = self._run(llm, rows, stop, bar)
+        self.tally.interrupted |= stop.requested and bool(self.in_flight)
+        if self.in_flight and not self.tally.interrupted:
+            raise ExecutionError(f"the engine ended without an answer to {len(self.in_flight):,} requests")
+
+    def _run(self, llm: Any, rows: np.ndarray, stop: StopSignals, bar: Progress) -> np.ndarray:
+        """Answer rows until none is left, or another plan is better: returns those that are then left, in order."""
+        steps = (partial(self._count_pass, llm, bar), partial(self._after_pass, stop))
+        with closing(llm.generate_iter(self._requests(rows, stop), self.workload(rows), *steps)) as outputs:
             try:
                 for output in outputs:
                     self.report.add_request()
@@ -114,19 +108,34 @@ class AnswerStream:
                     expected = self.outlook.work_of(under_way.row)
                     self.outlook.left[under_way.row] = False
                     bar.finish(expected, self.outlook.work(*self._record(under_way, output)))
-                    if self.outlook.due:
+                    if self.outlook.due and not stop.requested:
                         self._look(bar)
+                        if len(rows := self._replanned(llm)):
+                            return rows
             except (KeyboardInterrupt, _Stopped):
                 self.tally.interrupted = True
-        self.tally.interrupted |= stop.requested and bool(self.in_flight)
-        if self.in_flight and not self.tally.interrupted:
-            raise ExecutionError(f"the engine ended without an answer to {len(self.in_flight):,} requests")
+        return rows[:0]
 
     def _look(self, bar: Progress) -> None:
         """What the latest answers tell changes the time that is left, and the order of what is not sent yet."""
-        self.outlook.look((each.row, tokens) for each in self.in_flight.values() for tokens in each.tokens.values())
+        under_way = self.in_flight.values()
+        self.outlook.look((each.row, len(tokens)) for each in under_way for tokens in each.tokens.values())
         bar.expect(self.outlook.work_left)
         self.knows_more = True
+
+    def _replanned(self, llm: Any) -> np.ndarray:
+        """What is left, in order, if it is sooner done by another plan, which goes on from what is under way; else
+        nothing."""
+        rows = self.outlook.order(self.config.order, np.flatnonzero(self.outlook.left))
+        begun = {each.prompt.line: each.tokens for each in self.in_flight.values() if each.is_kept and each.tokens}
+        self.partial |= begun
+        if llm.reconsider(self.workload(rows)):
+            self.say(f"{len(rows):,} lines are left; by the answers so far another plan ends them sooner:")
+            self.in_flight.clear()
+            return rows
+        for line in begun:
+            del self.partial[line]
+        return rows[:0]
 
     def workload(self, rows: np.ndarray) -> Workload:
         """What is left to do: what an earlier run generated is prefilled."""
@@ -159,7 +168,7 @@ class AnswerStream:
         entries = []
         for name, choice, token in sampled:
             under_way = self.in_flight[name]
-            under_way.tokens[choice] = under_way.tokens.get(choice, 0) + 1
+            under_way.tokens.setdefault(choice, array("q")).append(token)
             if under_way.is_kept:
                 entries.append((under_way.prompt.line, choice, token))
         if not self.journal.keeps_tokens:
@@ -173,7 +182,7 @@ class AnswerStream:
         if stop.requested:
             raise _Stopped
 
-    def _requests(self, rows: np.ndarray, stop: StopSignals, bar: Progress) -> Iterator[Request]:
+    def _requests(self, rows: np.ndarray, stop: StopSignals) -> Iterator[Request]:
         while len(rows):
             if self.knows_more:
                 rows, self.knows_more = self.outlook.order(self.config.order, rows), False
@@ -185,7 +194,7 @@ class AnswerStream:
                     # The engine asks for more once it has handed out what is finished: the moment to stop.
                     raise _Stopped
                 begun = self.partial.pop(prompt.line, None)
-                tokens = {choice: len(tokens) for choice, tokens in (begun or {}).items()}
+                tokens = {choice: array("q", tokens) for choice, tokens in (begun or {}).items()}
                 self.in_flight[prompt.custom_id] = _UnderWay(prompt, row, tokens)
                 yield Request(
                     prompt.custom_id,

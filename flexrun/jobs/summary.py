@@ -107,8 +107,8 @@ def _forecast_lines(engine: Mapping[str, Any]) -> list[tuple[str, str]]:
         return []
     came, planned = forecast["as_it_came"], forecast["planned"]
     text = f"{came['seconds']:,.1f} s for these lengths, {engine['seconds']:,.1f} s measured ({forecast['error']:+.0%})"
-    if planned["generated_tokens"] > came["generated_tokens"]:
-        text += f"; {planned['seconds']:,.1f} s had every answer gone to its limit"
+    if planned["generated_tokens"] != came["generated_tokens"]:
+        text += f"; planned {planned['seconds']:,.1f} s for {planned['generated_tokens']:,} tokens of answers"
     bound = f"{forecast['share_of_bound']:.0%} of the busiest lane's rate ({came['binding_lane'].replace('_', ' ')})"
     return [("forecast", text), ("bound", bound)]
 

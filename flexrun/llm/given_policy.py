@@ -10,9 +10,14 @@ from typing import Any
 from flexrun.compress import WeightBits
 from flexrun.config import Policy
 from flexrun.errors import ConfigError
+from flexrun.hardware import Hardware
 from flexrun.models.spec import ModelSpec
 from flexrun.placement import weight_bits_of
 from flexrun.policy.features import AUTO_CHOICES, RUNNABLE, Features
+from flexrun.policy.forecast import forecast
+from flexrun.policy.layout import Budgets, Layout
+from flexrun.policy.search import Plan
+from flexrun.workload import Workload
 
 AUTO = "auto"
 
@@ -57,3 +62,15 @@ def given_policy(
 def found_bits(features: Features, policy: Policy) -> dict[str, Any]:
     """Those that were left to the search, as arguments: all of an LLM's answers come from the same ones."""
     return {name: getattr(policy, name) for name in AUTO_CHOICES if len(getattr(features, name)) > 1}
+
+
+def given_plan(
+    spec: ModelSpec, policy: Policy, max_num_seqs: int | None, workload: Workload, budgets: Budgets, hardware: Hardware
+) -> Plan:
+    """The plan of a policy that is given. Raises BudgetError where it does not fit."""
+    if max_num_seqs is not None:
+        sequences = min(policy.sequences_in_flight, max_num_seqs)
+        policy = dataclasses.replace(policy, sequences_in_flight=sequences)
+    layout = Layout.of(spec, policy, workload, budgets)
+    layout.check()
+    return Plan(policy, layout, forecast(layout, workload, hardware))

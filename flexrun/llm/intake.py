@@ -184,5 +184,18 @@ class Intake:
         return group, sequences
 
 
+def check_room(sequence: TextInTheMaking, longest_tokens: int, part_tokens: int) -> None:
+    """Raise RequestError for what this run cannot hold. longest_tokens: room of a whole micro-batch of the cache;
+    part_tokens: of a pass that runs in parts, else 0."""
+    if sequence.group.score_start is not None and part_tokens:
+        raise RequestError("prompts are not scored while hidden states wait elsewhere", "set hidden.gpu to 1")
+    if sequence.own_kv_tokens > longest_tokens:
+        raise RequestError(
+            f"the request may take {sequence.own_kv_tokens} tokens of KV cache, this run has room for {longest_tokens}",
+            "lower max_tokens, or raise kv_tokens in the policy or --cpu-memory",
+            "kv_cache_too_small",
+        )
+
+
 def as_request_error(error: FlexrunError) -> RequestError:
     return error if isinstance(error, RequestError) else RequestError(error.message, error.hint)

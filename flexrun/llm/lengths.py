@@ -18,6 +18,7 @@ class Lengths:
         self._prompt, self._generated, self._prefix = array("q"), array("q"), array("q")
         self._prefixes, self._before = Prefixes(), 0
         self._in_flight: dict[str, int] = {}
+        self.cut_short = False  # whether answers under way were given up: what was measured is not all of these
 
     def __len__(self) -> int:
         return len(self._prompt)

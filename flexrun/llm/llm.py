@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -15,18 +14,19 @@ from tqdm import tqdm
 from flexrun.compress import GroupFormat
 from flexrun.config import Policy
 from flexrun.core import Lane, parse_bytes
-from flexrun.errors import ConfigError, FlexrunError, RequestError
+from flexrun.errors import ConfigError, FlexrunError
 from flexrun.hardware import Hardware
 from flexrun.llm.accelerator import Accelerator
-from flexrun.llm.given_policy import found_bits, given_policy
-from flexrun.llm.intake import Intake, Prompt, as_chat_requests, as_request_error, as_requests
+from flexrun.llm.given_policy import found_bits, given_plan, given_policy
+from flexrun.llm.intake import Intake, Prompt, as_chat_requests, as_request_error, as_requests, check_room
 from flexrun.llm.lengths import Lengths
 from flexrun.llm.machine_profile import settle_hardware, with_device
 from flexrun.llm.model_files import ModelFiles, open_model
 from flexrun.llm.packing import PackedModel
+from flexrun.llm.replanning import better_plan
 from flexrun.llm.scoring import Text, as_score, score_requests
 from flexrun.llm.sharing import arranged, longest_first, prefixes_at_hand, serves
-from flexrun.llm.totals import forecasts_document, run_document
+from flexrun.llm.totals import busy_seconds, forecasts_document, joined_documents, run_document
 from flexrun.machine import available_cores, available_memory_bytes, free_disk_bytes
 from flexrun.moe import write_expert_profile
 from flexrun.offload.engine import Engine
@@ -34,8 +34,7 @@ from flexrun.offload.sequence import Group
 from flexrun.outputs import Request, RequestOutput, Score
 from flexrun.placement import part_tokens, weight_bits_of
 from flexrun.policy.explain import forecast_line
-from flexrun.policy.forecast import forecast
-from flexrun.policy.layout import Budgets, Layout
+from flexrun.policy.layout import Budgets
 from flexrun.policy.search import Plan, search_worth
 from flexrun.prefixes import Prefixes
 from flexrun.report.trace import write_chrome_trace
@@ -143,7 +142,9 @@ class LLM:
         self._run_seconds = 0.0  # of the engine at hand
         self._plan: Plan | None = None
         self.chosen: dict[str, Any] = {}  # what was left to the first plan and decides the answers, as arguments
-        self._planned_rows = 0
+        self._better: Plan | None = None
+        self._before: list[dict] = []  # what engines did that the one at hand goes on from
+        self._planned_rows, self._open_seconds = 0, 0.0
         self._answered = Lengths()
 
     # Generating ---------------------------------------------------------------------------------------
@@ -223,11 +224,13 @@ class LLM:
         self._generating = True
         prefixes = prefixes_at_hand(self._engine, workload)
         self._answered.begin(prefixes)
+        was_cut_short, self._answered.cut_short = self._answered.cut_short, True  # unless this comes to its end
         outputs = self._engine.run(self._groups(iter(requests), prefixes), name_of, on_pass, on_tokens, prefixes)
         try:
             for output in outputs:
                 self._answered.add(output)
                 yield output
+            self._answered.cut_short = was_cut_short
         finally:
             self._generating = False
             outputs.close()
@@ -242,17 +245,7 @@ class LLM:
                 if not sequences:
                     yield group.output(time.perf_counter())
                     continue
-                if group.score_start is not None and part_tokens(self._engine.policy):
-                    raise RequestError(
-                        "prompts are not scored while hidden states wait elsewhere", "set hidden.gpu to 1"
-                    )
-                if sequences[0].own_kv_tokens > longest:
-                    raise RequestError(
-                        f"the request may take {sequences[0].own_kv_tokens} tokens of KV cache, "
-                        f"this run has room for {longest}",
-                        "lower max_tokens, or raise kv_tokens in the policy or --cpu-memory",
-                        "kv_cache_too_small",
-                    )
+                check_room(sequences[0], longest, part_tokens(self._engine.policy))
             except FlexrunError as error:
                 yield RequestOutput.refused(request, as_request_error(error))
             else:
@@ -276,16 +269,18 @@ class LLM:
 
     def prepare(self, workload: Workload | None = None) -> Policy:
         """Settle the policy for a workload and load the weights, unless the engine at hand already serves it."""
-        cpu_budget = self._cpu_budget_bytes()
         if workload is None:
             workload = Workload.uniform(self._max_num_seqs or LAZY_SEQUENCES, self.max_model_len - 1, 1)
-        engine = self._engine
-        if engine is not None and not engine.failed and serves(engine, workload, self._planned_rows):
+        engine, better, self._better = self._engine, self._better, None
+        usable = better is None and engine is not None and not engine.failed
+        if usable and serves(engine, workload, self._planned_rows):
             return engine.policy
-        self._retire_engine()
-        self._planned_rows = len(workload)
-        budgets = Budgets(cpu_budget, self._accelerator.planned_bytes, self._disk_budget_bytes())
-        self._plan = self._settle(workload, budgets)
+        self._retire_engine(goes_on=better is not None)
+        budgets, self._planned_rows = self._budgets(), len(workload)
+        self._plan = better or self._settle(workload, budgets)
+        self._first_forecast = self._plan.forecast if better is None else self._first_forecast
+        self._say(forecast_line(self._plan.layout, self._plan.forecast))
+        start_seconds = time.perf_counter()
         layout = self._plan.layout
         on_cpu = layout.on_device and any(place.attend_lane is Lane.CPU for place in layout.micro_batches)
         latents = self.spec.latent is not None
@@ -297,7 +292,7 @@ class LLM:
             layout.placement,
             layout.account,
             layout.kv_tokens,
-            cpu_budget_bytes=cpu_budget,
+            cpu_budget_bytes=budgets.cpu_bytes,
             gpu_budget_bytes=self._accelerator.planned_bytes,
             disk_budget_bytes=budgets.disk_bytes,
             accelerator=self._accelerator.open(),
@@ -306,41 +301,42 @@ class LLM:
             direct=self._direct_io,
             prefix_tokens=layout.prefix_tokens,
         )
+        self._open_seconds = time.perf_counter() - start_seconds
         return layout.policy
 
-    def _cpu_budget_bytes(self) -> int:
+    def _budgets(self) -> Budgets:
+        """What is free on the disk changes, so it is looked at before each plan; the packed weights are part of it."""
         if self._cpu_budget is None:
             self._cpu_budget = int(available_memory_bytes() * MEMORY_SHARE)
-        return self._cpu_budget
-
-    def _disk_budget_bytes(self) -> int:
-        """What is free changes, so it is looked at before each plan; the packed weights are part of the budget."""
-        if self._disk_budget is not None:
-            return self._disk_budget
-        return free_disk_bytes(self._packed.folder) + self._packed.bytes_on_disk()
+        free = free_disk_bytes(self._packed.folder) + self._packed.bytes_on_disk()
+        disk = free if self._disk_budget is None else self._disk_budget
+        return Budgets(self._cpu_budget, self._accelerator.planned_bytes, disk)
 
     def _settle(self, workload: Workload, budgets: Budgets) -> Plan:
         """The plan of the policy that was given, or the best one."""
         hardware = self._settled_hardware()
-        if self._policy is None:
-            fixed = dict(self._fixed)
-            if self._max_num_seqs is not None:
-                fixed["sequences_in_flight"] = min(self._max_num_seqs, len(workload))
-            plan = search_worth(self.spec, hardware, workload, budgets, fixed=fixed, features=self._offered)
-            self.chosen = found_bits(self._offered, plan.policy)
-            self._fixed |= self.chosen
-            if "weight_bits" in self.chosen:
-                self._packed.choose(weight_bits_of(plan.policy))
-        else:
-            policy = self._policy
-            if self._max_num_seqs is not None:
-                sequences = min(policy.sequences_in_flight, self._max_num_seqs)
-                policy = dataclasses.replace(policy, sequences_in_flight=sequences)
-            layout = Layout.of(self.spec, policy, workload, budgets)
-            layout.check()
-            plan = Plan(policy, layout, forecast(layout, workload, hardware))
-        self._say(forecast_line(plan.layout, plan.forecast))
+        if self._policy is not None:
+            return given_plan(self.spec, self._policy, self._max_num_seqs, workload, budgets, hardware)
+        fixed = self._kept_fields(workload)
+        plan = search_worth(self.spec, hardware, workload, budgets, fixed=fixed, features=self._offered)
+        self.chosen = found_bits(self._offered, plan.policy)
+        self._fixed |= self.chosen
+        if "weight_bits" in self.chosen:
+            self._packed.choose(weight_bits_of(plan.policy))
         return plan
+
+    def _kept_fields(self, workload: Workload) -> dict[str, Any]:
+        """Fields of the policy that a search keeps: those that the user decided."""
+        most = self._max_num_seqs
+        return self._fixed if most is None else {**self._fixed, "sequences_in_flight": min(most, len(workload))}
+
+    def reconsider(self, workload: Workload) -> bool:
+        """Whether another plan ends ``workload``, what is left of a job, sooner; the next ``prepare`` then opens it. To
+        be asked once more is known of how long answers get; a policy that was given is kept."""
+        if self._policy is None:
+            known = (self._settled_hardware(), self._budgets(), self._kept_fields(workload), self._offered)
+            self._better = better_plan(self._plan, workload, *known, self._open_seconds)
+        return self._better is not None
 
     def _settled_hardware(self) -> Hardware:
         """What to plan for; a GPU of the machine does not count while it is only emulated."""
@@ -352,28 +348,36 @@ class LLM:
         if self._log is not None:
             self._log(text)
 
-    def _retire_engine(self) -> None:
+    def _retire_engine(self, goes_on: bool = False) -> None:
+        """goes_on: the next one goes on with the same job, and totals are of both."""
         if self._engine is not None:
             self._events += self._engine.events or []
             if self._profile_path is not None:
                 before = 0 if self._expert_counts is None else self._expert_counts
                 self._expert_counts = self._engine.expert_counts + before
+            if goes_on:
+                self._before.append(run_document(self._engine, self._run_seconds, {}))
+                self._answered.cut_short = False
+            else:
+                self._before, self._answered = [], Lengths()
             self._engine.close()
             self._engine = None
             self._run_seconds = 0.0
-            self._answered = Lengths()
 
     def lane_seconds(self) -> dict[str, float]:
-        """Busy seconds of each lane of the engine at hand, so far."""
-        return {lane: found["busy_seconds"] for lane, found in self._engine.lane_statistics().items()}
+        """Busy seconds of each lane of the engine at hand, and those before it in the same job, so far."""
+        parts = [document["lanes"] for document in self._before]
+        return busy_seconds([*parts, self._engine.lane_statistics()])
 
     def summary(self) -> dict:
-        """Totals of the engine at hand: tokens, seconds, phases, lanes, and the peak bytes of each tier."""
+        """Totals of the engine at hand and those before it in the same job: tokens, seconds, phases, lanes, and the
+        peak bytes of each tier."""
         if self._engine is None:
             return {}
-        came = self._answered.workload() if len(self._answered) else None
-        forecasts = forecasts_document(self._plan, came, self._run_seconds, self._settled_hardware())
-        return run_document(self._engine, self._run_seconds, forecasts)
+        came = self._answered.workload() if len(self._answered) and not self._answered.cut_short else None
+        totals = joined_documents([*self._before, run_document(self._engine, self._run_seconds, {})])
+        forecasts = (self._first_forecast, self._plan.layout, came, totals["seconds"], self._settled_hardware())
+        return {**totals, "forecast": forecasts_document(*forecasts)}
 
     def close(self) -> None:
         """Write trace and expert profile, free the memory, close the files. Safe to call twice."""

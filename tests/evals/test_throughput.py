@@ -54,7 +54,8 @@ def test_one_table_in_three_forms(llm):
     results = list(measure(llm, sweep(2, [4], [2, 3]), repetitions=1, warmup=0))
     assert [row["cell"]["output_tokens"] for row in json.loads(render(results, "json"))] == [2, 3]
     rows = list(csv.DictReader(io.StringIO(render(results, "csv"))))
-    assert [row["workload"] for row in rows] == ["4+2", "4+3"]
+    assert [row["name"] for row in rows] == ["4+2", "4+3"]
+    assert [float(row["seconds"]) for row in rows] == [result.seconds for result in results]  # figures, not words
     table = render(results, "md").splitlines()
     assert len(table) == 4 and all(line.count("|") == table[0].count("|") for line in table)
 
@@ -74,7 +75,7 @@ def test_the_command_prints_a_table(tiny, tmp_path, capsys):
     sizes = ["--prompt-len", "4,8", "--gen-len", "2", "--num-prompts", "3", "--repetitions", "1", "--warmup", "0"]
     assert main(["bench", "--model", str(tiny), *sizes, *flags, "-o", "csv"]) == 0
     out, err = capsys.readouterr()
-    assert [row["workload"] for row in csv.DictReader(io.StringIO(out))] == ["4+2", "8+2"]
-    assert "forecast" in err
+    assert [row["name"] for row in csv.DictReader(io.StringIO(out))] == ["4+2", "8+2"]
+    assert "forecast" in err and "all 2 workloads: " in err
     assert main(["bench", "--model", str(tiny), "--prompt-len", "4,x", *flags]) == 2
     assert main(["bench", "--model", str(tiny), "--share", "2", *flags]) == 2

@@ -39,10 +39,18 @@ class CountingLLM:
         self.slots, self.fail_ids, self.on_pass = slots, set(fail_ids), on_pass
         self.seen, self.most_in_flight, self.closed = [], 0, False
         self.generated = 0
+        self.has_better, self.reconsidered = False, None
         self.chosen = {}  # what was left to it and came out, as LLM has it
 
     def prepare(self, workload):
         self.prepared_for = workload
+
+    def reconsider(self, workload):
+        """Keeps to its plan, but for the first time where it ``has_better``."""
+        has_better, self.has_better = self.has_better, False
+        if has_better:
+            self.prepared_for = self.reconsidered = workload
+        return has_better
 
     def generate_iter(self, requests, workload, on_pass=None, on_tokens=None):
         assert (workload.prompt_tokens == self.prepared_for.prompt_tokens).all()

@@ -119,3 +119,29 @@ def test_a_resumed_job_has_learnt_from_the_answers_of_before(run, make_llm):
     run(None, llm, resume=True)
     assert set(llm.prepared_for.max_tokens) == {40} and set(llm.prepared_for.likely_tokens) == {1}
     assert {request.kept_tokens for request in llm.seen} == {1}
+
+
+def test_a_better_plan_goes_on_from_what_is_under_way(run, make_llm):
+    lines = [
+        {
+            "prompt": [4 + number % 5],
+            "max_tokens": 40,
+            "custom_id": f"id-{number}",
+            "logprobs": None if number % 9 else 0,
+        }
+        for number in range(100)
+    ]
+    _, expected = run(lines)
+    steady = make_llm(slots=8)
+    run(None, steady, overwrite=True)
+    llm = make_llm(slots=8)
+    llm.has_better = True
+    summary, records = run(None, llm, overwrite=True)
+    assert summary["requests"]["answered"] == 100 and not summary["interrupted"]
+    found = {record["custom_id"]: record["response"]["body"]["choices"] for record in records}
+    assert found == {record["custom_id"]: record["response"]["body"]["choices"] for record in expected}
+    assert len(records) == 100
+    left = llm.reconsidered
+    assert len(left) == 100 - FIRST_LOOK and set(left.max_tokens) > {40}  # what is begun has less to go
+    again = len(llm.seen) - 100
+    assert 0 < again <= 8 and 0 < llm.generated - steady.generated <= 8 * 5  # what has log-probabilities

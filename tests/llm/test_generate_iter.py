@@ -29,3 +29,16 @@ def test_a_pile_of_refusals_is_handed_on_as_it_is_met(open_llm):
     assert next(outputs).error is not None and drawn < 600
     rest = list(outputs)
     assert len(rest) == 2000 and rest[-1].error is None
+
+
+def test_a_run_that_is_cut_short_is_not_judged_by_the_answers_it_had(open_llm):
+    params = [SamplingParams(temperature=0, max_tokens=length, ignore_eos=True) for length in (2, 30)]
+    requests = [Request(str(number), token_ids=[5, 6], params=each) for number, each in enumerate(params)]
+    llm = open_llm("llama")
+    outputs = llm.generate_iter(requests)
+    next(outputs)
+    outputs.close()
+    assert set(llm.summary()["forecast"]) == {"planned"}
+    again = open_llm("llama")
+    list(again.generate_iter(requests))
+    assert again.summary()["forecast"]["as_it_came"]["generated_tokens"] == 32
