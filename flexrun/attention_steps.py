@@ -225,7 +225,7 @@ class AttentionSteps:
             StepKind.ATTEND_PREFIX,
             self._compute_lane,
             attended,
-            bytes=micro_batch.prefix_kv_tokens * self._work.kv.token,
+            bytes=micro_batch.prefix_kv_tokens * self._work.kv.row,
             flops=micro_batch.prefix_pairs * self._work.attend_flops_per_pair,
             **where,
         )

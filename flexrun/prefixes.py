@@ -119,9 +119,11 @@ class PrefixTree:
 
     Where more would have to be kept, what only one prompt has so far is forgotten: later prompts then do not find that
     they share it. Each node has the tokens from its parent's end to its own, and the rows that end in it.
+    unit: prefixes are of whole ones, of so many tokens.
     """
 
-    def __init__(self, most_tokens: int = MOST_TREE_TOKENS, most_leaves: int = MOST_LEAVES):
+    def __init__(self, most_tokens: int = MOST_TREE_TOKENS, most_leaves: int = MOST_LEAVES, *, unit: int = 1):
+        self._unit = unit
         self._most_tokens, self._most_leaves = most_tokens, most_leaves
         self._parents, self._depths = array("i", [ROOT]), array("i", [0])
         self._starts, self._rows = array("q", [0]), array("i", [0])
@@ -208,6 +210,7 @@ class PrefixTree:
             if rows[node]:
                 rows[parents[node]] += rows[node]
                 branches[parents[node]] += 1
+        depths = depths // self._unit * self._unit
         prefix_of = numpy.full(len(parents), NONE, dtype=numpy.int64)
         chosen: list[int] = []
         for node in by_depth.tolist():
@@ -221,7 +224,7 @@ class PrefixTree:
         lengths = [
             int(depths[node] - (depths[chosen[parent]] if parent != NONE else 0)) for node, parent in zip(chosen, above)
         ]
-        tokens = [self._path(node)[-length:] for node, length in zip(chosen, lengths)]
+        tokens = [self._path(node)[depths[node] - length : depths[node]] for node, length in zip(chosen, lengths)]
         columns = (numpy.array(column, dtype=numpy.int64) for column in (above, lengths))
         return Prefixes(*columns, tokens, rows[chosen]), prefix_of
 

@@ -126,3 +126,18 @@ def test_a_workload_counts_what_is_shared_once():
 def test_a_workload_without_prefixes_needs_no_room_for_them(rows):
     jobs = Workload.uniform(rows, 30, 4)
     assert not jobs.shares and jobs.prefix_tokens_of(3) == 0 and jobs.prefill_tokens == 30 * rows
+
+
+def test_prefixes_of_whole_units_end_where_units_do():
+    """Of 100 shared tokens 64; of 60 more, in two of three, what there is up to 128."""
+    tree, draw = PrefixTree(unit=64), numpy.random.default_rng(0)
+    header, more, *tails = (draw.integers(0, 1000, count) for count in (100, 60, 30, 20, 40, 7, 50))
+    asked = [
+        numpy.concatenate(parts)
+        for parts in (*[(header, tail) for tail in tails[:2]], *[(header, more, tail) for tail in tails[2:]])
+    ]
+    nodes = [tree.add(ids) for ids in asked]
+    prefixes, of_node = tree.chosen()
+    assert prefixes.lengths.tolist() == [64, 64] and prefixes.parents.tolist() == [NONE, 0]
+    assert of_node[nodes].tolist() == [0, 0, 1, 1, 1]
+    assert all(prefixes.begins(prefix, ids) for prefix, ids in zip(of_node[nodes].tolist(), asked))

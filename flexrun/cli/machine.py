@@ -74,6 +74,15 @@ def weight_arguments(args: argparse.Namespace) -> dict[str, Any]:
     return {**given, "keep": keep}
 
 
+def prefix_unit(args: argparse.Namespace) -> int:
+    """Tokens of which shared prefixes are to be whole multiples: of a cache that may be compressed, its groups."""
+    if args.kv_bits in (None, 16):
+        return 1
+    from flexrun.compress import GROUP_TOKENS
+
+    return GROUP_TOKENS
+
+
 def _kv_bits(text: str) -> int | str:
     value = int(text) if text.isdecimal() else text
     from flexrun.config import KV_BITS  # here: it brings torch, and --help is to be quick

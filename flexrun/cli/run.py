@@ -15,6 +15,7 @@ from flexrun.cli.machine import (
     add_machine_flags,
     add_model_flags,
     add_weight_flags,
+    prefix_unit,
     weight_arguments,
 )
 from flexrun.errors import ConfigError
@@ -120,6 +121,7 @@ def call(args: argparse.Namespace) -> int:
         progress=args.progress,
         report_dir=args.report,
         shared_prefixes=args.shared_prefixes,
+        prefix_unit=prefix_unit(args),
         identity={
             "dtype": args.dtype,
             "tokenizer": args.tokenizer,

@@ -67,13 +67,20 @@ class JobIndex:
     input_sha256: of the whole (unpacked) file. error_count: lines refused.
     """
 
-    def __init__(self, source: BinaryIO, encoder: PromptEncoder, defaults: SamplingParams, shares: bool = True):
+    def __init__(
+        self,
+        source: BinaryIO,
+        encoder: PromptEncoder,
+        defaults: SamplingParams,
+        shares: bool = True,
+        prefix_unit: int = 1,
+    ):
         self._source, self._encoder, self._defaults = source, encoder, defaults
         self._offsets, self._lines = array("q"), array("q")
         self._prompt_tokens = array("q")  # 0 for a refused line
         self._answer_tokens, self._choices = array("q"), array("q")
         self._scored = bytearray()
-        self._tree = PrefixTree() if shares else None
+        self._tree = PrefixTree(unit=prefix_unit) if shares else None
         self._nodes = array("i")  # of the tree
         self._digests = bytearray()
         self._errors = tempfile.SpooledTemporaryFile(_ERROR_SPOOL_BYTES, mode="w+", encoding="utf-8")  # noqa: SIM115
@@ -220,13 +227,14 @@ def index_job(
     limit: int | None = None,
     on_progress: Callable[[int], None] | None = None,
     shares: bool = True,
+    prefix_unit: int = 1,
 ) -> JobIndex:
     """Validate every line of a seekable JSONL file in one pass, in memory that does not grow with the prompts.
 
     limit: only the first so many lines that are not blank. on_progress: called with the lines checked so far.
-    shares: whether to look for what prompts begin with in common.
+    shares: whether to look for what prompts begin with in common, in whole units of so many tokens.
     """
-    index = JobIndex(source, encoder, defaults, shares)
+    index = JobIndex(source, encoder, defaults, shares, prefix_unit)
     digest = hashlib.sha256()
     batch: list[tuple[int, PromptLine]] = []  # (offset, line) parsed but not tokenised
     batch_bytes = 0

@@ -57,6 +57,7 @@ class JobConfig:
     progress: bool | None = None
     report_dir: str | None = None
     shared_prefixes: bool = True
+    prefix_unit: int = 1  # tokens of which what is shared must be a multiple
     identity: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -145,6 +146,7 @@ class _Job:
             limit=self.config.limit,
             on_progress=self._checking_report(started),
             shares=self.config.shared_prefixes,
+            prefix_unit=self.config.prefix_unit,
         )
         self.seconds["check"] = time.perf_counter() - started
         self.tally.total = len(index) + index.error_count

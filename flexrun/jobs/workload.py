@@ -27,6 +27,7 @@ class Workload(flexrun.workload.Workload):
         order: str = "longest",
         limit: int | None = None,
         shared_prefixes: bool = True,
+        prefix_unit: int = 1,
     ) -> Workload:
         """Lengths of every good line of a prompt file, in the order a job would run them.
 
@@ -39,7 +40,9 @@ class Workload(flexrun.workload.Workload):
         encoder = PromptEncoder(model.tokenizer, model.spec.vocab_size, model.max_model_len)
         with (
             closing(open_source(str(path))) as source,
-            closing(index_job(source, encoder, sampling, limit=limit, shares=shared_prefixes)) as index,
+            closing(
+                index_job(source, encoder, sampling, limit=limit, shares=shared_prefixes, prefix_unit=prefix_unit)
+            ) as index,
         ):
             rows = index.workload(index.order(order))
         return cls(rows.prompt_tokens, rows.max_tokens, rows.scored_tokens, rows.prefixes, rows.prefix)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flexrun.compress import WeightBits
+from flexrun.compress import GROUP_TOKENS, WeightBits
 from flexrun.config import Policy
 from flexrun.errors import ConfigError
 from flexrun.hardware import Hardware
@@ -74,3 +74,9 @@ def given_plan(
     layout = Layout.of(spec, policy, workload, budgets)
     layout.check()
     return Plan(policy, layout, forecast(layout, workload, hardware))
+
+
+def prefix_unit(policy: Policy | None, fixed: dict[str, Any], features: Features) -> int:
+    """Tokens of which shared prefixes are to be whole multiples: of a cache that may be compressed, its groups."""
+    kv_bits = (fixed.get("kv_bits", 16), 16 if policy is None else policy.kv_bits, *features.kv_bits)
+    return 1 if set(kv_bits) == {16} else GROUP_TOKENS

@@ -17,7 +17,7 @@ from flexrun.core import Lane, parse_bytes
 from flexrun.errors import ConfigError, FlexrunError
 from flexrun.hardware import Hardware
 from flexrun.llm.accelerator import Accelerator
-from flexrun.llm.given_policy import found_bits, given_plan, given_policy
+from flexrun.llm.given_policy import found_bits, given_plan, given_policy, prefix_unit
 from flexrun.llm.intake import Intake, Prompt, as_chat_requests, as_request_error, as_requests, check_room
 from flexrun.llm.lengths import Lengths
 from flexrun.llm.machine_profile import settle_hardware, with_device
@@ -130,6 +130,7 @@ class LLM:
         self._packed = PackedModel(self.files, packed_dir, bits, progress)
         self._max_num_seqs = max_num_seqs
         self._shared_prefixes = shared_prefixes
+        self._prefix_unit = prefix_unit(self._policy, self._fixed, self._offered)
         self._intake = Intake(self.files, seed)
         self._trace_path, self._direct_io = trace, direct_io
         self._profile_path, self._expert_counts = save_expert_profile, None
@@ -186,7 +187,7 @@ class LLM:
 
     def _all(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
         prepared = longest_first(requests, self._intake)
-        prepared, workload = arranged(prepared, self._intake, shares=self._shared_prefixes)
+        prepared, workload = arranged(prepared, self._intake, shares=self._shared_prefixes, unit=self._prefix_unit)
         place = {request.request_id: number for number, request in enumerate(requests)}
         outputs: list[RequestOutput | None] = [None] * len(requests)
         with tqdm(total=len(requests), desc="requests", disable=not use_tqdm) as bar:

@@ -27,12 +27,12 @@ def longest_first(requests: list[Request], intake: Intake) -> list[Request]:
     return [dataclasses.replace(request, token_ids=ids) if ids else request for request, ids in ordered]
 
 
-def arranged(requests: list[Request], intake: Intake, *, shares: bool) -> tuple[list[Request], Workload]:
+def arranged(requests: list[Request], intake: Intake, *, shares: bool, unit: int) -> tuple[list[Request], Workload]:
     """The requests (encoded, those that will be refused with no token ids) in the order to run, each naming its prefix;
-    and the workload of them, with the prefixes that they name. shares: whether to look for any."""
+    and the workload of them, with the prefixes that they name. shares: whether to look for any, of whole units."""
     if not shares:
         return requests, intake.workload(requests)
-    tree, nodes = PrefixTree(), []
+    tree, nodes = PrefixTree(unit=unit), []
     for request in requests:
         params, ids = request.params or SamplingParams(), request.token_ids
         if not ids:

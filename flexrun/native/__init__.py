@@ -234,7 +234,7 @@ def _attention(query, keys, values, out, window, scale, softcap, lse, sinks, cod
     )
 
 
-def attend_coded(query, records, recent, form, table_pointer: int, count: int, options: dict, out) -> bool:
+def attend_coded(query, records, recent, form, table_pointer: int, count: int, options: dict, out, lse=None) -> bool:
     """Attention of ``count`` sequences of one query row each over compressed KV; see flexrun.offload.coded_kv.
 
     recent: [2, rows, heads, head_dim], the newest keys and values of all places. form: a KVFormat. table_pointer: of
@@ -246,7 +246,7 @@ def attend_coded(query, records, recent, form, table_pointer: int, count: int, o
     code = _code(query, recent, out)
     if code is None or query.shape[2] % 16 or not records.is_contiguous():
         return False
-    packed = _attention(query, *recent, out, lse=None, code=code, **options)
+    packed = _attention(query, *recent, out, lse=lse, code=code, **options)
     sizes = form.record_bytes, form.key_bytes, form.value_bytes, form.key_bits, form.value_bits
     coded = _CODED(records.data_ptr(), *sizes)
     return _library.flexrun_attend_coded(packed, coded, table_pointer, count, torch.get_num_threads()) == 0

@@ -12,7 +12,7 @@ from flexrun.models.rope import RopeTables, Rotary
 from flexrun.models.spec import ModelSpec
 from flexrun.offload.away_kv import AwayRows, away_rows
 from flexrun.offload.batcher import MicroBatchRows, PassPlan
-from flexrun.offload.coded_kv import CodedRows, coded_rows, reads_codes
+from flexrun.offload.coded_kv import CodedRows, SharedRows, coded_rows, reads_codes, shared_rows
 from flexrun.offload.device import EmulatedDevice
 from flexrun.offload.kv_store import KVStore
 from flexrun.offload.pass_rows import PassRows, Places
@@ -157,7 +157,7 @@ class Activations:
         )
         self.positions = upload("positions", positions)
         self.kv_rows, self.split_rows = {}, {}
-        self.coded_rows: dict[int, CodedRows] = {}
+        self.coded_rows: dict[int, CodedRows | SharedRows] = {}
         self.away_rows: dict[int, AwayRows] = {}
         if self._kv.form is not None:
             self._begin_coded(plan)
@@ -195,6 +195,9 @@ class Activations:
         """Tables of a compressed cache."""
         codes, place, first = reads_codes(self._kv.form), self._accelerator.place, 0
         for rows in plan.micro_batches:
+            if self._kv.micro_batches[rows.index].shared:
+                self.coded_rows[rows.index] = shared_rows(rows.segments, torch.from_numpy(rows.kv_rows), place)
+                continue
             places = self._kv.places(rows.index, rows.segments.kv_start)
             on_host = attended_on_host(self._kv.micro_batches[rows.index])
             direct = codes and (on_host or not self._accelerator.is_separate)

@@ -106,10 +106,11 @@ def attend_staged(
     form: AttentionForm,
     sinks: Tensor | None,
     out: Tensor,
+    lse: Tensor | None = None,
 ) -> None:
     """Attention of the cached rows, over the staging slot ``slab``; made: new records. See attend_coded."""
     put_groups(slab, away.cached, made.records[away.made_cached])
-    attend_coded(query, slab, away.cached, new, form, sinks, out)
+    attend_coded(query, slab, away.cached, new, form, sinks, out, lse)
     store_late(slab, away.cached, new)
 
 
@@ -121,9 +122,10 @@ def attend_fresh(
     form: AttentionForm,
     sinks: Tensor | None,
     out: Tensor,
+    lse: Tensor | None = None,
 ) -> None:
     """The same of prompts that start."""
     slab = CodedSlab(made.form, made.records[away.made_fresh], made.recent)
-    attend_coded(query, slab, away.fresh, new, form, sinks, out)
+    attend_coded(query, slab, away.fresh, new, form, sinks, out, lse)
     if not away.on_host:
         store_late(slab, away.fresh, new)

@@ -217,13 +217,15 @@ def attend_coded(
     form: AttentionForm,
     sinks: Tensor | None,
     out: Tensor,
+    lse: Tensor | None = None,
 ) -> None:
     """Attention of the rows of a micro-batch, after ``store_coded`` and before ``store_late``.
 
-    query, out: [rows, num_heads, head_dim]; new: keys and values of the same rows; sinks: see flexrun.attention.
+    query, out: [rows, num_heads, head_dim]; new: keys and values of the same rows; sinks, lse: see flexrun.attention.
     """
     options = {"scale": form.scale, "window": form.window, "softcap": form.softcap}
-    lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device) if rows.old else None
+    if lse is None and rows.old:
+        lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
     if rows.own_recent is not None:
         attend(query, *slab.recent.flatten(1, 2), rows.own_recent, **options, sinks=sinks, out=out, lse=lse)
     if rows.own_new is not None:
@@ -240,7 +242,7 @@ def attend_coded(
         table, options["sinks"] = rows.decoding, sinks
         recent = slab.recent.flatten(1, 2)
         if not native.attend_coded(
-            query, slab.records, recent, slab.form, table.ctypes.data, table.shape[1], options, out
+            query, slab.records, recent, slab.form, table.ctypes.data, table.shape[1], options, out, lse
         ):
             raise ExecutionError("attention over compressed KV finds no memory", "lower --max-num-seqs")
 
@@ -254,11 +256,74 @@ def take_in_and_attend(
     sinks: Tensor | None,
     out: Tensor,
     name: str,
+    lse: Tensor | None = None,
 ) -> None:
     """All that is to do with the rows of a micro-batch; see store_coded and attend_coded."""
     store_coded(slab, rows, new, name)
-    attend_coded(query, slab, rows, new, form, sinks, out)
+    attend_coded(query, slab, rows, new, form, sinks, out, lse)
     store_late(slab, rows, new)
+
+
+@dataclass(frozen=True)
+class SharedRows:
+    """Rows of prefixes that sequences share, in a slab of the model's dtype that has complete groups as they come back.
+
+    kv_rows: int64, of each row; own, old: queries over their own group, and over all before, old is None where there is
+    nothing; whole: int64, all rows of the groups that these complete. All but queries are rows of the slab.
+    """
+
+    kv_rows: Tensor
+    own: Segments
+    old: Segments | None
+    whole: Tensor
+
+
+def shared_rows(segments: Segments, kv_rows: Tensor, device: torch.device) -> SharedRows:
+    own, old, whole = [], [], []
+    for row, count, kv_start, kv_len in segments.rows:
+        position, end = kv_len - count, row + count
+        while row < end:
+            group, offset = divmod(position, GROUP_TOKENS)
+            length, first = min(GROUP_TOKENS - offset, end - row), kv_start + group * GROUP_TOKENS
+            own.append((row, length, first, offset + length))
+            if group:
+                old.append((row, length, kv_start, group * GROUP_TOKENS, position))
+            if offset + length == GROUP_TOKENS:
+                whole.append(first)
+            row, position = row + length, position + length
+    starts = torch.tensor(whole, dtype=torch.int64)
+    rows = (starts[:, None] + torch.arange(GROUP_TOKENS)).flatten()
+    return SharedRows(kv_rows.to(device), _segments(own), _segments(old), rows.to(device))
+
+
+def attend_shared(
+    query: Tensor,
+    slab: Tensor,
+    rows: SharedRows,
+    new: list[Tensor],
+    format: KVFormat,
+    form: AttentionForm,
+    sinks: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    found: tuple[Tensor, Tensor],
+    name: str,
+) -> None:
+    """Take in rows of prefixes, and attend what these have so far. slab: [2, tokens, heads, head_dim]. found: where to
+    work, like out and lse."""
+    options = {"scale": form.scale, "window": form.window, "softcap": form.softcap}
+    for plane, values in zip(slab, new):
+        plane.index_copy_(0, rows.kv_rows, values)
+    attend(query, *slab, rows.own, **options, sinks=sinks, out=out, lse=lse)
+    for start in range(0, len(rows.whole), DENSE_TOKENS):
+        part = rows.whole[start : start + DENSE_TOKENS]
+        made = torch.empty(len(part) // GROUP_TOKENS, format.record_bytes, dtype=torch.uint8, device=slab.device)
+        quantise_kv(*slab.index_select(1, part).unflatten(1, (-1, GROUP_TOKENS)), format, made, name)
+        slab.index_copy_(1, part, dequantise_kv(made, format, slab.dtype))
+    if rows.old is not None:
+        there, lse_there = found[0].zero_(), found[1].fill_(float("-inf"))
+        attend(query, *slab, rows.old, **options, out=there, lse=lse_there)
+        merge(out, lse, there, lse_there, out, lse)
 
 
 def slab_name(layer: int) -> str:

@@ -137,7 +137,8 @@ class KVStore:
         for place in self.micro_batches:
             there = place.device_tokens(place.capacity_tokens)
             memory, tokens = (device if place.home is Tier.GPU else host), place.capacity_tokens - there
-            self._slabs.append(self._new_slabs(memory, tokens if place.home is not Tier.DISK else 0))
+            tokens = tokens if place.home is not Tier.DISK else 0
+            self._slabs.append(self._new_slabs(memory, tokens, self.form is not None and not place.shared))
             self._device_slabs.append(self._new_slabs(device, there))
         if self.file is not None:
             slabs = len(self._disk_places) * self._spec.num_layers
@@ -147,13 +148,14 @@ class KVStore:
         if any(place.home is not Tier.GPU and place.attend_lane is Lane.GPU for place in self.micro_batches):
             self._device_slots = self._buffer(device, "kv_staging", KV_SLOTS * self._slot_bytes)
 
-    def _new_slabs(self, memory: MemoryTier, tokens: int) -> list[Tensor]:
+    def _new_slabs(self, memory: MemoryTier, tokens: int, compressed: bool = False) -> list[Tensor]:
         """One a layer, in one buffer; none where they would be empty."""
         if not tokens:
             return []
-        layers, slab_bytes, (planes, *row) = self._spec.num_layers, tokens * self._row_bytes, self._spec.kv_planes
+        row_bytes = self._row_bytes if compressed else self._spec.kv_elements_per_token * self._dtype.itemsize
+        layers, slab_bytes, (planes, *row) = self._spec.num_layers, tokens * row_bytes, self._spec.kv_planes
         buffer = self._buffer(memory, "kv", slab_bytes * layers)
-        if self.form is not None:
+        if compressed:
             shape = (tokens // GROUP_TOKENS, self.form.record_bytes)
             return [buffer.view(layer * slab_bytes, shape, torch.uint8) for layer in range(layers)]
         return [buffer.view(layer * slab_bytes, (planes, tokens, *row), self._dtype) for layer in range(layers)]
@@ -162,8 +164,9 @@ class KVStore:
         """In the memory of who attends each micro-batch."""
         planes, *row = self._spec.kv_planes
         on_host = [device is None or attended_on_host(place) for place in self.micro_batches]
+        own = [index for index, place in enumerate(self.micro_batches) if not place.shared]
         for memory, there in ((host, True), (device, False)):
-            chosen = [index for index, here in enumerate(on_host) if here is there]
+            chosen = [index for index in own if on_host[index] is there]
             shape = (self._spec.num_layers, len(chosen), planes, max_sequences, GROUP_TOKENS, *row)
             if chosen:
                 buffer = self._buffer(memory, "kv_recent", torch.Size(shape).numel() * self._dtype.itemsize)

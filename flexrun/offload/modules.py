@@ -14,7 +14,7 @@ from flexrun.models.spec import ModelSpec
 from flexrun.offload.activations import Activations
 from flexrun.offload.away_kv import attend_fresh, attend_staged, complete_away
 from flexrun.offload.batcher import MicroBatchRows
-from flexrun.offload.coded_kv import CodedSlab, slab_name, take_in_and_attend
+from flexrun.offload.coded_kv import CodedSlab, attend_shared, slab_name, take_in_and_attend
 from flexrun.offload.kv_store import KVStore
 from flexrun.offload.pass_rows import PassRows
 from flexrun.offload.token_split import SplitRows
@@ -124,7 +124,8 @@ class Modules:
         rows = activations.rows[step.micro_batch]
         segments, beside = rows.segments, activations.beside_kv.get(step.layer)
         if self._kv.form is not None:
-            self._attend_coded(step, beside)
+            shared = self._kv.micro_batches[step.micro_batch].shared
+            (self._attend_shared if shared else self._attend_coded)(step, beside)
             return
         if rows.split is not None:
             self._attend_above(step, rows.split, beside)
@@ -168,13 +169,24 @@ class Modules:
         own = slice(step.start, step.stop)
         new, form = [kept[own] for kept in activations.new_rows], self._spec.attention_form(step.layer)
         query, out = activations.query[own], activations.attended[own]
+        lse = activations.own_lse[own] if activations.rows[step.micro_batch].prefixes is not None else None
         away = activations.away_rows.get(step.micro_batch)
         if away is not None:
             made = self._made(step.layer, step.micro_batch)
-            attend_staged(query, away, made, slab, new, form, beside, out)
+            attend_staged(query, away, made, slab, new, form, beside, out, lse)
         else:
             rows = activations.coded_rows[step.micro_batch]
-            take_in_and_attend(query, slab, rows, new, form, beside, out, slab_name(step.layer))
+            take_in_and_attend(query, slab, rows, new, form, beside, out, slab_name(step.layer), lse)
+
+    def _attend_shared(self, step: Step, beside: Tensor | None) -> None:
+        """Rows of shared prefixes beside a compressed cache."""
+        activations, own = self._activations, slice(step.start, step.stop)
+        new, form = [kept[own] for kept in activations.new_rows], self._spec.attention_form(step.layer)
+        query, out, lse = activations.query[own], activations.attended[own], activations.own_lse[own]
+        slab, rows = self._kv.slab(step.layer, step.micro_batch), activations.coded_rows[step.micro_batch]
+        found = activations.found_in_prefix[own], activations.prefix_lse[own]
+        name = slab_name(step.layer)
+        attend_shared(query, slab, rows, new, self._kv.form, form, beside, out, lse, found, name)
 
     def _made(self, layer: int, micro_batch: int) -> CodedSlab:
         """The new records of a pass, with the recent rows of a micro-batch."""
@@ -204,7 +216,8 @@ class Modules:
         if self._kv.form is not None:
             query, out = (each[step.start : step.stop] for each in (activations.query, activations.attended))
             away, made = activations.away_rows[step.micro_batch], self._made(step.layer, step.micro_batch)
-            attend_fresh(query, away, made, own, self._spec.attention_form(step.layer), beside, out)
+            lse = activations.own_lse[step.start : step.stop] if rows.prefixes is not None else None
+            attend_fresh(query, away, made, own, self._spec.attention_form(step.layer), beside, out, lse)
             return
         lse = activations.own_lse if rows.prefixes is not None else None
         attend_rows(self._spec, step, rows.fresh, own, beside, activations.query, activations.attended, lse)

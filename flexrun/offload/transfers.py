@@ -149,7 +149,8 @@ class Transfers:
         new, form = [plane[own] for plane in activations.host_new], self._spec.attention_form(step.layer)
         query, out = activations.host_query[own], activations.host_attended[own]
         sinks = activations.host_beside_kv.get(step.layer)
-        take_in_and_attend(query, slab, away.cached, new, form, sinks, out, slab_name(step.layer))
+        lse = activations.host_lse[own] if activations.rows[step.micro_batch].prefixes is not None else None
+        take_in_and_attend(query, slab, away.cached, new, form, sinks, out, slab_name(step.layer), lse)
 
     def _load_hidden(self, step: Step) -> None:
         activations, part = self._activations, slice(step.start, step.stop)

@@ -103,7 +103,8 @@ def attended_on_host(micro_batch: KVMicroBatch) -> bool:
 def coded_kv_of(
     spec: ModelSpec, policy: Policy, micro_batches: tuple[KVMicroBatch, ...], *, on_device: bool
 ) -> dict[Tier, dict[str, int]]:
-    """See coded_kv_bytes."""
+    """See coded_kv_bytes. What sequences share is not compressed."""
+    micro_batches = tuple(micro_batch for micro_batch in micro_batches if not micro_batch.shared)
     on_host = sum(map(attended_on_host, micro_batches))
     away = on_device * sum(micro_batch.home is not Tier.GPU for micro_batch in micro_batches)
     return coded_kv_bytes(spec, policy, len(micro_batches), on_host, away, on_device=on_device)
@@ -337,7 +338,8 @@ def memory_account(
             kv[Tier.DISK] += spec.num_layers * slot_bytes
         else:
             there = micro_batch.device_tokens(micro_batch.capacity_tokens)
-            kv[micro_batch.home] += align_up((micro_batch.capacity_tokens - there) * token_bytes)
+            a_token = spec.num_layers * spec.kv_bytes_per_token if micro_batch.shared else token_bytes
+            kv[micro_batch.home] += align_up((micro_batch.capacity_tokens - there) * a_token)
             kv[Tier.GPU] += align_up(there * token_bytes)
     slabs = spec.num_layers * sum(micro_batch.home is Tier.DISK for micro_batch in micro_batches)
     slots = host_kv_slots(slot_bytes, slabs)

@@ -14,7 +14,6 @@ def why_not_shared(spec: ModelSpec, policy: Policy, *, on_device: bool) -> str |
         ("keys that depend on how long a text may become", any(rope.kind == "longrope" for rope in spec.ropes)),
         ("KV cache that is split by token", on_device and policy.kv_device_tokens_share > 0),
         ("hidden states that wait off the device", on_device and hidden_rows_elsewhere(policy) > 0),
-        ("KV cache in fewer bits", policy.key_value_bits is not None),
     ):
         if holds:
             return reason

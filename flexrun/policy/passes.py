@@ -260,7 +260,7 @@ class _Job:
                 if shared is not None:
                     chain = shared.chain(prompt.prefix)
                     shared.add_chunk(by_home[home], chain, count, attended.setdefault(home, set()))
-                if self.groups is not None:
+                if self.groups is not None and prompt.limit is not None:
                     self.groups.add_chunk(groups, home, prompt.cached, seen)
                 if self.splits and seen > prompt.border:
                     self._add_above(table[-5:], prompt, count)

@@ -24,7 +24,7 @@ def prefix_seconds(costs: StepCosts, window: int, counts: Sequence):
     rates = device.rates_of(spec.dtype)
     pairs = numpy.minimum(pairs, rows * window) if window else pairs
     products = pairs * (spec.prefill_attention_flops_per_pair / rates.prefill_attention_flops_per_second)
-    read = kv_tokens * (costs.kv_bytes / rates.decode_kv_bytes_per_second)
+    read = kv_tokens * (costs.kv.row / rates.decode_kv_bytes_per_second)
     return products + read + costs.merge_seconds(rows) + device.step_overhead_seconds
 
 

@@ -70,8 +70,7 @@ class Programs:
         fixed: Mapping[str, Any],
         features: Features,
     ):
-        kv = Placement(1.0, 0.0) if budgets.on_device else Placement()
-        in_place = Policy(kv=kv, kv_bits=fixed.get("kv_bits", 16))
+        in_place = Policy(kv=Placement(1.0, 0.0) if budgets.on_device else Placement())
         shares = why_not_shared(spec, in_place, on_device=budgets.on_device) is None
         # Programs know of prefixes only that they need not be run or kept again; forecasts know what they cost.
         workload = workload.own() if shares else workload.apart()

@@ -200,12 +200,20 @@ def test_what_is_not_compressed_yet_is_refused_by_name(open_llm, name, fields, s
     assert remedy in caught.value.hint
 
 
-def test_prompts_that_begin_alike_keep_their_own_compressed_cache(run):
-    """Prefixes are shared only by caches that are not compressed."""
-    (header,) = prompts((100,), 4)
-    asked = [header + tail for tail in prompts((30, 50, 9), 5)]
-    expected = [tokens_of(run("llama", [prompt], GREEDY, policy=IN_RAM, kv_bits=4))[0] for prompt in asked]
-    assert tokens_of(run("llama", asked, GREEDY, policy=IN_RAM, kv_bits=4)) == expected
+@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
+def test_prompts_that_begin_alike_share_whole_groups_of_it(open_llm, name):
+    """Two headers in one another: of 100 tokens 64 are shared, of 60 more 64 others. Tokens are those of each alone."""
+    header, more = prompts((100, 60), 4)
+    asked = [header + tail for tail in prompts((30, 90, 9), 5)]
+    asked += [header + more + tail for tail in prompts((40, 5, 60), 6)]
+    apart = open_llm(name, policy=IN_RAM, kv_bits=4, shared_prefixes=False)
+    expected = tokens_of(apart.generate(asked, GREEDY, use_tqdm=False))
+    for how in ("chunks of prompts", "on disk", "on a device", *(how for how in OTHERS if "all around" in how)):
+        llm = open_llm(name, policy=OTHERS[how], kv_bits=4, gpu_memory="64MiB" if "device" in how else 0)
+        assert tokens_of(llm.generate(asked, GREEDY, use_tqdm=False)) == expected, how
+        assert llm._engine.totals.spared_tokens == 5 * 64 + 2 * 64
+        for tier, told in llm.summary()["tiers"].items():
+            assert told["peak_bytes"] == llm.plan.layout.account.total(Tier(tier))
 
 
 @pytest.mark.parametrize(

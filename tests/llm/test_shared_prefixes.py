@@ -126,9 +126,8 @@ def test_prompts_that_are_echoed_are_run_as_a_whole(open_llm):
         ("deepseek_v2", {}, 0),
         ("llama", {"kv_device_tokens_share": 0.5}, 1),
         ("llama", {"hidden": Placement(0, 1), "kv": Placement(1, 0), "token_micro_batch": 8}, 1),
-        ("llama", {"kv_bits": 8}, 0),
     ],
-    ids=["latents", "KV split by token", "hidden states on the host", "8 bits"],
+    ids=["latents", "KV split by token", "hidden states on the host"],
 )
 def test_what_cannot_share_runs_without(open_llm, name, changes, device):
     asked = family(30, 16, 6)
@@ -136,8 +135,7 @@ def test_what_cannot_share_runs_without(open_llm, name, changes, device):
     llm = open_llm(name, policy=policy, gpu_memory="192MiB" if device else 0)
     found = tokens_of(llm.generate(asked, GREEDY, use_tqdm=False))
     assert llm._engine.totals.spared_tokens == 0 and llm._engine.prefix_tokens == 0
-    plain = dataclasses.replace(IN_RAM, kv_bits=policy.kv_bits)
-    assert found == tokens_of(open_llm(name, policy=plain, shared_prefixes=False).generate(asked, GREEDY, False))
+    assert found == tokens_of(open_llm(name, policy=IN_RAM, shared_prefixes=False).generate(asked, GREEDY, False))
 
 
 def test_an_engine_serves_another_job_with_other_prefixes(open_llm):

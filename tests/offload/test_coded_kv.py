@@ -67,6 +67,20 @@ def test_kernels_attend_what_torch_brings_back(kernels, head_dim, heads, group, 
 
 
 @pytest.mark.skipif(not native.available, reason="needs the native kernels")
+def test_kernels_tell_how_much_was_seen():
+    """The log-sum-exp that joins what was attended elsewhere."""
+    form = KVFormat(8, 8, 2, 64)
+    query, slab, segments, places = decoding(form, 2, torch.float32)
+    found = []
+    for direct in (False, True):
+        out, lse = torch.empty_like(query), torch.full(query.shape[:2], float("nan"))
+        rows = coded_rows(segments, places, direct)
+        attend_coded(query, slab, rows, [], AttentionForm(0.125), None, out, lse)
+        found.append(lse)
+    torch.testing.assert_close(*found, rtol=0, atol=1e-4)
+
+
+@pytest.mark.skipif(not native.available, reason="needs the native kernels")
 def test_a_sequence_is_attended_alike_on_any_number_of_threads_and_beside_any_others():
     form = KVFormat(4, 4, 2, 64)
     query, slab, segments, places = decoding(form, 2, torch.float32)
