@@ -9,7 +9,7 @@ import numpy
 from flexrun.llm.intake import Intake
 from flexrun.offload.engine import Engine
 from flexrun.outputs import Request
-from flexrun.placement import why_not_shared
+from flexrun.placement import in_whole_groups, why_not_shared
 from flexrun.prefixes import ROOT, Prefixes, PrefixTree, shareable_tokens
 from flexrun.sampling import SamplingParams
 from flexrun.workload import Workload, longest_answers_first
@@ -64,5 +64,7 @@ def serves(engine: Engine, workload: Workload, planned_rows: int) -> bool:
 def prefixes_at_hand(engine: Engine, workload: Workload | None) -> Prefixes:
     """Those of a workload, where an engine has room for them; else none."""
     if workload is None or workload.prefix_tokens_of(engine.policy.sequences_in_flight) > engine.prefix_tokens:
+        return Prefixes()
+    if not in_whole_groups(engine.policy, workload.prefixes):
         return Prefixes()
     return workload.prefixes

@@ -46,7 +46,7 @@ from flexrun.placement.memory import (
     waiting_hidden_bytes,
     workspace_bytes,
 )
-from flexrun.placement.prefixes import why_not_shared
+from flexrun.placement.prefixes import in_whole_groups, why_not_shared
 from flexrun.placement.weights import (
     PlacedTensor,
     WeightPlacement,
@@ -81,6 +81,7 @@ __all__ = [
     "expert_buffer_bytes",
     "expert_number",
     "host_kv_slots",
+    "in_whole_groups",
     "is_multiplied",
     "kv_block_bytes",
     "kv_bytes_per_token",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from flexrun.compress import GROUP_TOKENS
 from flexrun.config import Policy
 from flexrun.models.spec import ModelSpec
 from flexrun.placement.memory import hidden_rows_elsewhere
+from flexrun.prefixes import Prefixes
 
 
 def why_not_shared(spec: ModelSpec, policy: Policy, *, on_device: bool) -> str | None:
@@ -18,3 +20,8 @@ def why_not_shared(spec: ModelSpec, policy: Policy, *, on_device: bool) -> str |
         if holds:
             return reason
     return None
+
+
+def in_whole_groups(policy: Policy, prefixes: Prefixes) -> bool:
+    """Whether prefixes end where groups of a compressed cache do; where it is not compressed they may end anywhere."""
+    return policy.key_value_bits is None or not (prefixes.lengths % GROUP_TOKENS).any()

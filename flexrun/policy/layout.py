@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from flexrun.compress import GROUP_TOKENS
 from flexrun.config import Policy
 from flexrun.core import Tier, format_bytes
 from flexrun.errors import BudgetError
@@ -14,6 +13,7 @@ from flexrun.placement import (
     KVMicroBatch,
     MemoryAccount,
     WeightPlacement,
+    in_whole_groups,
     kv_micro_batches,
     least_ring_bytes,
     memory_account,
@@ -61,8 +61,11 @@ class Layout:
         """The layout of a policy. Raises BudgetError where it places something on a GPU that is not there."""
         on_device = budgets.on_device
         prefix_tokens = 0
-        fits = policy.key_value_bits is None or not (workload.prefixes.lengths % GROUP_TOKENS).any()
-        if workload.shares and fits and why_not_shared(spec, policy, on_device=on_device) is None:
+        if (
+            workload.shares
+            and in_whole_groups(policy, workload.prefixes)
+            and why_not_shared(spec, policy, on_device=on_device) is None
+        ):
             prefix_tokens = workload.prefix_tokens_of(policy.sequences_in_flight)
         else:
             workload = workload.apart()
