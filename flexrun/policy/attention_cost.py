@@ -15,6 +15,9 @@ from flexrun.hardware import Processor
 from flexrun.models.spec import ModelSpec
 from flexrun.steps import MicroBatchShape
 
+# Kernels go by blocks: each row of a prompt also multiplies so many keys that its mask hides. CPU kernels, prompts of 32 to
+# 1,024 tokens; what a profile measures is a prompt of PROFILED_TOKENS, and only what the mask leaves counts there.
+HIDDEN_KEYS, PROFILED_TOKENS = 80, 512
 NAMES = ("query_tokens", "kv_tokens", "query_kv_pairs", "decode_tokens", "decode_kv_tokens")
 
 
@@ -46,8 +49,14 @@ def attention_seconds(
     read = kv_bytes / rates.decode_kv_bytes_per_second
     products = spec.decode_attention_flops_per_pair / flops_per_second
     decode = decode_pairs * max(read + products / 2, products)
-    prefill = prefill_pairs * (spec.prefill_attention_flops_per_pair / flops_per_second)
+    hidden_pairs = HIDDEN_KEYS * (prefill_pairs > 0) * (counts[0] - counts[3])
+    prefill = (prefill_pairs + hidden_pairs) * spec.prefill_attention_flops_per_pair / unmasked(flops_per_second)
     return decode + prefill + processor.step_overhead_seconds
+
+
+def unmasked(flops_per_second: float) -> float:
+    """Rate of the products that are made, out of a profile's rate of those that count."""
+    return flops_per_second * (1 + 2 * HIDDEN_KEYS / PROFILED_TOKENS)
 
 
 def layers_seconds(

@@ -32,10 +32,10 @@ ROW_READ_SECONDS = 4e-6  # one embedding row out of the page cache
 SEQUENCE_SECONDS = 22e-6  # planning one sequence's part of a pass
 PASS_SECONDS = 1.2e-3  # planning a pass, apart from its sequences
 TOKEN_SECONDS = 30e-6  # appending one sampled token and making its text
-STORE_SECONDS, STORE_SEQUENCE_SECONDS = 6e-5, 3.5e-6  # the executor's own work around the projections of a layer
+STORE_SECONDS, STORE_SEQUENCE_SECONDS = 6e-5, 3e-7  # the executor's own work around the projections of a layer
 # Steps in a run against each timed by itself, measured on a CPU by benchmarks/forecast.py: modules find other data in
-# the cache, attention meets short contexts, reads wait for one another's ends.
-CPU_IN_RUN, CPU_ATTENTION_IN_RUN, DISK_IN_RUN = 1.09, 1.6, 1.14
+# the cache, reads wait for one another's ends.
+CPU_IN_RUN, DISK_IN_RUN = 1.09, 1.14
 MERGE_ACCESSES = 4  # of each value in float32, where what was attended in two places is joined
 
 
@@ -101,8 +101,6 @@ class StepCosts:
         if step.kind in (StepKind.READ_WEIGHTS, StepKind.READ_KV):
             return seconds * DISK_IN_RUN
         on_cpu = step.lane is Lane.CPU or (step.lane is Lane.GPU and self.device is self.hardware.cpu)
-        if step.kind in ATTENDS and on_cpu:
-            return seconds * CPU_ATTENTION_IN_RUN
         if step.kind is StepKind.ATTENTION_INPUTS and on_cpu:
             seconds += STORE_SECONDS + STORE_SEQUENCE_SECONDS * min(step.rows, self.policy.sequences_in_flight)
         return seconds * CPU_IN_RUN if on_cpu else seconds
