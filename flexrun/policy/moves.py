@@ -139,13 +139,15 @@ def _other_attention(policy: Policy, programs: Programs, free: set[str]) -> Iter
 def _near(weights: Placement) -> Iterator[Placement]:
     """Fewer weights on the fastest tier in use, and a little more: which tensors move changes how evenly they move.
 
-    In simple fractions every so many tensors are alike, and the lanes fall into step.
+    In simple fractions every so many tensors are alike, and the lanes fall into step; the next one up may fit with a
+    shorter ring.
     """
     faster = weights.gpu if weights.gpu else weights.cpu
     if not 0 < faster < 1:
         return
     shares = [math.floor(faster * parts - 1e-9) / parts for parts in SIMPLE_PARTS]
     shares += [faster + step for step in (-0.02, -0.04, -0.06, -0.1, 0.02)]
+    shares += [math.ceil(faster * parts + 1e-9) / parts for parts in SIMPLE_PARTS[:2]]
     for share in dict.fromkeys(round(min(max(share, 0.0), 1.0), 4) for share in shares):
         if weights.gpu:
             cpu = min(weights.cpu, 1.0 - share) if weights.disk else 1.0 - share
