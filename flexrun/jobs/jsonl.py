@@ -55,6 +55,7 @@ NEUTRAL_VALUES = {
     "best_of": (1,),
     "suffix": ("",),
 }
+MOST_NESTED = 200  # lists and objects one within another: Python's own limit depends on where it is met
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -87,10 +88,14 @@ def decode_line(raw: bytes) -> dict[str, Any]:
         raise RequestError(f"not valid UTF-8 at byte {error.start} of the line", code="invalid_utf8") from error
     try:
         values = _DECODER.decode(text)
-    except (ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise _too_nested() from error
+    except ValueError as error:
         raise RequestError(f"not valid JSON: {error}", code="invalid_json") from error
     if not isinstance(values, dict):
         raise RequestError(f"expected a JSON object, got {_kind(values)}", code="invalid_json")
+    if raw.count(b"[") + raw.count(b"{") > MOST_NESTED and _is_nested_deeper(values, MOST_NESTED):
+        raise _too_nested()
     if _SURROGATE.search(raw):
         try:
             json.dumps(values, ensure_ascii=False).encode("utf-8")
@@ -99,6 +104,22 @@ def decode_line(raw: bytes) -> dict[str, Any]:
                 "a string holds half of a surrogate pair (\\ud800-\\udfff)", code="invalid_utf8"
             ) from error
     return values
+
+
+def _is_nested_deeper(values: Any, levels: int) -> bool:
+    level = [values]
+    for _ in range(levels):
+        level = [
+            each
+            for outer in level
+            for each in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(each, (dict, list))
+        ]
+    return bool(level)
+
+
+def _too_nested() -> RequestError:
+    return RequestError(f"more than {MOST_NESTED} lists and objects one within another", code="invalid_json")
 
 
 def line_id(values: Mapping, line: int) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -11,6 +10,8 @@ from flexrun.core import nearest_name
 from flexrun.errors import RequestError, UnsupportedError
 
 GREEDY_BELOW = 1e-5  # temperatures under this are greedy
+MOST_CHOICES = 1 << 14  # of one prompt: each is a sequence of its own in every plan
+MOST_WHOLE = (1 << 63) - 1  # what an int64 holds
 
 # Options of the same vocabulary that would change the tokens and that flexrun does not run.
 UNSUPPORTED_OPTIONS = frozenset(
@@ -36,7 +37,7 @@ UNSUPPORTED_OPTIONS = frozenset(
 class SamplingParams:
     """How one request is sampled and when it stops; names, defaults and meanings are vLLM's.
 
-    n: choices generated from the prompt; more than one needs a temperature above 0.
+    n: choices generated from the prompt, at most MOST_CHOICES; more than one needs a temperature above 0.
     temperature: divides the logits; below 1e-5 the highest logit wins (greedy).
     top_k: keep the k likeliest tokens; 0 or -1 keeps all.
     top_p: keep the likeliest tokens until their probability reaches top_p, in (0, 1].
@@ -76,7 +77,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
 
     def __post_init__(self):
-        self._check_whole("n", 1)
+        self._check_whole("n", 1, MOST_CHOICES)
         self._check_number("temperature", 0.0, 1e6, hint="0 is greedy; 1 samples the model's own distribution")
         self._check_whole("top_k", -1, hint="use a count of tokens, or 0 or -1 to keep every token")
         self._check_number("top_p", 0.0, 1.0, above_lowest=True, hint="1.0 keeps every token")
@@ -86,7 +87,7 @@ class SamplingParams:
             hint = "leave it null to generate up to the model's context; 0 needs prompt_logprobs"
             self._check_whole("max_tokens", 0 if scored else 1, hint=hint)
         self._check_whole("min_tokens", 0)
-        self._check_number("repetition_penalty", 0.0, math.inf, above_lowest=True, hint="1.0 means no penalty")
+        self._check_number("repetition_penalty", 1e-6, 1e6, hint="1.0 means no penalty")
         self._check_number("presence_penalty", -2.0, 2.0)
         self._check_number("frequency_penalty", -2.0, 2.0)
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
@@ -156,31 +157,31 @@ class SamplingParams:
             raise self._refusal("stop", "contains an empty string, which would end every text at once", "remove it")
         object.__setattr__(self, "stop", tuple(stop))
         token_ids = () if self.stop_token_ids is None else self.stop_token_ids
-        if not _is_list(token_ids) or not all(_is_whole(token) and token >= 0 for token in token_ids):
+        if not _is_list(token_ids) or not all(_is_whole(token) and 0 <= token <= MOST_WHOLE for token in token_ids):
             raise self._refusal("stop_token_ids", "must be a list of token ids (whole numbers from 0)")
         object.__setattr__(self, "stop_token_ids", tuple(token_ids))
 
-    def _check_whole(self, name: str, lowest: int, hint: str | None = None):
+    def _check_whole(self, name: str, lowest: int, highest: int = MOST_WHOLE, hint: str | None = None):
         value = getattr(self, name)
-        if not _is_whole(value) or value < lowest:
-            raise self._refusal(name, f"must be a whole number of at least {lowest}", hint)
+        if not _is_whole(value) or not lowest <= value <= highest:
+            end = f", and at most {highest}" if _is_whole(value) and value > highest else ""
+            raise self._refusal(name, f"must be a whole number of at least {lowest}{end}", hint)
 
     def _check_number(self, name: str, lowest: float, highest: float, above_lowest=False, hint: str | None = None):
         value = getattr(self, name)
         fits = (
             isinstance(value, (int, float))
             and not isinstance(value, bool)
-            and math.isfinite(value)
             and (lowest < value if above_lowest else lowest <= value)
             and value <= highest
         )
         if not fits:
             start = f"above {lowest:g}" if above_lowest else f"from {lowest:g}"
-            end = "" if math.isinf(highest) else f" to {highest:g}"
-            raise self._refusal(name, f"must be a number {start}{end}", hint)
+            raise self._refusal(name, f"must be a number {start} to {highest:g}", hint)
 
     def _refusal(self, name: str, complaint: str, hint: str | None = None) -> RequestError:
-        return RequestError(f"{name}={getattr(self, name)!r} {complaint}", hint or f"see {name} in SamplingParams")
+        shown = f"{name}={getattr(self, name)!r:.80}"
+        return RequestError(f"{shown} {complaint}", hint or f"see {name} in SamplingParams")
 
 
 def _is_whole(value) -> bool:

@@ -31,6 +31,7 @@ def good_line(draw: random.Random, name: str, texts: bool) -> dict:
     shapes = [
         {"prompt_token_ids": ids, **options},
         {"prompt": ids, **options, "label": "ü\u2028"},
+        {"prompt": ids, **options, "label": json.loads('{"a": [' * 50 + "]}" * 50)},
         {"method": "POST", "url": "/v1/completions", "body": {"prompt": ids, **options}},
     ]
     if texts:
@@ -72,6 +73,13 @@ WRONG = [  # replaced or added in a bare line of token ids
     {"top_k": 2.5},
     {"n": 0},
     {"n": 10**9},
+    {"n": 10**9, "temperature": 1},
+    {"n": 10**30, "temperature": 1},
+    {"temperature": 10**400},
+    {"top_k": 10**30},
+    {"max_tokens": 10**30},
+    {"repetition_penalty": 1e300},
+    {"stop_token_ids": [10**30]},
     {"seed": "x"},
     {"seed": {}},
     {"stop": 5},
@@ -110,7 +118,7 @@ def broken_line(draw: random.Random, name: str) -> bytes:
         return draw.choice([b"null", b"[]", b"3", b'"x"', b"{}", b"[" * 3000, b'{"a":' * 3000, b"NaN", b"\xed\xa0\x80"])
     if kind == 7:
         return raw[:-1] + draw.choice(
-            [b', "x": NaN}', b', "x": 1e999}', b', "x": "\\ud800"}', b', "x": "\xc3"}', b",}"]
+            [b', "x": NaN}', b', "x": ' + b"[" * 300 + b"]" * 300 + b"}", b', "x": 1e999}', b', "x": "\\ud800"}', b', "x": "\xc3"}', b",}"]
         )
     return raw + draw.choice([b"{}", b",", b"]", b"\x00", raw])
 

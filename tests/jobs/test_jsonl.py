@@ -178,6 +178,7 @@ def test_bad_lines_are_named(values, code, match):
         (b'{"prompt": "a", "x": NaN}', "invalid_json"),
         (b'{"prompt": "a", "x": 1e999}', "invalid_json"),
         (b"[" * 100_000, "invalid_json"),
+        (b'{"prompt": "a", "x": ' + b"[" * 200 + b"]" * 200 + b"}", "invalid_json"),
         (b'{"prompt": "\xff"}', "invalid_utf8"),
         (b'{"prompt": "\\ud83d"}', "invalid_utf8"),
     ],
