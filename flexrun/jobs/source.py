@@ -35,7 +35,9 @@ def open_source(path: str | Path) -> BinaryIO:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ConfigError(f"input file {path} is not a whole gzip file: {error}", "copy the file again") from error
     except OSError as error:
-        raise ConfigError(f"input file {path} cannot be read: {error.strerror or error}") from error
+        raise ConfigError(
+            f"input file {path} cannot be read: {error.strerror or error}", "give a file of lines that you may read"
+        ) from error
     if source.read(2) in _UTF16_BOMS:
         source.close()
         raise ConfigError(f"input file {path} is UTF-16", "convert it to UTF-8: iconv -f UTF-16 -t UTF-8")

@@ -138,9 +138,11 @@ class Intake:
         """
         params = request.params or SamplingParams()
         ids = numpy.array(self.encode(request) if prompt_ids is None else prompt_ids, dtype=numpy.int64)
-        stops = set(params.stop_token_ids)
-        if not params.ignore_eos:
-            stops |= self._files.stop_token_ids
+        vocabulary = range(self._files.spec.vocab_size)
+        stops = {*params.stop_token_ids, *(() if params.ignore_eos else self._files.stop_token_ids)}
+        stops = {token for token in stops if token in vocabulary}
+        if params.min_tokens and len(stops) >= len(vocabulary):
+            raise RequestError("stop_token_ids are the whole vocabulary: none is left for min_tokens", "leave one out")
         if params.stop and self._files.tokenizer is None:
             raise RequestError("stop strings need a tokenizer", "use stop_token_ids", "no_tokenizer")
         group = Group(

@@ -15,6 +15,7 @@ from flexrun.llm import LLM, open_model
 from flexrun.sampling import SamplingParams
 
 VOCABULARY = 64  # ids that both models of these tests have
+DEEP = b', "x": ' + b"[" * 300 + b"]" * 300 + b"}"
 SAMPLED = {"temperature": 0.8, "top_p": 0.9, "seed": 5}
 
 
@@ -118,7 +119,7 @@ def broken_line(draw: random.Random, name: str) -> bytes:
         return draw.choice([b"null", b"[]", b"3", b'"x"', b"{}", b"[" * 3000, b'{"a":' * 3000, b"NaN", b"\xed\xa0\x80"])
     if kind == 7:
         return raw[:-1] + draw.choice(
-            [b', "x": NaN}', b', "x": ' + b"[" * 300 + b"]" * 300 + b"}", b', "x": 1e999}', b', "x": "\\ud800"}', b', "x": "\xc3"}', b",}"]
+            [b', "x": NaN}', DEEP, b', "x": 1e999}', b', "x": "\\ud800"}', b', "x": "\xc3"}', b",}"]
         )
     return raw + draw.choice([b"{}", b",", b"]", b"\x00", raw])
 

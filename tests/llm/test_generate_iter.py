@@ -31,6 +31,18 @@ def test_a_pile_of_refusals_is_handed_on_as_it_is_met(open_llm):
     assert len(rest) == 2000 and rest[-1].error is None
 
 
+def test_stop_tokens_beside_the_vocabulary_stop_nothing(open_llm):
+    llm, vocab_size = open_llm("llama"), open_llm("llama").files.spec.vocab_size
+    stops = {"beside": [vocab_size, 2**63 - 1], "none": [], "all": list(range(vocab_size))}
+    requests = [
+        Request(name, token_ids=[5, 6], params=SamplingParams(temperature=0, min_tokens=3, stop_token_ids=ids))
+        for name, ids in stops.items()
+    ]
+    found = {output.request_id: output for output in llm.generate_iter(requests)}
+    assert found["beside"].outputs[0].token_ids == found["none"].outputs[0].token_ids
+    assert "leave one out" in found["all"].error.hint
+
+
 def test_a_run_that_is_cut_short_is_not_judged_by_the_answers_it_had(open_llm):
     params = [SamplingParams(temperature=0, max_tokens=length, ignore_eos=True) for length in (2, 30)]
     requests = [Request(str(number), token_ids=[5, 6], params=each) for number, each in enumerate(params)]
