@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from flexrun import __version__
 from flexrun.cli import bench, bench_helm, eval_perplexity, plan, profile, quantize, run
 from flexrun.cli.parser import Parser
+from flexrun.cli.stopping import INTERRUPTED, signals_end_at_once, sigterm_interrupts
 from flexrun.cli.style import print_error
 from flexrun.errors import ExecutionError, FlexrunError
 from flexrun.openmp import import_torch
@@ -28,7 +29,7 @@ COMMANDS = {
     "eval-perplexity": eval_perplexity,
 }
 
-DONE, SOME_FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+SOME_FAILED, USAGE = 1, 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,14 +40,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as ending:  # argparse leaves this way after --help, --version and errors
         return int(ending.code or 0)
     args.command_line = command_line
-    import_torch()
+    with signals_end_at_once():
+        import_torch()
     try:
-        return args.call(args)
+        with sigterm_interrupts():
+            return args.call(args)
     except FlexrunError as error:
         print_error(error.message, error.hint)
         return SOME_FAILED if isinstance(error, ExecutionError) else USAGE
     except KeyboardInterrupt:
-        print_error("interrupted", "nothing that was written is lost; go on with --resume")
+        resume = "nothing that was written is lost; go on with --resume"
+        print_error("interrupted", resume if args.call is run.call else "run it again")
         return INTERRUPTED
     except BrokenPipeError:  # the reader of stdout went away, as in "flexrun ... | head"
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

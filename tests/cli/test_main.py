@@ -53,3 +53,14 @@ def test_help_loads_nothing_heavy():
 def test_module_is_the_command():
     done = subprocess.run([sys.executable, "-m", "flexrun", "--version"], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, f"flexrun {__version__}\n")
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_while_libraries_are_imported_is_no_traceback(name):
+    program = (
+        f"import os, signal; from flexrun import cli; cli.import_torch = lambda: os.kill(os.getpid(), signal.{name})\n"
+        "cli.main(['run', '-i', 'a', '-o', 'b', '--model', 'm'])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130
+    assert done.stderr == "error: interrupted\n\nhint: nothing was begun; run it again\n"

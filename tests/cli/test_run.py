@@ -169,6 +169,17 @@ def test_ctrl_c_says_how_to_go_on_and_doing_so_ends_the_job(flexrun, engine, fil
     assert code == 0 and len(files.output.read_text().splitlines()) == 2
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_weights_are_loaded_lets_go_of_the_output(flexrun, engine, files, monkeypatch, number):
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "prepare", lambda self, workload: os.kill(os.getpid(), number))
+        code, _, err = flexrun()
+    assert code == 130 and "--resume" in err and signal.getsignal(number) is before
+    assert not list(files.folder.glob("*.lock"))
+    assert flexrun("--resume")[0] == 0
+
+
 def test_interrupt_before_any_answer(flexrun, engine):
     def interrupt(request):
         raise KeyboardInterrupt
