@@ -93,6 +93,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def call(args: argparse.Namespace) -> int:
+    from flexrun.jobs.files import check_distinct
     from flexrun.jobs.report import TRACE_FILE
     from flexrun.jobs.runner import JobConfig, run_job
     from flexrun.jobs.summary import format_summary
@@ -102,6 +103,16 @@ def call(args: argparse.Namespace) -> int:
     gc.freeze()  # what libraries brought stays: a collection that went through it would stop every lane for 0.2 s
     if args.output_file == "-" and args.output_json == "-":
         raise ConfigError("-o - and --output-json - both want stdout", "send one of them to a file")
+    check_distinct(
+        {
+            "the input file": args.input_file,
+            "the output file": args.output_file,
+            "the error file": args.error_file,
+            "the summary file": args.output_json,
+            "the trace file": args.trace,
+            "the expert profile": args.save_expert_profile,
+        }
+    )
     template = None if args.chat_template is None else _read(args.chat_template)
     given = {name: getattr(args, name) for name in SAMPLING_FLAGS}
     config = JobConfig(

@@ -7,8 +7,9 @@ import fcntl
 import json
 import os
 import shlex
+import stat
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -16,7 +17,7 @@ from typing import BinaryIO
 import numpy as np
 
 from flexrun.errors import ConfigError
-from flexrun.jobs.records import record_job, record_lengths, record_line
+from flexrun.jobs.records import RECORD_START, record_job, record_lengths, record_line
 
 MOST_SHOWN = 20
 COPY_BYTES = 1 << 20
@@ -76,7 +77,8 @@ class WrittenRecords:
 def read_records(path: Path) -> WrittenRecords:
     """Scan a result file. A last line that is torn is left out (``end`` is before it).
 
-    Raises ConfigError for lines that are no record of ours with records after them.
+    Raises ConfigError for lines that are no record of ours with records after them, and for a file that holds none and
+    does not begin as one: what a resume takes for torn it cuts off.
     """
     lines, offsets, sizes, answered, answers = array("q"), array("q"), array("q"), bytearray(), array("q")
     end = offset = 0
@@ -112,9 +114,40 @@ def read_records(path: Path) -> WrittenRecords:
             "take such lines out, and --resume answers them again: "
             f"sed -i '{';'.join(f'{number}d' for number in shown)}' {shlex.quote(str(path))}",
         )
+    if doubtful and not lines and not _begins_as_record(path):
+        raise ConfigError(
+            f"{path} holds no answers of flexrun", "resume with the output file of the job, or name a new one without"
+        )
     columns = [np.array(column, dtype=np.int64) for column in (lines, offsets, sizes)]
     answers = np.array(answers, dtype=np.int64).reshape(-1, 3)
     return WrittenRecords(*columns, np.frombuffer(bytes(answered), dtype=bool), answers, end, frozenset(jobs))
+
+
+def _begins_as_record(path: Path) -> bool:
+    """Whether the first record may have been torn here; what never reached the disk is zeros."""
+    with open(path, "rb") as file:
+        start = file.read(len(RECORD_START))
+    return RECORD_START.startswith(start) or not start.strip(b"\0")
+
+
+def check_distinct(files: Mapping[str, str | None]) -> None:
+    """files: path by what it is for. Raises ConfigError where two are one file by whatever names: one would replace the
+    other."""
+    purposes: dict[object, str] = {}
+    for purpose, path in files.items():
+        if path is None or path == "-":
+            continue
+        place = os.path.realpath(path)
+        try:
+            status = os.stat(place)
+            if not stat.S_ISREG(status.st_mode):
+                continue
+            place = status.st_dev, status.st_ino
+        except OSError:
+            pass
+        if place in purposes:
+            raise ConfigError(f"{purposes[place]} and {purpose} are the same: {path}", f"name another {purpose[4:]}")
+        purposes[place] = purpose
 
 
 def rewrite_records(path: Path, records: WrittenRecords, order: Iterable[int]) -> None:

@@ -16,6 +16,8 @@ from flexrun.jobs.jsonl import PromptLine
 from flexrun.outputs import CompletionOutput, Logprob, RequestOutput
 
 OBJECTS = {"chat": ("chat.completion", "chatcmpl"), "completion": ("text_completion", "cmpl")}
+_ID_START = "batch_req_"
+RECORD_START = f'{{"id": "{_ID_START}'.encode()  # of a record's line
 LEAST_LOGPROB = -9999.0  # JSON has no -infinity; OpenAI and vLLM write this
 
 
@@ -75,7 +77,7 @@ def record_job(record: dict[str, Any]) -> str:
 
 
 def _envelope(job_id, line, custom_id, response, error, metadata) -> dict[str, Any]:
-    record = {"id": f"batch_req_{job_id}_{line}", "custom_id": custom_id, "response": response, "error": error}
+    record = {"id": f"{_ID_START}{job_id}_{line}", "custom_id": custom_id, "response": response, "error": error}
     if metadata:
         record["metadata"] = metadata
     return record

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy as np
 from flexrun import __version__
 from flexrun.errors import ConfigError, FlexrunError
 from flexrun.jobs.encoder import PromptEncoder
+from flexrun.jobs.files import check_distinct
 from flexrun.jobs.index import ORDERS, JobIndex, LineError, index_job
 from flexrun.jobs.journal import CHOSEN, Journal, Recovered
 from flexrun.jobs.outlook import Outlook
@@ -69,8 +71,9 @@ class JobConfig:
             raise ConfigError("--retry-errors only means something with --resume", "add --resume")
         if self.preserve_order and self.output_file == "-":
             raise ConfigError("--preserve-order cannot rewrite stdout", "use --order input, or write to a file")
-        if self.input_file == self.output_file != "-":
-            raise ConfigError("the input file and the output file are the same", "name another output file")
+        check_distinct(
+            {"the input file": self.input_file, "the output file": self.output_file, "the error file": self.error_file}
+        )
 
 
 def run_job(
@@ -179,6 +182,7 @@ class _Job:
             "max_model_len": model.max_model_len,
             "input_sha256": index.input_sha256,
             "return_token_ids": config.return_token_ids,
+            "error_file": config.error_file and Path(config.error_file).name,
             "sampling": dataclasses.asdict(config.sampling),
             **config.identity,
         }

@@ -143,6 +143,13 @@ def test_two_users_of_stdout_are_refused(flexrun):
     assert code == 2 and "stdout" in err
 
 
+@pytest.mark.parametrize("flag", ["--output-json", "--trace", "--save-expert-profile", "--error-file"])
+def test_nothing_is_written_over_the_prompts_or_the_answers(flexrun, files, flag):
+    for path in (files.source, files.output):
+        code, _, err = flexrun(flag, str(path), "--overwrite")
+        assert code == 2 and "are the same" in err and "hint: name another" in err
+
+
 @pytest.mark.parametrize(
     "error, expected", [(BudgetError("too small", "raise it"), 2), (ExecutionError("read", "h"), 1)]
 )

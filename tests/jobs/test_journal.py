@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import time
+from contextlib import closing
 
 import pytest
 
@@ -224,6 +225,33 @@ def test_unusable_paths_are_config_errors(tmp_path):
         Journal(tmp_path / "out.jsonl", tmp_path / "out.jsonl")
     with pytest.raises(ConfigError, match="cannot be resumed"):
         Journal("-", resume=True)
+
+
+@pytest.mark.parametrize(
+    "content", [b"hello\n", b'{"prompt": "a"}\n{"prompt": "b"}\n', b'{"id": "x", "response": null}\n']
+)
+def test_a_file_of_something_else_is_not_taken_for_a_torn_output(tmp_path, content):
+    output = tmp_path / "notes.jsonl"
+    output.write_bytes(content)
+    for errors in (None, output):
+        paths = (output, None) if errors is None else (tmp_path / "out.jsonl", errors)
+        with (
+            closing(Journal(*paths, resume=True)) as journal,
+            pytest.raises(ConfigError, match="no answers of flexrun"),
+        ):
+            (tmp_path / "out.jsonl.manifest.json").write_text(json.dumps(MANIFEST))
+            journal.recover(MANIFEST)
+    assert output.read_bytes() == content
+
+
+@pytest.mark.parametrize("torn", [b"\0" * 40, b'{"id": "batch_req_1', b'{"i'])
+def test_a_torn_first_record_is_cut_off(tmp_path, torn):
+    output = tmp_path / "out.jsonl"
+    output.write_bytes(torn)
+    (tmp_path / "out.jsonl.manifest.json").write_text(json.dumps(MANIFEST))
+    with closing(Journal(output, resume=True)) as journal:
+        assert journal.recover(MANIFEST).answered_count == 0
+    assert output.read_bytes() == b""
 
 
 def test_devices_are_written_without_lock_or_manifest():

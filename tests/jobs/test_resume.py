@@ -143,6 +143,7 @@ def test_a_limited_job_can_be_resumed_without_the_limit(run, make_llm):
         ({"model_name": "other"}, "model"),
         ({"sampling": SamplingParams(temperature=0.0, max_tokens=3)}, "max_tokens"),
         ({"identity": {"dtype": "float32"}}, "dtype"),
+        ({"error_file": "errors.jsonl"}, "error_file"),
     ],
 )
 def test_resume_with_other_settings_is_refused(run, change, named):

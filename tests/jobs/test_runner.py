@@ -197,6 +197,17 @@ def test_settings_that_cannot_work(settings, match):
         JobConfig(**{"input_file": "in", "output_file": "out", "model_name": "m", **settings})
 
 
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_an_output_that_would_replace_the_input_is_refused(tmp_path, link):
+    source, other = tmp_path / "in.jsonl", tmp_path / "other.jsonl"
+    source.write_text('{"prompt": "a"}\n')
+    link(source, other)
+    for settings in ({"output_file": str(other)}, {"output_file": "out", "error_file": f"{tmp_path}/./in.jsonl"}):
+        with pytest.raises(ConfigError, match="are the same"):
+            JobConfig(str(source), model_name="m", overwrite=True, **settings)
+    JobConfig("/dev/null", "/dev/null", "m")
+
+
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_requests(model, make_llm, tmp_path):
     def peak_bytes(count):
