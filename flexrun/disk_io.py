@@ -20,7 +20,7 @@ import torch
 from flexrun.core import PAGE_BYTES, align_up
 from flexrun.errors import ExecutionError
 
-BLOCK_BYTES = 4 << 20
+BLOCK_BYTES = 4 << 20  # of a request, at most
 O_DIRECT = getattr(os, "O_DIRECT", 0)
 _NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT)  # what refusing O_TMPFILE looks like
 _NAMELESS = ".flexrun-nameless-"
@@ -153,14 +153,15 @@ def _open_nameless(folder: Path) -> int:
 
 
 def blocks_of(file: DirectFile, offset: int, nbytes: int, target: torch.Tensor) -> list[Block]:
-    """Split one tensor's read into blocks. ``target``: uint8, page-aligned, at least the padded size."""
+    """Split one tensor's read into blocks of equal size. ``target``: uint8, page-aligned, at least the padded size."""
     padded = align_up(nbytes)
     if target.numel() < padded or target.data_ptr() % PAGE_BYTES:
         raise ExecutionError("direct read into memory that is too small or not page-aligned")
     address = target.data_ptr()
+    count = max(-(-padded // BLOCK_BYTES), 1)
+    size = max(align_up(-(-padded // count)), PAGE_BYTES)
     return [
-        Block(file, offset + start, min(BLOCK_BYTES, padded - start), address + start)
-        for start in range(0, padded, BLOCK_BYTES)
+        Block(file, offset + start, min(size, padded - start), address + start) for start in range(0, padded, size)
     ]
 
 
@@ -179,6 +180,9 @@ class RowFile:
         Raises ExecutionError on an error or a short read.
         """
         view = memoryview(target.numpy()).cast("B")
+        for row in rows if len(rows) > 1 else ():  # those that the page cache lacks are then read all at once
+            start = self._offset + row * self.row_bytes
+            os.posix_fadvise(self._descriptor, start, self.row_bytes, os.POSIX_FADV_WILLNEED)
         for place, row in enumerate(rows):
             window = view[place * self.row_bytes : (place + 1) * self.row_bytes]
             try:

@@ -57,6 +57,12 @@ def test_large_reads_are_split_into_blocks(content, monkeypatch):
     target = Buffer.outside_budget(5 * PAGE_BYTES)
     blocks = blocks_of(DirectFile(path), PAGE_BYTES, 4 * PAGE_BYTES + 1, target.data)
     assert [block.nbytes for block in blocks] == [2 * PAGE_BYTES, 2 * PAGE_BYTES, PAGE_BYTES]
+    monkeypatch.setattr(disk_io, "BLOCK_BYTES", 4 * PAGE_BYTES)  # in equal ones, not 4 pages and 1
+    assert [block.nbytes for block in blocks_of(blocks[0].file, 0, 5 * PAGE_BYTES, target.data)] == [
+        3 * PAGE_BYTES,
+        2 * PAGE_BYTES,
+    ]
+    assert not blocks_of(blocks[0].file, 0, 0, target.data)
     for block in reversed(blocks):
         block.read()
     assert torch.equal(target.data, data[PAGE_BYTES : 6 * PAGE_BYTES])
@@ -268,6 +274,19 @@ def test_rows_are_gathered(content):
         rows.read_rows([99999], target)
     rows.close()
     rows.close()
+
+
+def test_all_rows_are_on_their_way_before_the_first_is_waited_for(content, monkeypatch):
+    path, data = content
+    rows, calls = RowFile(path, 0, 24), []
+    fadvise, preadv = os.posix_fadvise, os.preadv
+    monkeypatch.setattr(os, "posix_fadvise", lambda *given: (calls.append(given[1:]), fadvise(*given)))
+    monkeypatch.setattr(os, "preadv", lambda *given: (calls.append("read"), preadv(*given))[1])
+    target = torch.zeros(2, 24, dtype=torch.uint8)
+    rows.read_rows([7, 90], target)
+    rows.close()
+    assert calls == [*((row * 24, 24, os.POSIX_FADV_WILLNEED) for row in (7, 90)), "read", "read"]
+    assert torch.equal(target[1], data[90 * 24 : 91 * 24])
 
 
 def test_a_failing_row_read_names_file_and_row(tmp_path, monkeypatch):

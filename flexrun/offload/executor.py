@@ -70,6 +70,8 @@ class Executor:
         self._progress = Progress()
         lanes = [Lane.DISK_READ] + ([Lane.H2D, Lane.D2H, Lane.CPU] if device is not None else [])
         self._meters = {lane: LaneMeter(self._record) for lane in (*lanes, self._compute_lane)}
+        # What is on its way takes room in the ring and is of no use yet: half of the ring is left to what is there.
+        self._read_at_once_bytes = len(weights.host_ring.data) // 2 if weights.host_ring else None
         self._throttles = {lane: Throttle(rate) for lane, rate in bytes_per_second.items()}
         self._step: Step | None = None  # the one that is computed
         self._workers: dict[tuple[Lane, bool], LaneWorker] = {}
@@ -142,6 +144,7 @@ class Executor:
                 throttle=throttle,
                 feeds=self._accelerator.queue(lane, bulk=bulk),
                 ends_on_host=lane is not Lane.H2D,  # rows that come down are put in their places by the host
+                at_once_bytes=self._read_at_once_bytes if lane is Lane.DISK_READ and bulk and not throttle else None,
             )
         return self._workers[lane, bulk]
 

@@ -224,6 +224,8 @@ class LaneWorker:
 
     Several workers may serve one lane. feeds: the queue that the parts of a step put their work on (one thread then);
     the work of a step is over when its mark is reached or, with ``ends_on_host``, when its last part returns.
+    at_once_bytes: of all steps under way together; one that is larger goes by itself. A disk that has more to do at once
+    is no faster for it, and some tell of the first request only when they have done the last one.
     """
 
     def __init__(
@@ -236,6 +238,7 @@ class LaneWorker:
         throttle: Throttle | None = None,
         feeds: Queue | None = None,
         ends_on_host: bool = True,
+        at_once_bytes: int | None = None,
     ):
         self.lane = lane
         self._progress, self._meter, self._throttle = progress, meter, throttle
@@ -245,7 +248,8 @@ class LaneWorker:
         self._current: _Task | None = None
         self._taken: Step | None = None  # the last one
         self._take_lock = threading.Lock()
-        self._state_lock = threading.Lock()
+        self._at_once_bytes, self._under_way_bytes = at_once_bytes, 0
+        self._state = threading.Condition()
         self._threads = [
             threading.Thread(target=self._run, name=f"flexrun-{lane.value}-{number}", daemon=True)
             for number in range(threads)
@@ -281,6 +285,7 @@ class LaneWorker:
                     self._progress.wait(task.step, self._queue)
                     task.step = task.settle(task.step)
                     task.split()
+                self._begin(task.step)
                 task.start_seconds = time.perf_counter()
                 if self._queue is not None:
                     task.start = self._queue.mark()
@@ -291,6 +296,20 @@ class LaneWorker:
             if task.next_part == len(task.parts):
                 self._current = None
             return task, part
+
+    def _begin(self, step: Step) -> None:
+        """Wait until what is under way leaves room for the step."""
+        with self._state:
+            if self._at_once_bytes is not None:
+                self._state.wait_for(
+                    lambda: (
+                        not self._under_way_bytes
+                        or self._under_way_bytes + step.bytes <= self._at_once_bytes
+                        or self._progress.failure is not None
+                    )
+                )
+                self._progress.check()
+            self._under_way_bytes += step.bytes
 
     def _run(self) -> None:
         step = None  # whose part is being run
@@ -308,6 +327,8 @@ class LaneWorker:
                     self._queued.drain()
         except BaseException as error:
             self._progress.fail(failure_of(error, step or self._taken))
+            with self._state:
+                self._state.notify_all()
 
     def _run_part(self, task: _Task, part: Callable[[], None]) -> None:
         if self._throttle is None:
@@ -319,8 +340,13 @@ class LaneWorker:
         self._throttle.arrived()
 
     def _finish_part(self, task: _Task) -> None:
-        with self._state_lock:
+        with self._state:
             task.unfinished -= 1
+            # whole numbers, so that nothing is left of a step when its last part is over
+            self._under_way_bytes -= task.step.bytes // len(task.parts)
+            if not task.unfinished:
+                self._under_way_bytes -= task.step.bytes % len(task.parts)
+            self._state.notify()  # at most one waits: whoever takes the next step
             if task.unfinished:
                 return
         step = task.step

@@ -45,8 +45,8 @@ def worker(progress):
     """worker(lane, threads=...) -> LaneWorker, stopped when the test ends."""
     made = []
 
-    def make(lane: Lane, record=None, threads: int = 1) -> LaneWorker:
-        made.append(LaneWorker(lane, progress, LaneMeter(record), threads))
+    def make(lane: Lane, record=None, threads: int = 1, at_once_bytes: int | None = None) -> LaneWorker:
+        made.append(LaneWorker(lane, progress, LaneMeter(record), threads, at_once_bytes=at_once_bytes))
         return made[-1]
 
     yield make
@@ -103,6 +103,42 @@ def test_parts_of_a_step_run_on_several_threads(progress, worker):
     lane, together = worker(Lane.DISK_READ, threads=3), threading.Barrier(3)
     lane.submit(step(Lane.DISK_READ, 0), parts(*[partial(together.wait, WAIT_SECONDS)] * 3))
     assert within(WAIT_SECONDS, progress.wait, after(Lane.DISK_READ, 0)) == "returned"
+
+
+def test_steps_under_way_together_have_no_more_bytes_than_they_may(progress, worker):
+    lane, gate, under_way, most = worker(Lane.DISK_READ, threads=8, at_once_bytes=10), threading.Lock(), {}, []
+
+    def part(order: int, nbytes: int) -> None:
+        with gate:
+            under_way[order] = nbytes
+            most.append(sorted(under_way))
+        time.sleep(0.01)
+        with gate:
+            under_way.pop(order, None)
+
+    sizes = (7, 3, 3, 7, 25, 4, 4, 4)
+    for order, nbytes in enumerate(sizes):
+        lane.submit(step(Lane.DISK_READ, order, nbytes=nbytes), parts(*[partial(part, order, nbytes)] * 2))
+    progress.wait(step(Lane.GPU, 0, *((Lane.DISK_READ, order) for order in range(len(sizes)))))
+    assert [4] in most and not any(4 in orders and len(orders) > 1 for orders in most)  # it is larger: by itself
+    assert any(len(orders) > 1 for orders in most)
+    assert all(sum(sizes[order] for order in orders) <= 10 for orders in most if orders != [4])
+
+
+def test_a_failure_wakes_a_step_that_waits_for_others_to_be_over(progress, worker):
+    lane, begun = worker(Lane.DISK_READ, threads=2, at_once_bytes=10), threading.Event()
+
+    def fail() -> None:
+        begun.wait(WAIT_SECONDS)
+        time.sleep(0.05)  # the other thread waits by now
+        raise OSError("gone")
+
+    lane.submit(step(Lane.DISK_READ, 0, nbytes=8), parts(fail))
+    lane.submit(step(Lane.DISK_READ, 1, nbytes=8), lambda step: [begun.set() or (lambda: None)])
+    assert isinstance(within(WAIT_SECONDS, progress.wait, after(Lane.DISK_READ, 1)), ExecutionError)
+    for thread in lane._threads:
+        thread.join(WAIT_SECONDS)
+        assert not thread.is_alive()
 
 
 def test_a_step_is_done_when_all_its_parts_and_all_steps_before_it_are(progress, worker):
