@@ -31,6 +31,7 @@ CONTENTION_SHAPE = Shape(1024, 16, 4, 4096)
 CONTENTION_ROWS = 256
 CONTENTION_FORM = (32, 8, 64)  # heads, KV heads, head_dim
 CONTENTION_BYTES = 4 * MIB
+CONTENTION_READ_BYTES = 16 * MIB  # as of a unit of weights: busy cores make the end of a read late, however large it is
 PAIRS = (  # lanes that share cores or memory on a machine without a GPU, or where one is emulated
     ("compute", "host_copy"),
     ("compute", "disk_read"),
@@ -147,9 +148,10 @@ def _contending(
     sequences = pool.elements // (2 * kv_heads * head_dim * tokens)
     nbytes = max(bench.pool_bytes // 4, 4 * CONTENTION_BYTES)
     source, target = arena(nbytes), arena(nbytes)
+    read_bytes = min(CONTENTION_READ_BYTES, scratch.nbytes)
     calls = {
         "host_attention": profile_compute.decode_call(pool, *CONTENTION_FORM, sequences, tokens),
-        "disk_read": scratch.read_call(CONTENTION_BYTES, arena(CONTENTION_BYTES)),
+        "disk_read": scratch.read_call(read_bytes, arena(read_bytes)),
     }
     if has_gpu:
         return {**calls, "h2d": profile_cuda.link_call(16 * MIB)}, GPU_PAIRS

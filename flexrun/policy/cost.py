@@ -28,7 +28,7 @@ from flexrun.policy.passes import ABOVE, GROUPS, PREFIX, Passes
 from flexrun.policy.prefix_cost import prefix_layers_seconds, prefix_step_seconds
 from flexrun.steps import ATTENDS, MicroBatchShape, PassShape, Step, StepKind, experts_moved_share
 
-ROW_READ_SECONDS = 4e-6  # one embedding row out of the page cache
+ROW_READ_SECONDS = 1e-5  # one of many embedding rows that the page cache lacks; one that it has takes 2e-6
 SEQUENCE_SECONDS = 22e-6  # planning one sequence's part of a pass
 PASS_SECONDS = 1.2e-3  # planning a pass, apart from its sequences
 TOKEN_SECONDS = 30e-6  # appending one sampled token and making its text
