@@ -160,9 +160,7 @@ def blocks_of(file: DirectFile, offset: int, nbytes: int, target: torch.Tensor) 
     address = target.data_ptr()
     count = max(-(-padded // BLOCK_BYTES), 1)
     size = max(align_up(-(-padded // count)), PAGE_BYTES)
-    return [
-        Block(file, offset + start, min(size, padded - start), address + start) for start in range(0, padded, size)
-    ]
+    return [Block(file, offset + start, min(size, padded - start), address + start) for start in range(0, padded, size)]
 
 
 class RowFile:

@@ -224,8 +224,8 @@ class LaneWorker:
 
     Several workers may serve one lane. feeds: the queue that the parts of a step put their work on (one thread then);
     the work of a step is over when its mark is reached or, with ``ends_on_host``, when its last part returns.
-    at_once_bytes: of all steps under way together; one that is larger goes by itself. A disk that has more to do at once
-    is no faster for it, and some tell of the first request only when they have done the last one.
+    at_once_bytes: of all steps under way together; one that is larger goes by itself. With more to do at once a disk is
+    no faster, and some virtual ones tell of the first request only when they have done the last.
     """
 
     def __init__(
