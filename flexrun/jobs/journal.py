@@ -101,8 +101,12 @@ class Journal:
         if self._streams and resume:
             raise ConfigError(f"a job that writes to {output} cannot be resumed", "write to a file with -o FILE")
         for path in self._paths():
-            _check_writable(path)
-            if path.exists() and path.stat().st_size and not (resume or overwrite):
+            try:
+                _check_writable(path)
+                is_taken = path.exists() and path.stat().st_size and not (resume or overwrite)
+            except OSError as error:  # a name too long, say
+                raise ConfigError(f"{path} cannot be written: {error.strerror}", "name another file") from error
+            if is_taken:
                 raise ConfigError(
                     f"{path} already exists", "go on with --resume, start again with --overwrite, or name another file"
                 )
@@ -220,7 +224,8 @@ class Journal:
             raise self._put_back()
 
     def _refused(self, error: OSError) -> ExecutionError:
-        remedy = "free some space" if error.errno in _FULL else "let it be written again"
+        remedies = {errno.ENOENT: "bring its folder back", **dict.fromkeys(_FULL, "free some space")}
+        remedy = remedies.get(error.errno, "let it be written again")
         if self._streams:
             after = f"{remedy}, and start again: to a file (-o FILE), so that --resume can go on after the next one"
         else:

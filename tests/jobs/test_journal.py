@@ -221,6 +221,8 @@ def test_unusable_paths_are_config_errors(tmp_path):
         Journal(tmp_path)
     with pytest.raises(ConfigError, match=r"folder of .* does not exist"):
         Journal(tmp_path / "none" / "out.jsonl")
+    with pytest.raises(ConfigError, match="name too long"):
+        Journal(tmp_path / ("x" * 300))
     with pytest.raises(ConfigError, match="are the same"):
         Journal(tmp_path / "out.jsonl", tmp_path / "out.jsonl")
     with pytest.raises(ConfigError, match="cannot be resumed"):
