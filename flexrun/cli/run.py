@@ -18,7 +18,7 @@ from flexrun.cli.machine import (
     prefix_unit,
     weight_arguments,
 )
-from flexrun.errors import ConfigError
+from flexrun.errors import ConfigError, ExecutionError
 
 SAMPLING_FLAGS = (
     "max_tokens",
@@ -98,6 +98,7 @@ def call(args: argparse.Namespace) -> int:
     from flexrun.jobs.runner import JobConfig, run_job
     from flexrun.jobs.summary import format_summary
     from flexrun.llm import LLM, open_model
+    from flexrun.report.side_files import check_side_file
     from flexrun.sampling import SamplingParams
 
     gc.freeze()  # what libraries brought stays: a collection that went through it would stop every lane for 0.2 s
@@ -113,6 +114,8 @@ def call(args: argparse.Namespace) -> int:
             "the expert profile": args.save_expert_profile,
         }
     )
+    for path in (args.output_json, args.trace, args.save_expert_profile):
+        check_side_file(None if path == "-" else path)
     template = None if args.chat_template is None else _read(args.chat_template)
     given = {name: getattr(args, name) for name in SAMPLING_FLAGS}
     config = JobConfig(
@@ -192,4 +195,4 @@ def _write(path: str, text: str) -> None:
     try:
         Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"summary {path} cannot be written: {error.strerror}", "name a file that can be") from error
+        raise ExecutionError(f"summary {path} cannot be written: {error.strerror}", "the answers are safe") from error

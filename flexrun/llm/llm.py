@@ -28,7 +28,6 @@ from flexrun.llm.scoring import Text, as_score, score_requests
 from flexrun.llm.sharing import arranged, longest_first, prefixes_at_hand, serves
 from flexrun.llm.totals import busy_seconds, forecasts_document, joined_documents, run_document
 from flexrun.machine import available_cores, available_memory_bytes, free_disk_bytes
-from flexrun.moe import write_expert_profile
 from flexrun.offload.engine import Engine
 from flexrun.offload.sequence import Group
 from flexrun.outputs import Request, RequestOutput, Score
@@ -37,7 +36,7 @@ from flexrun.policy.explain import forecast_line
 from flexrun.policy.layout import Budgets
 from flexrun.policy.search import Plan, search_worth
 from flexrun.prefixes import Prefixes
-from flexrun.report.trace import write_chrome_trace
+from flexrun.report.side_files import SideFiles
 from flexrun.sampling import SamplingParams
 from flexrun.weights.catalog import default_cache_dir
 from flexrun.weights.packed import PackedWeights
@@ -104,6 +103,7 @@ class LLM:
         shared_prefixes: bool = True,
         log: Callable[[str], None] | None = None,
     ):
+        self._side_files = SideFiles(trace, save_expert_profile)
         self._accelerator = Accelerator.of(device, gpu_memory, lane_bandwidths)
         if max_num_seqs is not None and max_num_seqs < 1:
             raise ConfigError(f"max_num_seqs={max_num_seqs} must be at least 1")
@@ -132,8 +132,7 @@ class LLM:
         self._shared_prefixes = shared_prefixes
         self._prefix_unit = prefix_unit(self._policy, self._fixed, self._offered)
         self._intake = Intake(self.files, seed)
-        self._trace_path, self._direct_io = trace, direct_io
-        self._profile_path, self._expert_counts = save_expert_profile, None
+        self._direct_io, self._expert_counts = direct_io, None
         if save_expert_profile is not None and self.spec.experts is None:
             self.files.close()
             raise ConfigError("the model has no experts to save a profile of", "leave save_expert_profile out")
@@ -298,7 +297,7 @@ class LLM:
             disk_budget_bytes=budgets.disk_bytes,
             accelerator=self._accelerator.open(),
             bytes_per_second=self._accelerator.bytes_per_second,
-            trace=self._trace_path is not None,
+            trace=self._side_files.trace is not None,
             direct=self._direct_io,
             prefix_tokens=layout.prefix_tokens,
         )
@@ -353,7 +352,7 @@ class LLM:
         """goes_on: the next one goes on with the same job, and totals are of both."""
         if self._engine is not None:
             self._events += self._engine.events or []
-            if self._profile_path is not None:
+            if self._side_files.expert_profile is not None:
                 before = 0 if self._expert_counts is None else self._expert_counts
                 self._expert_counts = self._engine.expert_counts + before
             if goes_on:
@@ -383,12 +382,8 @@ class LLM:
     def close(self) -> None:
         """Write trace and expert profile, free the memory, close the files. Safe to call twice."""
         self._retire_engine()
-        if self._trace_path is not None and self._events:
-            write_chrome_trace(self._events, self._trace_path)
-            self._events = []
-        if self._expert_counts is not None:
-            write_expert_profile(self._profile_path, self._expert_counts)
-            self._expert_counts = None
+        self._side_files.write(self._events, self._expert_counts, self._say)
+        self._events, self._expert_counts = [], None
         self.files.close()
 
     def __enter__(self) -> LLM:

@@ -150,6 +150,12 @@ def test_nothing_is_written_over_the_prompts_or_the_answers(flexrun, files, flag
         assert code == 2 and "are the same" in err and "hint: name another" in err
 
 
+@pytest.mark.parametrize("flag", ["--output-json", "--trace", "--save-expert-profile"])
+def test_a_place_that_cannot_be_written_is_told_before_the_run(flexrun, files, flag):
+    code, _, err = flexrun(flag, str(files.folder / "gone" / "x.json"))
+    assert code == 2 and "mkdir -p" in err and not files.output.exists()
+
+
 @pytest.mark.parametrize(
     "error, expected", [(BudgetError("too small", "raise it"), 2), (ExecutionError("read", "h"), 1)]
 )
