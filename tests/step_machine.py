@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 from flexrun.core import Lane, Tier
 from flexrun.schedule import Scheduler
-from flexrun.steps import ATTENDS, STREAMING, PassShape, Step, StepKind, WeightUnit
+from flexrun.steps import ATTENDS, STREAMING, KVBytes, ModelWork, PassShape, Step, StepKind, WeightUnit
 
+WORK = ModelWork(2, 3, 5, (7,) * 8, 11, KVBytes(13, 13), 17, 19, 23, 29.0, 1.0, 31, 37, 41)
 DISK_STEPS_UNDER_WAY = 3
 HOST, DEVICE = "host ring", "device ring"
 COMPUTE_WITH_WEIGHTS = (

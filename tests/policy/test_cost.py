@@ -7,46 +7,19 @@ import itertools
 
 import numpy
 import pytest
-from planned_models import GIB, LAPTOP, NO_GPU, T4, planned
+from planned_costs import DISK, POLICY, RAGGED, RAM, alone, costs_of, decoding, layout_of, whole
+from planned_models import LAPTOP, NO_GPU, T4, planned
 
-from flexrun.config import Placement, Policy
+from flexrun.config import Placement
 from flexrun.core import Lane, Tier
-from flexrun.hardware import CompressedRates, Hardware, LinearWork
-from flexrun.models.spec import ModelSpec
-from flexrun.placement import LOGITS_ROWS, build_scheduler, part_tokens
-from flexrun.policy.coded_cost import CODING_ACCESSES
-from flexrun.policy.cost import StepCosts
+from flexrun.placement import part_tokens
 from flexrun.policy.kv_writes import BLOCK_WRITE_SECONDS
-from flexrun.policy.layout import Budgets, Layout
 from flexrun.policy.passes import job_passes
 from flexrun.prefixes import NONE, Prefixes
-from flexrun.steps import MicroBatchShape, PassShape, Step, StepKind
-from flexrun.workload import Workload
+from flexrun.steps import MicroBatchShape, PassShape, StepKind
 
-RAGGED = Workload.of([200, 150, 300, 80] * 5, [20, 9, 30, 12] * 5)
-POLICY = Policy(sequences_in_flight=8, tokens_per_pass=400, attention_micro_batch=2, token_micro_batch=128)
-RAM, DISK, HALF_DISK = Placement(), Placement(0.0, 0.0, 1.0), Placement(0.0, 0.5, 0.5)
-MIX = Placement(0.3, 0.4, 0.3)
-
-
-def layout_of(spec: ModelSpec, policy: Policy, on_device: bool, job: Workload = RAGGED) -> Layout:
-    return Layout.of(spec, policy, job, Budgets(8 * GIB, 8 * GIB if on_device else 0))
-
-
-def costs_of(layout: Layout, machine: Hardware) -> StepCosts:
-    return StepCosts(layout.spec, layout.policy, layout.placement, machine, on_device=layout.on_device)
-
-
+HALF_DISK, MIX = Placement(0.0, 0.5, 0.5), Placement(0.3, 0.4, 0.3)
 IN_PARTS = dataclasses.replace(POLICY, hidden=Placement(0.0, 1.0), token_micro_batch=32, half_batches=True)
-
-
-def alone(costs: StepCosts, layout: Layout, shape: PassShape) -> tuple[list[Step], PassShape]:
-    """The steps of a pass that is the whole run, so that all it loads is its own."""
-    shape = dataclasses.replace(shape, index=0, more=False)
-    scheduler = build_scheduler(
-        layout.spec, layout.placement, layout.account, on_device=layout.on_device, policy=layout.policy
-    )
-    return scheduler.pass_steps(shape), shape
 
 
 SPLIT = [(POLICY, 0.3), (POLICY, 1.0), (dataclasses.replace(POLICY, half_batches=True), 0.8), (IN_PARTS, 0.8)]
@@ -123,16 +96,6 @@ def test_so_are_those_of_shared_prefixes(name, machine, on_device):
 
 
 # One step at a time ------------------------------------------------------------------------------------
-
-
-def whole(query: int, kv: int, decode: int = 0, decode_kv: int = 0, home=Tier.CPU, lane=Lane.CPU) -> PassShape:
-    pairs = decode_kv + (query - decode) * max(kv - decode_kv, 0)
-    part = MicroBatchShape(0, query, kv, pairs, home, lane, decode, decode_kv)
-    return PassShape(0, query, max(decode, 1), (part,), False)
-
-
-def decoding(sequences: int, context: int, **place) -> PassShape:
-    return whole(sequences, sequences * context, sequences, sequences * context, **place)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -241,191 +204,6 @@ def test_streamed_weights_take_the_links_at_their_rate():
     in_ram = costs_of(layout_of(spec, dataclasses.replace(POLICY, weights=RAM), True), T4).lane_seconds(decoding(1, 1))
     assert in_ram[Lane.DISK_READ] == 0
     assert in_ram[Lane.H2D] == pytest.approx(seconds[Lane.H2D], rel=0.01), "the link carries them from either"
-
-
-def test_only_resident_weights_have_the_layout_that_the_cpu_likes():
-    """plain_weight_share is 0.5 on this machine: a pass of one token, bound by reading weights, takes twice as long."""
-    spec = planned("llama", vocab_size=300)
-    resident, streamed = (
-        costs_of(layout_of(spec, dataclasses.replace(POLICY, weights=weights), False), LAPTOP).lane_seconds(
-            decoding(1, 1)
-        )[Lane.CPU]
-        for weights in (RAM, DISK)
-    )
-    fixed = costs_of(layout_of(spec, POLICY, False), LAPTOP).device.step_overhead_seconds * (4 * 6 + 2)
-    assert streamed - fixed == pytest.approx(2 * (resident - fixed), rel=0.02)
-
-
-def test_a_cpu_multiplies_by_compressed_weights_in_every_call():
-    """Few rows wait for fewer bytes, many for the products; codes become weights once a micro-batch."""
-    spec = planned("llama")
-    plain = costs_of(layout_of(spec, POLICY, False), LAPTOP)
-    packed = costs_of(layout_of(spec, dataclasses.replace(POLICY, weight_bits=4), False), LAPTOP)
-    elements = sum(tensor.elements for _, tensor in spec.tensors_by_layer() if len(tensor.shape) == 2)
-    elements -= spec.embedding_tensors()[0].elements * (1 if spec.tie_word_embeddings else 2)  # and the head, by itself
-    once = elements * spec.dtype_bytes / LAPTOP.cpu.dequantise_bytes_per_second
-    saved = elements * spec.dtype_bytes * (1 - 0.28125) / LAPTOP.cpu.rates_of(spec.dtype).weight_bytes_per_second
-    few, many = decoding(1, 10), decoding(4 * POLICY.token_micro_batch, 10)
-    more = [packed.lane_seconds(each)[Lane.CPU] - plain.lane_seconds(each)[Lane.CPU] for each in (few, many)]
-    assert more[0] == pytest.approx(once - saved, rel=0.4)
-    assert more[1] == pytest.approx(4 * once, rel=0.4)
-    kept = costs_of(layout_of(spec, dataclasses.replace(POLICY, weight_bits=4, keep=("*=16",)), False), LAPTOP)
-    assert kept.lane_seconds(few) == plain.lane_seconds(few)
-
-
-def with_compressed(machine: Hardware, found: dict[str, CompressedRates]) -> Hardware:
-    rates = {dtype: dataclasses.replace(each, compressed=found) for dtype, each in machine.cpu.rates.items()}
-    return dataclasses.replace(machine, cpu=dataclasses.replace(machine.cpu, rates=rates))
-
-
-def test_compressed_products_take_what_was_measured_for_their_bits():
-    """4 and 8 bits by their own rates, those of few rows up to few_rows; what is kept as it would be alone."""
-    spec = planned("llama")
-    slow = {
-        "4": CompressedRates(1e10, 1e9, 2e8, few_rows=4, rows_at_once=100),
-        "8": CompressedRates(1e10, 5e8, 1e8, few_rows=4),
-    }
-    machine = with_compressed(LAPTOP, slow)
-    elements, outputs = (
-        sum(tensor.elements for tensor in spec.layer_tensors(0) if tensor.name in names)
-        for names in (("qkv.weight", "output.weight", "gate_up.weight", "down.weight"), ("output.weight",))
-    )
-
-    def layer_seconds(rows: int, keep: tuple[str, ...] = (), bits: int = 4) -> float:
-        policy = dataclasses.replace(POLICY, weight_bits=bits, keep=keep)
-        costs = costs_of(layout_of(spec, policy, False), machine)
-        return sum(costs._linear(part, 0, rows, 0.0) for part in ("attention_inputs", "attention_output", "mlp"))
-
-    stored = elements * (0.5 + 4 / 64)
-    for rows, speed in ((1, 1e9), (4, 1e9), (5, 2e8), (100, 2e8), (101, 1e8)):
-        assert layer_seconds(rows) == pytest.approx(stored / speed + 2 * rows * elements / 1e10, rel=0.1)
-    share = outputs / elements
-    eight = share * (layer_seconds(100, bits=8) - layer_seconds(100)) + layer_seconds(100)
-    assert layer_seconds(100, keep=("*.o_proj=8",)) == pytest.approx(eight, rel=0.02)
-    plain = layer_seconds(100, bits=16)
-    assert layer_seconds(100, keep=("*.o_proj=16",)) == pytest.approx(
-        layer_seconds(100) * (1 - share) + plain * share, rel=0.02
-    )
-
-
-def test_a_gpu_brings_compressed_weights_back_once_for_all_calls_of_a_step():
-    spec = planned("llama")
-    plain, packed = (
-        costs_of(layout_of(spec, dataclasses.replace(POLICY, weight_bits=bits), True), T4) for bits in (16, 4)
-    )
-    elements = sum(spec.layer_bytes(layer) for layer in range(spec.num_layers)) / spec.dtype_bytes
-    once = elements * spec.dtype_bytes / T4.gpu.dequantise_bytes_per_second
-    head = spec.vocab_size * spec.hidden_size * spec.dtype_bytes / T4.gpu.dequantise_bytes_per_second
-    for tokens in (1, 100, 8 * POLICY.token_micro_batch):
-        shape = decoding(tokens, 10)
-        more = packed.lane_seconds(shape)[Lane.GPU] - plain.lane_seconds(shape)[Lane.GPU]
-        blocks = -(-tokens // LOGITS_ROWS)  # each of which the head is brought back for
-        assert more == pytest.approx(once + blocks * head, rel=0.1)
-
-
-def test_compressed_cache_is_read_in_its_bits():
-    spec = planned("llama")
-    (part,) = decoding(8, 4000).micro_batches
-    full, four = (
-        costs_of(layout_of(spec, dataclasses.replace(POLICY, kv_bits=bits), False), LAPTOP).attend_pass_seconds(
-            LAPTOP.cpu, part
-        )
-        for bits in (16, 4)
-    )
-    assert full / 4 < four < full / 2.8  # scales come beside the bits, and the products stay
-
-
-def test_compressing_a_cache_takes_time_with_every_new_token_and_spares_a_disk_its_bytes():
-    spec = planned("llama")
-    full, four = (
-        costs_of(layout_of(spec, dataclasses.replace(POLICY, kv=Placement(0, 0, 1), kv_bits=bits), False), LAPTOP)
-        for bits in (16, 4)
-    )
-    coded = four.attention_inputs_seconds(1000, 0, 1.0) - full.attention_inputs_seconds(1000, 0, 1.0)
-    moved = coded * LAPTOP.cpu.rates_of(spec.dtype).activation_bytes_per_second
-    assert moved == pytest.approx(1000 * spec.kv_elements_per_token * 4 * CODING_ACCESSES)
-    shape = decoding(8, 4000, home=Tier.DISK)
-    parts = tuple(dataclasses.replace(each, there_groups=8 * (3999 // 64)) for each in shape.micro_batches)
-    shape = dataclasses.replace(shape, micro_batches=parts)
-    whole, packed = (costs.lane_seconds(shape)[Lane.DISK_READ] for costs in (full, four))
-    assert whole / 4 < packed < whole / 3
-
-
-# Mixtures of experts -----------------------------------------------------------------------------------
-
-
-def test_experts_that_no_token_chose_are_not_computed():
-    spec = planned("deepseek", n_routed_experts=64, num_experts_per_tok=2)
-    costs = costs_of(layout_of(spec, POLICY, False), LAPTOP)
-    work, rates = LinearWork.of(spec.linear_shapes("expert")), LAPTOP.cpu.rates["float16"]
-
-    def one_expert(rows: float) -> float:
-        return rates.linear_seconds(rows, work, spec.dtype_bytes) + LAPTOP.cpu.step_overhead_seconds
-
-    one = costs.experts_seconds(64, 1)
-    assert one == pytest.approx(2 * one_expert(1)), "one token meets the experts it is sent to"
-    assert costs.experts_seconds(64, 2) < 2 * one
-    # many tokens meet them all, each expert its share of the rows
-    assert costs.experts_seconds(64, 6400) == pytest.approx(64 * one_expert(6400 * 2 / 64), rel=1e-6)
-
-
-@pytest.mark.parametrize("half_batches", [False, True])
-def test_few_tokens_move_the_chosen_experts_alone(half_batches):
-    """In sums as in steps; not in halves, of which the first cannot know what the second chooses."""
-    spec = planned("deepseek", n_routed_experts=64, num_experts_per_tok=2)
-    policy = dataclasses.replace(
-        POLICY, weights=Placement(0.0, 0.5, 0.5), kv=Placement(0.5, 0.5), half_batches=half_batches
-    )
-    costs = costs_of(layout_of(spec, policy, True), T4)
-
-    def passes(tokens: int) -> PassShape:
-        there = MicroBatchShape(0, tokens, 9 * tokens, 9 * tokens, Tier.GPU, Lane.GPU, tokens, 9 * tokens)
-        away = dataclasses.replace(there, index=1, home=Tier.CPU, attend_lane=Lane.CPU)
-        return PassShape(0, 2 * tokens, 2 * tokens, (there, away), False)
-
-    few, many = (costs.lane_seconds(passes(tokens)) for tokens in (2, 500))
-    steps, shape = alone(costs, layout_of(spec, policy, True), passes(2))
-    assert any(step.chosen for step in steps) is not half_batches
-    for lane in (Lane.DISK_READ, Lane.H2D):
-        assert few[lane] == pytest.approx(sum(costs.seconds(step, shape) for step in steps if step.lane is lane))
-        assert (few[lane] < 0.5 * many[lane]) is not half_batches
-
-
-def test_a_group_of_experts_takes_its_share_of_a_layer():
-    costs = costs_of(layout_of(planned("mixtral"), POLICY, True), T4)
-    for tokens in (1, 7, 300):
-        layer = costs.experts_seconds(8, tokens)
-        assert costs.experts_seconds(2, tokens) + costs.experts_seconds(6, tokens) == pytest.approx(layer)
-
-
-def test_experts_on_the_cpu_leave_the_link_and_the_device():
-    spec = planned("mixtral")
-    alone_on_device, shared, by_cpu = (
-        costs_of(
-            layout_of(spec, dataclasses.replace(POLICY, kv=Placement(1.0, 0.0), cpu_experts_share=share), True), T4
-        )
-        for share in (0.0, 0.5, 1.0)
-    )
-    on_gpu = {"home": Tier.GPU, "lane": Lane.GPU}
-    few, many = decoding(4, 10, **on_gpu), decoding(400, 10, **on_gpu)
-    none, half, whole = (costs.lane_seconds(few) for costs in (alone_on_device, shared, by_cpu))
-    assert none[Lane.CPU] == 0 < half[Lane.CPU] == pytest.approx(whole[Lane.CPU] / 2)
-    for lane in (Lane.H2D, Lane.GPU):
-        assert none[lane] > half[lane] > whole[lane]
-        assert half[lane] == pytest.approx((none[lane] + whole[lane]) / 2, rel=0.01)
-    work = LinearWork.of(spec.linear_shapes("expert"))
-    hit = 8 * (1 - 0.75**4)
-    one = T4.cpu.rates["float16"].linear_seconds(4 * 2 / hit, work, 2) + T4.cpu.step_overhead_seconds
-    assert whole[Lane.CPU] == pytest.approx(spec.num_layers * hit * one), "those that were chosen, by their weights"
-    assert by_cpu.lane_seconds(many)[Lane.CPU] > 3 * whole[Lane.CPU], "many rows wait for its products"
-
-
-def test_only_sparse_layers_have_experts():
-    spec = planned("deepseek")
-    layout = layout_of(spec, POLICY, False)
-    steps, _ = alone(costs_of(layout, LAPTOP), layout, decoding(4, 10))
-    layers = {step.layer for step in steps if step.kind is StepKind.EXPERTS}
-    assert layers == {layer for layer in range(spec.num_layers) if spec.is_sparse(layer)} == {1, 2, 3, 4, 5}
 
 
 # Emulation --------------------------------------------------------------------------------------------
