@@ -128,7 +128,7 @@ def measure(
             "lower --prompt-len or --gen-len, or raise --max-model-len where the model allows",
         )
     for cell in cells:
-        llm.prepare(cell.workload)
+        llm.prepare(cell.workload, anew=True)  # by its own plan, whatever ran before
         for _ in range(warmup):
             _run(llm, cell, seed, on_pass)
         before, seconds = llm.summary(), []

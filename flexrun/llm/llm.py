@@ -267,12 +267,13 @@ class LLM:
 
     # The engine ---------------------------------------------------------------------------------------
 
-    def prepare(self, workload: Workload | None = None) -> Policy:
-        """Settle the policy for a workload and load the weights, unless the engine at hand already serves it."""
+    def prepare(self, workload: Workload | None = None, *, anew: bool = False) -> Policy:
+        """Settle the policy for a workload and load the weights, unless the engine at hand already serves it and none is
+        to be made ``anew``."""
         if workload is None:
             workload = Workload.uniform(self._max_num_seqs or LAZY_SEQUENCES, self.max_model_len - 1, 1)
         engine, better, self._better = self._engine, self._better, None
-        usable = better is None and engine is not None and not engine.failed
+        usable = not anew and better is None and engine is not None and not engine.failed
         if usable and serves(engine, workload, self._planned_rows):
             return engine.policy
         self._retire_engine(goes_on=better is not None)

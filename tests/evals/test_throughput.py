@@ -50,6 +50,11 @@ def test_a_cell_runs_its_repetitions_and_counts_only_them(llm):
         assert (result.decode_per_second > 0) is (result.cell.output_tokens > 1)
 
 
+def test_each_cell_has_its_own_plan_and_forecast(llm):
+    large, small = measure(llm, [Cell("large", 40, 30, 6), Cell("small", 2, 5, 2)], repetitions=1, warmup=0)
+    assert small.sequences_in_flight == 2 and small.forecast_seconds < large.forecast_seconds
+
+
 def test_one_table_in_three_forms(llm):
     results = list(measure(llm, sweep(2, [4], [2, 3]), repetitions=1, warmup=0))
     assert [row["cell"]["output_tokens"] for row in json.loads(render(results, "json"))] == [2, 3]
