@@ -268,8 +268,10 @@ class LLM:
     # The engine ---------------------------------------------------------------------------------------
 
     def prepare(self, workload: Workload | None = None, *, anew: bool = False) -> Policy:
-        """Settle the policy for a workload and load the weights, unless the engine at hand already serves it. anew: make
-        another one even then."""
+        """Settle the policy for a workload and load the weights, unless the engine at hand already serves it.
+
+        anew: make another one even then.
+        """
         if workload is None:
             workload = Workload.uniform(self._max_num_seqs or LAZY_SEQUENCES, self.max_model_len - 1, 1)
         engine, better, self._better = self._engine, self._better, None
