@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from flexrun.errors import FlexrunError, RequestError
 from flexrun.jobs.jsonl import PromptLine
 
+FEWEST_TOKENS_SHARE = 0.25  # of those that a text has at least: normalisation may have made it shorter first
+
 
 class PromptEncoder:
     """What validation needs of a model.
@@ -19,6 +21,8 @@ class PromptEncoder:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
+        longest_token = 0 if tokenizer is None else tokenizer.longest_token
+        self._most_characters = int(max_model_len * longest_token / FEWEST_TOKENS_SHARE)
 
     def encode(self, prompts: Sequence[PromptLine]) -> list[list[int] | RequestError]:
         """Token ids of each prompt, or the RequestError that refuses it; never raises one."""
@@ -44,6 +48,9 @@ class PromptEncoder:
         return [result if isinstance(result, RequestError) else self._check(result) for result in results]
 
     def _tokenise(self, texts: dict[int, str], add_special_tokens: bool, results: list) -> None:
+        """What is far too long is refused as it is: tokens take a hundred times the memory of their text."""
+        for position in [position for position, text in texts.items() if len(text) > self._most_characters]:
+            results[position] = self._too_long(f"{len(texts.pop(position)):,} characters")
         if not texts:
             return
         try:
@@ -63,12 +70,7 @@ class PromptEncoder:
         if not token_ids:
             return RequestError("the prompt has no tokens", code="empty_prompt")
         if len(token_ids) >= self.max_model_len:
-            return RequestError(
-                f"the prompt has {len(token_ids)} tokens and leaves no room for an answer in a context of "
-                f"{self.max_model_len}",
-                "shorten it, or raise --max-model-len where the model allows",
-                "context_length_exceeded",
-            )
+            return self._too_long(f"{len(token_ids)} tokens")
         lowest, highest = min(token_ids), max(token_ids)
         if lowest < 0 or highest >= self.vocab_size:
             outside = lowest if lowest < 0 else highest
@@ -76,3 +78,10 @@ class PromptEncoder:
                 f"token id {outside} is outside the vocabulary of {self.vocab_size}", code="invalid_token_id"
             )
         return token_ids
+
+    def _too_long(self, length: str) -> RequestError:
+        return RequestError(
+            f"the prompt has {length} and leaves no room for an answer in a context of {self.max_model_len}",
+            "shorten it, or raise --max-model-len where the model allows",
+            "context_length_exceeded",
+        )

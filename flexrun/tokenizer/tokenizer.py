@@ -16,7 +16,8 @@ class Tokenizer:
     """Wraps a ``tokenizers`` backend. Build it with ``from_path``.
 
     eos_token_id, bos_token_id: None where the model has none. stop_token_ids: every id that ends a sequence.
-    chat_template: jinja2 source, None where the model has none. vocab_size: ids are below it.
+    chat_template: jinja2 source, None where the model has none. vocab_size: ids are below it. longest_token: characters
+    of it, as the vocabulary spells it.
     """
 
     def __init__(self, parts: TokenizerParts):
@@ -28,7 +29,9 @@ class Tokenizer:
         if self.eos_token_id is None and parts.stop_token_ids:
             self.eos_token_id = parts.stop_token_ids[0]
         self.stop_token_ids = tuple(parts.stop_token_ids)
-        self.vocab_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = 1 + max(vocabulary.values(), default=-1)
+        self.longest_token = max(map(len, vocabulary), default=0)
         added = self._backend.get_added_tokens_decoder()
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
 

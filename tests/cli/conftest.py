@@ -11,6 +11,7 @@ from flexrun.outputs import CompletionOutput, RequestOutput
 
 class Tokenizer:
     chat_template = None
+    longest_token = 100
 
     def encode_batch(self, texts, add_special_tokens=True):
         return [[len(word) for word in text.split()] for text in texts]

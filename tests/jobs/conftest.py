@@ -17,6 +17,7 @@ class WordTokenizer:
     """One token a word: its length, plus its first character's code, modulo the vocabulary. BOS is 1."""
 
     chat_template = "words"
+    longest_token = 10**6
 
     def encode_batch(self, texts, add_special_tokens=True):
         self.batch_sizes = [*getattr(self, "batch_sizes", []), len(texts)]

@@ -101,6 +101,17 @@ def test_no_tokenizer_serves_token_ids_only(index_of, model):
     assert [error.code for error in index.errors()] == ["no_tokenizer"]
 
 
+def test_a_text_that_no_tokens_could_hold_is_refused_as_it_is(model):
+    model.tokenizer.longest_token = 5
+    encoder = PromptEncoder(model.tokenizer, model.spec.vocab_size, model.max_model_len)
+    chat = {"messages": [{"role": "user", "content": "y" * 1281}]}
+    lines = lines_of({"prompt": "x" * 1280}, {"prompt": "x" * 1281}, chat, {"prompt": "x"})
+    index = index_job(io.BytesIO(lines), encoder, DEFAULTS)
+    assert index.lines.tolist() == [1, 4] and model.tokenizer.batch_sizes == [2]
+    errors = list(index.errors())
+    assert [error.code for error in errors] == ["context_length_exceeded"] * 2 and "1,281 char" in errors[0].message
+
+
 def test_a_template_that_refuses_is_the_lines_error(index_of, model):
     model.tokenizer.chat_template = None
     index = index_of(lines_of({"messages": [{"role": "user", "content": "x"}]}, {"prompt": "x"}))

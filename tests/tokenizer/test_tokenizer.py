@@ -33,7 +33,7 @@ def test_ids_and_text_are_those_of_transformers(folder, texts):
         assert ours.decode(ids) == oracle.decode(ids, skip_special_tokens=True)
         assert ours.decode(ids, skip_special_tokens=False) == text == oracle.decode(ids)
     assert ours.encode_batch(texts) == [ours.encode(text) for text in texts]
-    assert ours.vocab_size == len(oracle)
+    assert ours.vocab_size == len(oracle) and ours.longest_token == max(map(len, oracle.get_vocab()))
     assert (ours.bos_token_id, ours.eos_token_id) == (oracle.bos_token_id, oracle.eos_token_id) == (0, 1)
 
 
