@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from flexrun.compress import GroupFormat
@@ -20,14 +19,14 @@ from flexrun.llm.accelerator import Accelerator
 from flexrun.llm.given_policy import found_bits, given_plan, given_policy, prefix_unit
 from flexrun.llm.intake import Intake, Prompt, as_chat_requests, as_request_error, as_requests, check_room
 from flexrun.llm.lengths import Lengths
-from flexrun.llm.machine_profile import settle_hardware, with_device
+from flexrun.llm.machine_profile import settle_hardware, use_threads, with_device
 from flexrun.llm.model_files import ModelFiles, open_model
 from flexrun.llm.packing import PackedModel
 from flexrun.llm.replanning import better_plan
 from flexrun.llm.scoring import Text, as_score, score_requests
 from flexrun.llm.sharing import arranged, longest_first, prefixes_at_hand, serves
 from flexrun.llm.totals import busy_seconds, forecasts_document, joined_documents, run_document
-from flexrun.machine import available_cores, available_memory_bytes, free_disk_bytes
+from flexrun.machine import available_memory_bytes, free_disk_bytes
 from flexrun.offload.engine import Engine
 from flexrun.offload.sequence import Group
 from flexrun.outputs import Request, RequestOutput, Score
@@ -106,8 +105,8 @@ class LLM:
         self._side_files = SideFiles(trace, save_expert_profile)
         self._accelerator = Accelerator.of(device, gpu_memory, lane_bandwidths)
         if max_num_seqs is not None and max_num_seqs < 1:
-            raise ConfigError(f"max_num_seqs={max_num_seqs} must be at least 1")
-        torch.set_num_threads(threads or available_cores())
+            raise ConfigError(f"max_num_seqs={max_num_seqs} must be at least 1", "leave it out for what fits")
+        use_threads(threads)
         self.files = (
             model
             if isinstance(model, ModelFiles)

@@ -7,12 +7,22 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from flexrun.errors import FlexrunError
+import torch
+
+from flexrun.errors import ConfigError, FlexrunError
 from flexrun.hardware import Hardware
 from flexrun.hardware.saved import profile_path, saved_profile
+from flexrun.machine import available_cores
 from flexrun.weights.catalog import default_cache_dir
 
 ENVIRONMENT_VARIABLE = "FLEXRUN_HARDWARE"  # path of a hardware document, in place of this machine's own profile
+
+
+def use_threads(threads: int | None) -> None:
+    """Compute with so many threads; None or 0 is one a core. Raises ConfigError below that."""
+    if threads is not None and threads < 0:
+        raise ConfigError(f"threads={threads} must be at least 1", "leave it out for one a core")
+    torch.set_num_threads(threads or available_cores())
 
 
 def settle_hardware(
@@ -36,7 +46,6 @@ def settle_hardware(
         return saved
     say = say or (lambda text: None)
     say("measuring this machine once, a few seconds; flexrun profile measures it more exactly")
-    disk.mkdir(parents=True, exist_ok=True)
     measured = Hardware.measure(disk, quick=True)
     if measured.disturbed:
         say("warning: other programs were busy meanwhile, so this profile is not kept; run flexrun profile later")

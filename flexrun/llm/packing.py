@@ -5,14 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 
 from flexrun.compress import WeightBits
+from flexrun.errors import ConfigError
 from flexrun.llm.model_files import ModelFiles, cache_stem
 from flexrun.weights.packed import PackedWeights, open_packed, packed_bytes
 
 
 class PackedModel:
-    """In ``folder``, with the bits of ``bits``. progress: show a bar while writing."""
+    """In ``folder``, which is made, with the bits of ``bits``. progress: show a bar while writing.
+
+    Raises ConfigError where the folder cannot be made.
+    """
 
     def __init__(self, files: ModelFiles, folder: Path, bits: WeightBits, progress: bool):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"the folder {folder} for weights cannot be made: {error.strerror}", "name another with --disk-dir"
+            ) from error
         self.folder, self.bits = folder, bits
         self._files, self._progress = files, progress
         self._opened: PackedWeights | None = None
