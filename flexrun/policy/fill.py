@@ -12,7 +12,11 @@ from flexrun.policy.layout import Budgets, Layout
 from flexrun.workload import Workload
 
 STEP = 1 / 128  # whole tensors take a little more or less than a fraction says
-FLAGS = {Tier.GPU: "--gpu-memory", Tier.CPU: "--cpu-memory", Tier.DISK: "--disk-memory"}
+REMEDIES = {
+    Tier.GPU: "raise --gpu-memory",
+    Tier.CPU: "raise --cpu-memory",
+    Tier.DISK: "free space on the disk, name another --disk-dir or raise --disk-memory",
+}
 
 
 class NoFit(BudgetError):
@@ -92,7 +96,7 @@ def refuse(spec: ModelSpec, policy: Policy, workload: Workload, budgets: Budgets
             raise NoFit(
                 f"{tier.value} memory is short by {format_bytes(excess)}: even with every weight on disk the run needs "
                 f"{format_bytes(layout.account.total(tier))} ({parts}) and has {format_bytes(budgets.of(tier))}",
-                f"raise {FLAGS[tier]}, lower --max-tokens or --max-model-len, or use a smaller dtype",
+                f"{REMEDIES[tier]}, lower --max-tokens or --max-model-len, or use a smaller dtype",
             )
     raise NoFit(
         "no policy with the settings that were given fits the budgets",

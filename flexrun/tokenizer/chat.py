@@ -14,6 +14,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from flexrun.errors import TokenizerError
 
+_BEGUN = datetime.datetime.now()  # of the process: a prompt must be the same when its turn comes as when it was checked
+
 
 class _GenerationBlock(Extension):
     """``{% generation %}`` marks the assistant's part for training; here its body is rendered as it stands."""
@@ -36,7 +38,7 @@ def _raise_exception(message):
 
 
 def _strftime_now(pattern):
-    return datetime.datetime.now().strftime(pattern)
+    return _BEGUN.strftime(pattern)
 
 
 @lru_cache(maxsize=32)

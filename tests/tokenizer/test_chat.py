@@ -99,6 +99,7 @@ def test_a_template_that_refuses_or_misbehaves_gives_a_tokenizer_error(template,
         render_chat(template, MESSAGES, True, {})
 
 
-def test_the_date_is_now():
+def test_the_date_is_that_of_the_beginning_and_no_later_prompt_has_another():
     year = str(datetime.datetime.now().year)
-    assert year in render_chat("{{ strftime_now('%Y %d %b') }}", MESSAGES, True, {})
+    first, second = (render_chat("{{ strftime_now('%Y %d %b %S.%f') }}", MESSAGES, True, {}) for _ in range(2))
+    assert year in first and first == second
