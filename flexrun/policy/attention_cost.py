@@ -16,7 +16,7 @@ from flexrun.models.spec import ModelSpec
 from flexrun.steps import MicroBatchShape
 
 # Kernels go by blocks: each row of a prompt also multiplies so many keys that its mask hides. CPU kernels, prompts of
-# 32 to 1,024 tokens; what a profile measures is a prompt of PROFILED_TOKENS, and only what the mask leaves counts there.
+# 32 to 1,024 tokens; a profile measures a prompt of PROFILED_TOKENS, and only what the mask leaves counts there.
 HIDDEN_KEYS, PROFILED_TOKENS = 80, 512
 NAMES = ("query_tokens", "kv_tokens", "query_kv_pairs", "decode_tokens", "decode_kv_tokens")
 
