@@ -23,9 +23,9 @@ _ROPE = struct.Struct("@3P5qi").pack
 _ATTENTION = struct.Struct("@6P13q2fi").pack
 _GROUPWISE = struct.Struct("@2P4q4i").pack  # of groupwise.h
 _CODED = struct.Struct("@P3q2i").pack  # of coded.h
-_PRODUCT = struct.Struct("@3P3q").pack  # what follows the matrix
+_PRODUCT = struct.Struct("@3P3qi").pack  # what follows the matrix
 ROWS_AT_ONCE = 192  # of x, that share weights brought back from codes: MOST_INPUTS of groupwise.c
-_LAYOUT = 4  # of dispatch.c: a library of other sources would misread the structs
+_LAYOUT = 5  # of dispatch.c: a library of other sources would misread the structs
 
 
 def _load():
@@ -77,7 +77,7 @@ else:
 
 
 def select(name: str | None) -> bool:
-    """Use the kernels of an instruction set (portable, avx2, avx512, avx512_bf16; None: the best), for tests.
+    """Use the kernels of an instruction set (portable, avx2, avx512, avx512_vnni, avx512_bf16; None: the best), for tests.
 
     False, and no change, where the library or the CPU lacks it.
     """
@@ -275,8 +275,11 @@ def multiplies(codes, dtype) -> bool:
     return available and codes.is_cpu and dtype in _DTYPE
 
 
-def multiply(x, codes, factors, bits: int, group: int, bias, out) -> bool:
-    """``out = x @ weights.T + bias`` with a compressed matrix: x [T, K], bias [N] or None, out [T, N] of one dtype."""
+def multiply(x, codes, factors, bits: int, group: int, bias, out, x_bits: int = 16) -> bool:
+    """``out = x @ weights.T + bias`` with a compressed matrix: x [T, K], bias [N] or None, out [T, N] of one dtype.
+
+    x_bits: 8 rounds x before, see flexrun.compress.GroupwiseMatrix.
+    """
     if not available or not codes.is_cpu or x.dim() != 2 or out.dim() != 2:
         return False
     code = _code(x, out)
@@ -289,5 +292,6 @@ def multiply(x, codes, factors, bits: int, group: int, bias, out) -> bool:
         x.shape[0],
         x.stride(0),
         out.stride(0),
+        x_bits,
     )
     return _library.flexrun_multiply_codes(product, torch.get_num_threads()) == 0

@@ -18,14 +18,16 @@ const struct kernels *flexrun_selected(void) { return kernels; }
 
 /* Use the named instruction set, or the best one for NULL. Returns its name, or NULL where this CPU lacks it. */
 EXPORT const char *flexrun_select(const char *name) {
-    const struct kernels *found[4];
+    const struct kernels *found[5];
     int count = 0;
 #if defined(__x86_64__)
     __builtin_cpu_init();
     int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    if (avx512 && __builtin_cpu_supports("avx512bf16")) found[count++] = &kernels_avx512_bf16;
+    int vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+    if (vnni && __builtin_cpu_supports("avx512bf16")) found[count++] = &kernels_avx512_bf16;
+    if (vnni) found[count++] = &kernels_avx512_vnni;
     if (avx512) found[count++] = &kernels_avx512;
     if (avx2) found[count++] = &kernels_avx2;
 #endif
@@ -40,7 +42,7 @@ EXPORT const char *flexrun_select(const char *name) {
 }
 
 /* Changes whenever a struct or the meaning of an argument does: __init__.py refuses a library of another number. */
-EXPORT int flexrun_layout(void) { return 4; }
+EXPORT int flexrun_layout(void) { return 5; }
 
 EXPORT void flexrun_rms_norm(const struct norm *n, int threads) {
     int64_t bytes = element_bytes(n->dtype), rows = n->outer * n->inner;

@@ -21,12 +21,12 @@ EXPORT void flexrun_decode_codes(const struct groupwise *m, void *out, int threa
 EXPORT int flexrun_multiply_codes(const struct product *p, int threads) {
     const struct groupwise_kernels *kernels = flexrun_selected()->groupwise;
     const struct groupwise *m = &p->matrix;
-    int inner = kernels->inner_dtype(m->dtype);
+    int inner = kernels->inner_dtype(p);
     int64_t block = block_columns(inner), blocks = (padded_columns(m) + block - 1) / block;
     int64_t capacity = p->inputs < MOST_INPUTS ? p->inputs : MOST_INPUTS;
     int64_t panels = (m->rows + kernels->panel_rows - 1) / kernels->panel_rows;
-    int64_t x_bytes = align_up(blocks * capacity * block * element_bytes(inner));
-    int64_t sums_bytes = align_up(capacity * m->groups * 4), totals_bytes = capacity * MOST_PANEL_ROWS * 4;
+    int64_t x_bytes = align_up(blocks * capacity * block * inner_bytes(inner));
+    int64_t sums_bytes = align_up(2 * capacity * m->groups * 4), totals_bytes = capacity * MOST_PANEL_ROWS * 4;
     int64_t factors_bytes = MOST_PANEL_GROUPS * 2 * MOST_PANEL_ROWS * 4;
     int64_t thread_bytes = totals_bytes + factors_bytes + PANEL_BYTES;
     if (m->rows * m->columns * p->inputs <= SERIAL_ELEMENTS) threads = 1;
@@ -37,7 +37,8 @@ EXPORT int flexrun_multiply_codes(const struct product *p, int threads) {
         int thread = thread_number();
         char *own = memory + x_bytes + sums_bytes + thread * thread_bytes;
         struct panel panel = {(float *)own, (float *)(own + totals_bytes), own + totals_bytes + factors_bytes};
-        struct inputs inputs = {memory, (float *)(memory + x_bytes), 0, 0, capacity};
+        float *sums = (float *)(memory + x_bytes);
+        struct inputs inputs = {memory, sums, sums + capacity * m->groups, 0, 0, capacity};
         for (; inputs.first < p->inputs; inputs.first += capacity) {
             int64_t left = p->inputs - inputs.first;
             inputs.count = left < capacity ? left : capacity;

@@ -23,12 +23,14 @@ struct product {
     const void *x, *bias; /* bias may be NULL */
     void *out;
     int64_t inputs, x_stride, out_stride;
+    int x_bits; /* 16: x as it is; 8: rounded, see int8.inc.h */
 };
 
 /* Some rows of x, made ready once for all rows of the matrix. */
 struct inputs {
-    void *x;     /* [blocks of columns][capacity][columns of a block], in the inner dtype, filled up with 0 */
-    float *sums; /* [capacity][groups]: of x */
+    void *x;       /* [blocks of columns][capacity][columns of a block], in the inner dtype, filled up with 0 */
+    float *sums;   /* [capacity][groups]: of x */
+    float *scales; /* [capacity][groups]: of x in 8 bits */
     int64_t first, count, capacity;
 };
 
@@ -44,13 +46,17 @@ struct groupwise_kernels {
     int64_t panel_rows;
     /* rows of one tile to out [rows][columns], contiguous, in the matrix's dtype */
     void (*decode_tile)(const struct groupwise *, int64_t tile, void *out);
-    /* What is multiplied: bfloat16 where x is and the CPU has dot products of it, else float32. */
-    int (*inner_dtype)(int dtype);
+    /* What is multiplied: bfloat16, or 8 bits, where x is and the CPU has dot products of it, else float32. */
+    int (*inner_dtype)(const struct product *);
     /* row ``slot`` of the inputs */
     void (*load_input)(const struct product *, const struct inputs *, int64_t slot);
     /* rows [row, row + panel_rows) of the matrix by all inputs, to their place in out */
     void (*multiply_panel)(const struct product *, int64_t row, const struct inputs *, const struct panel *);
 };
+
+#define INT8 3 /* beside the dtypes of kernels.h: of what is multiplied only */
+
+static inline int64_t inner_bytes(int inner) { return inner == INT8 ? 1 : inner == 0 ? 4 : 2; }
 
 /* Columns that are brought back together: at most 256, a multiple of any group. */
 static inline int64_t block_columns(int inner) { return inner == 0 ? 128 : 256; }

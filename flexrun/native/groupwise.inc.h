@@ -98,18 +98,27 @@ static void decode_tile(const struct groupwise *m, int64_t tile, void *out) {
     BY_DTYPE(m->dtype, BY_BITS(m->bits, decode_tile_typed(m, tile, out, TYPE, BITS)));
 }
 
-static int inner_dtype(int dtype) {
-#ifdef HAVE_BF16_DOT
-    if (dtype == BFLOAT16) return BFLOAT16;
+static int inner_dtype(const struct product *p) {
+#ifdef HAVE_INT8_DOT
+    if (p->x_bits == 8) return INT8;
 #endif
-    (void)dtype;
+#ifdef HAVE_BF16_DOT
+    if (p->matrix.dtype == BFLOAT16 && p->x_bits == 16) return BFLOAT16;
+#endif
+    (void)p;
     return FLOAT32;
 }
 
+#include "int8.inc.h"
+
 static void load_input(const struct product *p, const struct inputs *inputs, int64_t slot) {
+    if (p->x_bits == 8) {
+        load_rounded(p, inputs, slot);
+        return;
+    }
     const struct groupwise *m = &p->matrix;
-    int inner = inner_dtype(m->dtype);
-    int64_t block = block_columns(inner), bytes = element_bytes(inner), padded = padded_columns(m);
+    int inner = inner_dtype(p);
+    int64_t block = block_columns(inner), bytes = inner_bytes(inner), padded = padded_columns(m);
     const char *x = (const char *)p->x + (inputs->first + slot) * p->x_stride * element_bytes(m->dtype);
     float *sums = inputs->sums + slot * m->groups;
     for (int64_t group = 0; group < m->groups; group++) sums[group] = 0.0f;
@@ -269,6 +278,23 @@ INLINE void multiply_block(const struct groupwise *m, const struct inputs *input
                            int inner, const int bits) {
     int64_t block = block_columns(inner), place = (column / block * inputs->capacity + slot) * block;
     float *totals = panel->totals + slot * PANEL_ROWS;
+#ifdef HAVE_INT8_DOT
+    if (inner == INT8) {
+        int64_t group = (int64_t)1 << m->group_shift, first = slot * m->groups + (column >> m->group_shift);
+        const int8_t *x = (const int8_t *)inputs->x + place;
+        const float *factors = panel->factors, *scales = inputs->scales + first, *sums = inputs->sums + first;
+        for (int64_t start = 0; start < columns; start += group, factors += 2 * PANEL_ROWS, scales++, sums++) {
+            int64_t width = smaller(columns - start, group);
+            const uint8_t *weights = (const uint8_t *)panel->weights + start * PANEL_ROWS;
+            if (codes)
+                add_quads(codes + start * bits / 16 * 32 * PANEL_TILES, x + start, block, width, factors, scales, sums,
+                          m->groups, totals, count, bits, 1);
+            else
+                add_quads(weights, x + start, block, width, factors, scales, sums, m->groups, totals, count, bits, 0);
+        }
+        return;
+    }
+#endif
 #ifdef HAVE_BF16_DOT
     if (inner == BFLOAT16) {
         int64_t group = (int64_t)1 << m->group_shift, groups = m->groups;
@@ -295,7 +321,7 @@ INLINE void multiply_panel_typed(const struct product *p, int64_t row, const str
     const struct groupwise *m = &p->matrix;
     int64_t rows = smaller(m->rows - row, PANEL_ROWS), padded = padded_columns(m), block = block_columns(inner);
     int64_t first = row / TILE_ROWS, tiles = smaller((m->rows + TILE_ROWS - 1) / TILE_ROWS - first, TILES_AT_ONCE);
-    int stored = inner == BFLOAT16 && tiles == PANEL_TILES && inputs->count <= TILE_INPUTS;
+    int stored = inner != FLOAT32 && tiles == PANEL_TILES && inputs->count <= TILE_INPUTS;
     if (tiles < TILES_AT_ONCE) {
         memset(panel->weights, 0, PANEL_BYTES);
         memset(panel->factors, 0, sizeof(float) * MOST_PANEL_GROUPS * 2 * MOST_PANEL_ROWS);
@@ -308,6 +334,13 @@ INLINE void multiply_panel_typed(const struct product *p, int64_t row, const str
             float *factors = panel->factors + tile * TILE_ROWS;
             load_factors(m, first + tile, column, columns, factors, PANEL_ROWS);
             if (stored) continue;
+#ifdef HAVE_INT8_DOT
+            if (inner == INT8) {
+                uint8_t *weights = (uint8_t *)panel->weights + tile * 4 * TILE_ROWS;
+                decode_quads(m, first + tile, column, columns, weights, PANEL_ROWS, bits);
+                continue;
+            }
+#endif
 #ifdef HAVE_BF16_DOT
             if (inner == BFLOAT16) {
                 uint16_t *weights = (uint16_t *)panel->weights + tile * 2 * TILE_ROWS;
@@ -349,8 +382,14 @@ INLINE void multiply_panel_typed(const struct product *p, int64_t row, const str
 
 static void multiply_panel(const struct product *p, int64_t row, const struct inputs *inputs,
                            const struct panel *panel) {
+#ifdef HAVE_INT8_DOT
+    if (inner_dtype(p) == INT8) {
+        BY_DTYPE(p->matrix.dtype, BY_BITS(p->matrix.bits, multiply_panel_typed(p, row, inputs, panel, INT8, TYPE, BITS)));
+        return;
+    }
+#endif
 #ifdef HAVE_BF16_DOT
-    if (p->matrix.dtype == BFLOAT16) {
+    if (inner_dtype(p) == BFLOAT16) {
         BY_BITS(p->matrix.bits, multiply_panel_typed(p, row, inputs, panel, BFLOAT16, BFLOAT16, BITS));
         return;
     }
