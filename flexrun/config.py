@@ -52,6 +52,7 @@ class Policy:
     weight_bits, kv_bits: 16 keeps the model's dtype, 8 and 4 are group-wise compressed; kv_bits may be "k8v4", 8 bits
         a key and 4 a value.
     keep: matrices of other bits, as "PATTERN=BITS"; see compress.WeightBits. weight_group: weights that share a scale.
+    activation_bits: 8 rounds what compressed matrices are multiplied by, on a CPU; see compress.GroupwiseMatrix.
     cpu_attention_share: share of host-resident KV micro-batches attended in place on the CPU
         (the rest is copied to the GPU and attended there). Meaningless without a GPU.
     kv_device_tokens_share: of each sequence whose KV the CPU attends in place, the share of its cache room, its newest
@@ -80,6 +81,7 @@ class Policy:
     cpu_experts_share: float = 0.0
     keep: tuple[str, ...] = ()
     weight_group: int = 64
+    activation_bits: int = 16
 
     def __post_init__(self):
         for name in ("sequences_in_flight", "tokens_per_pass", "attention_micro_batch", "token_micro_batch"):
@@ -102,6 +104,8 @@ class Policy:
             raise ConfigError(f"policy weight_group={self.weight_group!r} must be 32, 64 or 128")
         if self.weight_bits not in (16, 8, 4):
             raise ConfigError(f"policy weight_bits={self.weight_bits!r} must be 16, 8 or 4")
+        if self.activation_bits not in (16, 8):
+            raise ConfigError(f"policy activation_bits={self.activation_bits!r} must be 16 or 8")
         if not isinstance(self.kv_bits, (int, str)) or self.kv_bits not in KV_BITS:
             raise ConfigError(f"policy kv_bits={self.kv_bits!r} must be one of {', '.join(map(str, KV_BITS))}")
 
@@ -110,11 +114,13 @@ class Policy:
         """Bits of a key and of a value in the cache; None where they keep the model's dtype."""
         return KV_BITS[self.kv_bits]
 
-    def check_runnable(self, *, on_device: bool = True, latents: bool = False, latents_on_cpu: bool = False) -> None:
+    def check_runnable(
+        self, *, on_device: bool = True, on_gpu: bool = False, latents: bool = False, latents_on_cpu: bool = False
+    ) -> None:
         """Raise UnsupportedError for what can be planned but is not run in this version.
 
-        latents: whether the model's KV is latent. latents_on_cpu: whether the CPU would attend it beside a GPU (it is
-        compute-bound: it would never pay).
+        on_gpu: whether the device is a real one. latents: whether the model's KV is latent. latents_on_cpu: whether the
+            CPU would attend it beside a GPU (it is compute-bound: it would never pay).
         """
         splits, whole = self.kv_device_tokens_share > 0, "set kv_device_tokens_share to 0"
         coded, uncoded = self.key_value_bits is not None, "set kv_bits to 16"
@@ -124,6 +130,7 @@ class Policy:
             (self.hidden.disk > 0, "keeps hidden states on disk", "set hidden.disk to 0"),
             (self.hidden.gpu < 1 and not on_device, "keeps hidden states off the CPU", "set hidden.gpu to 1"),
             (latents_on_cpu, "attends latent KV on the CPU beside a GPU", "set cpu_attention_share to 0"),
+            (on_gpu and self.activation_bits < 16, "rounds activations on a GPU", "set activation_bits to 16"),
             (coded and latents, "compresses latent KV", uncoded),
             (coded and splits, "compresses KV that is split by token", whole),
             (coded and self.hidden.gpu < 1, "compresses KV and keeps hidden states off the device", uncoded),

@@ -104,6 +104,15 @@ def test_compressed_kv_is_refused_where_it_is_not_run():
         assert "kv_bits to 16" in error.value.hint
 
 
+def test_activations_are_rounded_on_a_cpu_only():
+    policy = Policy(weight_bits=8, activation_bits=8)
+    policy.check_runnable(on_device=True)
+    with pytest.raises(UnsupportedError, match="activations on a GPU"):
+        policy.check_runnable(on_device=True, on_gpu=True)
+    with pytest.raises(ConfigError, match="activation_bits"):
+        Policy(activation_bits=4)
+
+
 def test_bits_are_sixteen_eight_or_four():
     with pytest.raises(ConfigError, match="weight_bits"):
         Policy(weight_bits=3)

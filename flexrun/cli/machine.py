@@ -57,6 +57,12 @@ def add_weight_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--weight-group", type=int, choices=(32, 64, 128), help="weights that share a scale; default: 64"
     )
+    group.add_argument(
+        "--activation-bits",
+        type=int,
+        choices=(8, 16),
+        help="round what compressed matrices are multiplied by, on a CPU; default: do not",
+    )
     group.add_argument("--keep", metavar="RULES", help="other bits for some, as in layers.0.*=16,*.down_proj=8")
     group.add_argument(
         "--kv-bits",
@@ -67,10 +73,10 @@ def add_weight_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def weight_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """What --weight-bits, --weight-group, --keep and --kv-bits say, as arguments of flexrun.LLM or fields of a Policy;
-    None: not given."""
+    """What --weight-bits, --weight-group, --activation-bits, --keep and --kv-bits say, as arguments of flexrun.LLM or
+    fields of a Policy; None: not given."""
     keep = None if args.keep is None else args.keep.split(",")
-    given = {name: getattr(args, name) for name in ("weight_bits", "weight_group", "kv_bits")}
+    given = {name: getattr(args, name) for name in ("weight_bits", "weight_group", "activation_bits", "kv_bits")}
     return {**given, "keep": keep}
 
 

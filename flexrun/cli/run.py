@@ -146,7 +146,7 @@ def call(args: argparse.Namespace) -> int:
                 if args.weight_bits or args.keep
                 else {}
             ),
-            **({"kv_bits": args.kv_bits} if args.kv_bits else {}),
+            **{name: bits for name in ("activation_bits", "kv_bits") if (bits := getattr(args, name))},
         },
     )
     model = {name: getattr(args, name) for name in MODEL_FLAGS}

@@ -13,6 +13,7 @@ from flexrun import native
 from flexrun.compress import triton_kernels
 from flexrun.compress.groupwise import PANEL_TILES, TILE_ROWS, GroupFormat, dequantise, dequantised_parts, split
 
+LARGEST_ACTIVATION = 127
 DEQUANTISE_BYTES = 16 << 20  # at most, of what is brought back at a time where no kernel multiplies by codes
 _TORCH_BYTES = 32  # that an element takes on the way in torch's form, in float32
 
@@ -20,13 +21,17 @@ _TORCH_BYTES = 32  # that an element takes on the way in torch's form, in float3
 class GroupwiseMatrix:
     """Weights [outputs, inputs] in memory as flexrun.compress.groupwise lays them out.
 
-    data: uint8 [bytes of the matrix], on any device; dtype: of what it is multiplied by.
+    data: uint8 [bytes of the matrix], on any device; dtype: of what it is multiplied by. activation_bits: 8 rounds
+    that before, see ``round_activations``; a CPU with such dot products then adds up whole numbers.
     """
 
     is_mkldnn = False
 
-    def __init__(self, data: Tensor, shape: tuple[int, int], form: GroupFormat, dtype: torch.dtype):
+    def __init__(
+        self, data: Tensor, shape: tuple[int, int], form: GroupFormat, dtype: torch.dtype, activation_bits: int = 16
+    ):
         self.data, self.shape, self.form, self.dtype = data, torch.Size(shape), form, dtype
+        self.activation_bits = activation_bits
         self._codes, self._factors = split(data, shape, form)
 
     @property
@@ -46,8 +51,10 @@ class GroupwiseMatrix:
         if out is None:
             out = x.new_empty(x.shape[0], self.shape[0])
         form = self.form
-        if native.multiply(x, self._codes, self._factors, form.bits, form.group, bias, out):
+        if native.multiply(x, self._codes, self._factors, form.bits, form.group, bias, out, self.activation_bits):
             return out
+        if self.activation_bits == 8:
+            x = round_activations(x, form.group)
         for rows, weights in self._parts():
             out[:, rows] = F.linear(x, weights, None if bias is None else bias[rows])
         return out
@@ -71,8 +78,8 @@ class GroupwiseMatrix:
 
     @property
     def multiplies_codes(self) -> bool:
-        """Whether a product needs no dense weights."""
-        return native.multiplies(self.data, self.dtype)
+        """Whether a product is not simply one with dense weights."""
+        return self.activation_bits < 16 or native.multiplies(self.data, self.dtype)
 
     def dequantised(self, out: Tensor | None = None) -> Tensor:
         """The weights [outputs, inputs] in the dtype, in ``out`` where given."""
@@ -83,6 +90,20 @@ class GroupwiseMatrix:
             kernel(self.data, self.shape, self.form, out)
             return out
         return dequantise(self.data, self.shape, self.form, self.dtype, out)
+
+
+def round_activations(x: Tensor, group: int) -> Tensor:
+    """x [T, K] with ``group`` neighbours of a row at a time on 255 even steps, from minus to plus their largest.
+
+    Symmetric round-to-nearest when it is needed, as ZeroQuant's (arXiv 2206.01861, section 4.2) but by group, so that
+    one large activation costs its neighbours precision and not the whole row. Groups below 1e-28 become 0.
+    """
+    missing = -x.shape[1] % group
+    grouped = F.pad(x.float(), (0, missing)).view(x.shape[0], -1, group)
+    scale = grouped.abs().amax(-1, keepdim=True) / LARGEST_ACTIVATION
+    scale = torch.where(scale > 1e-30, scale, scale * 0)  # the inverse of less overflows; NaN stays NaN
+    inverse = torch.where(scale == 0, scale, 1 / scale)
+    return ((grouped * inverse).round_() * scale).flatten(1)[:, : x.shape[1]].to(x.dtype)
 
 
 @cache

@@ -55,6 +55,8 @@ class Setting:
                 options["weight_bits"] = int(value)
             elif name == "weight-group" and value in ("32", "64", "128"):
                 options["weight_group"] = int(value)
+            elif name == "activation-bits" and value in ("8", "16"):
+                options["activation_bits"] = int(value)
             elif name == "kv-bits" and value in map(str, KV_BITS):
                 options["kv_bits"] = int(value) if value.isdecimal() else value
             elif name == "keep" and value:

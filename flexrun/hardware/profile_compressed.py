@@ -21,6 +21,7 @@ from flexrun.hardware.rates import CompressedRates, Rates
 
 GROUP = 64
 BITS = (4, 8)
+KINDS = {**{str(bits): (bits, 16) for bits in BITS}, **{f"w{bits}a8": (bits, 8) for bits in BITS}}  # and of activations
 ROWS = (1, 6, 8, 64, 256, 512)  # of a call; the kernels take few rows, up to about 6, another way
 TIMED = ("attention_inputs", "mlp")
 
@@ -28,7 +29,7 @@ TIMED = ("attention_inputs", "mlp")
 def compressed_rates(
     bench: Bench, dtype: str, rates: Rates, overhead_seconds: float
 ) -> tuple[dict[str, CompressedRates], float, float]:
-    """({"4": ..., "8": ...}, root mean square of the relative errors, median spread) of products in one dtype.
+    """(those of each of KINDS, root mean square of the relative errors, median spread) of products in one dtype.
 
     rates, overhead_seconds: of the dtype's own matrices and of a step; what activations take is that of theirs.
     """
@@ -37,10 +38,10 @@ def compressed_rates(
     spec = layer_spec(shape, dtype)
     pool = torch.randint(0, 256, (max(bench.pool_bytes // 2, 1),), dtype=torch.uint8)
     found, residuals, spreads = {}, [], []
-    for bits in BITS:
+    for kind, (bits, activation_bits) in KINDS.items():
         form, taken = GroupFormat(bits, GROUP), []
         for module in TIMED:
-            copies = list(_copies(pool, spec, module, form))
+            copies = list(_copies(pool, spec, module, form, activation_bits))
             work = work_of(spec, module)
             stored = sum(each.data.nbytes for each in copies[0].values() if isinstance(each, GroupwiseMatrix))
             readings = bench.read_all([module_call(spec, module, copies, rows, bench.device) for rows in ROWS])
@@ -48,12 +49,12 @@ def compressed_rates(
                 beside = rates.activation_seconds(rows, work, spec.dtype_bytes) + overhead_seconds
                 taken.append(CompressedReading(rows, work.weight_elements, stored, reading.seconds, beside))
             spreads += [each.spread for each in readings]
-        found[str(bits)], residual = fit_compressed(taken)
+        found[kind], residual = fit_compressed(taken)
         residuals.append(residual)
     return found, max(residuals), median(spreads)
 
 
-def _copies(pool: Tensor, spec, module: str, form: GroupFormat) -> Iterator[dict]:
+def _copies(pool: Tensor, spec, module: str, form: GroupFormat, activation_bits: int = 16) -> Iterator[dict]:
     """The weights of one module over and over, until the pool is used up; at least one. Any bytes are codes."""
     shapes = {tensor.name: tensor.shape for tensor in spec.layer_tensors(0) if tensor.name in MODULES[module]}
     nbytes = sum(form.nbytes(shape) for shape in shapes.values() if len(shape) == 2)
@@ -67,7 +68,7 @@ def _copies(pool: Tensor, spec, module: str, form: GroupFormat) -> Iterator[dict
             if len(data) < form.nbytes(shape):  # a pool smaller than one matrix
                 data = torch.zeros(form.nbytes(shape), dtype=torch.uint8)
             split(data, shape, form)[1].fill_(1e-3)
-            weights[name] = GroupwiseMatrix(data, shape, form, spec.torch_dtype)
+            weights[name] = GroupwiseMatrix(data, shape, form, spec.torch_dtype, activation_bits)
             start += form.nbytes(shape)
         yield weights
 

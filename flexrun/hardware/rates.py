@@ -93,7 +93,8 @@ class Rates:
     prefill_attention_flops_per_second: attention of prompts, causal products counted only.
     plain_weight_share: part of weight_bytes_per_second that remains for weights in the layout of a checkpoint, where
     the matmul has a layout of its own that only weights resident on the CPU are brought into.
-    compressed: of a CPU, products with matrices of 4 and 8 bits, by "4" and "8".
+    compressed: of a CPU, products with matrices of 4 and 8 bits, by "4" and "8", and with activations rounded to 8 bits
+    by "w4a8" and "w8a8".
     """
 
     matmul_flops_per_second: float
@@ -118,8 +119,8 @@ class Rates:
         require_range(self, ("half_width",), 0)
         require_range(self, ("plain_weight_share",), 0, 1, above=True)
         for bits in self.compressed:
-            if bits not in ("4", "8"):
-                raise ConfigError(f"compressed rates of {bits!r} bits", "give those of 4 and 8")
+            if bits not in ("4", "8", "w4a8", "w8a8"):
+                raise ConfigError(f"compressed rates of {bits!r} bits", "give those of 4, 8, w4a8 and w8a8")
         require_range(self, ("sharpness",), 1)  # 1 adds compute and memory; below it, they would take longer than both
 
     def linear_seconds(

@@ -9,6 +9,7 @@ from typing import Any
 
 from flexrun.compress import GROUP_TOKENS, WeightBits
 from flexrun.config import Policy
+from flexrun.core import Lane
 from flexrun.errors import ConfigError
 from flexrun.hardware import Hardware
 from flexrun.models.spec import ModelSpec
@@ -29,13 +30,15 @@ def given_policy(
     keep: Sequence[str] | None,
     weight_group: int | None,
     kv_bits: int | str | None = None,
+    activation_bits: int | None = None,
 ) -> tuple[Policy | None, dict[str, Any], WeightBits, Features]:
     """(the policy, or None for the best one; fields of it that are decided; the bits of the weights; what a search may
     use).
 
-    weight_bits, keep, weight_group, kv_bits: where given, in place of the policy's own; bits that are "auto" are found
-    with the policy.
-    Raises ConfigError for a rule that fits no matrix, and for bits to be found where there is nothing to search.
+    weight_bits, keep, weight_group, kv_bits, activation_bits: where given, in place of the policy's own; bits that are
+    "auto" are found with the policy.
+    Raises ConfigError for a rule that fits no matrix, for bits to be found where there is nothing to search, and for
+    activations rounded for no matrix.
     """
     if policy == "auto":
         policy = None
@@ -52,10 +55,17 @@ def given_policy(
         policy = Policy.from_json(policy)
     rules = None if keep is None else tuple(keep)
     given = {"weight_bits": weight_bits, "keep": rules, "weight_group": weight_group, "kv_bits": kv_bits}
+    given["activation_bits"] = activation_bits
     fixed = {name: value for name, value in given.items() if value not in (None, AUTO)}
     decided = dataclasses.replace(policy or Policy(), **fixed)
     bits = weight_bits_of(decided)
     bits.check(spec.tensors_by_layer())
+    if decided.activation_bits < 16 and weight_bits != AUTO and decided.weight_bits == 16 and not decided.keep:
+        raise ConfigError(
+            f"activation_bits={decided.activation_bits} rounds what compressed matrices are multiplied by, and none is "
+            "compressed",
+            "set weight_bits to 8 or 4 as well",
+        )
     return None if policy is None else decided, fixed, bits, features
 
 
@@ -74,6 +84,15 @@ def given_plan(
     layout = Layout.of(spec, policy, workload, budgets)
     layout.check()
     return Plan(policy, layout, forecast(layout, workload, hardware))
+
+
+def check_runnable(spec: ModelSpec, layout: Layout, *, on_gpu: bool) -> None:
+    """Raise UnsupportedError for a plan that cannot be run; see Policy.check_runnable."""
+    latents = spec.latent is not None
+    on_cpu = layout.on_device and any(place.attend_lane is Lane.CPU for place in layout.micro_batches)
+    layout.policy.check_runnable(
+        on_device=layout.on_device, on_gpu=on_gpu, latents=latents, latents_on_cpu=on_cpu and latents
+    )
 
 
 def prefix_unit(policy: Policy | None, fixed: dict[str, Any], features: Features) -> int:

@@ -12,11 +12,11 @@ from tqdm import tqdm
 
 from flexrun.compress import GroupFormat
 from flexrun.config import Policy
-from flexrun.core import Lane, parse_bytes
+from flexrun.core import parse_bytes
 from flexrun.errors import ConfigError, FlexrunError
 from flexrun.hardware import Hardware
 from flexrun.llm.accelerator import Accelerator
-from flexrun.llm.given_policy import found_bits, given_plan, given_policy, prefix_unit
+from flexrun.llm.given_policy import check_runnable, found_bits, given_plan, given_policy, prefix_unit
 from flexrun.llm.intake import Intake, Prompt, as_chat_requests, as_request_error, as_requests, check_room
 from flexrun.llm.lengths import Lengths
 from flexrun.llm.machine_profile import settle_hardware, use_threads, with_device
@@ -62,7 +62,7 @@ class LLM:
         environment, else none. Plans do not know of it: name a hardware with those rates.
     weight_bits, keep, weight_group: in place of the policy's: bits of the matrices ("auto": the first plan weighs 16,
         8 and 4, and later ones keep to them), of some of them (``["*.down_proj=8"]``), and how many weights share a
-        scale. kv_bits: likewise, of the KV cache ("auto": of 16, 8, "k8v4" and 4).
+        scale. kv_bits: also, of the KV cache ("auto": of 16, 8, "k8v4", 4). activation_bits: of what they multiply by.
     save_expert_profile: file that tells how many tokens each expert of a mixture got, written on close().
         expert_profile: such a file of an earlier run; the most used experts then live on the fastest tiers.
     shared_prefixes: what prompts begin with in common is run once, kept once and attended together, where that pays.
@@ -97,6 +97,7 @@ class LLM:
         keep: Sequence[str] | None = None,
         weight_group: int | None = None,
         kv_bits: int | str | None = None,
+        activation_bits: int | None = None,
         expert_profile: str | Path | None = None,
         save_expert_profile: str | Path | None = None,
         shared_prefixes: bool = True,
@@ -120,7 +121,7 @@ class LLM:
             )
         )
         self.spec, self.tokenizer, self.max_model_len = self.files.spec, self.files.tokenizer, self.files.max_model_len
-        decided = (policy, weight_bits, keep, weight_group, kv_bits)
+        decided = (policy, weight_bits, keep, weight_group, kv_bits, activation_bits)
         self._policy, self._fixed, bits, self._offered = given_policy(self.spec, *decided)
         self._cpu_budget = parse_bytes(cpu_memory) if cpu_memory is not None else None
         self._disk_budget = parse_bytes(disk_memory) if disk_memory is not None else None
@@ -284,9 +285,7 @@ class LLM:
         self._say(forecast_line(self._plan.layout, self._plan.forecast))
         start_seconds = time.perf_counter()
         layout = self._plan.layout
-        on_cpu = layout.on_device and any(place.attend_lane is Lane.CPU for place in layout.micro_batches)
-        latents = self.spec.latent is not None
-        layout.policy.check_runnable(on_device=layout.on_device, latents=latents, latents_on_cpu=on_cpu and latents)
+        check_runnable(self.spec, layout, on_gpu=self._accelerator.is_cuda)
         self._engine = Engine(
             self.spec,
             self.pack(),

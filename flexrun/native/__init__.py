@@ -77,7 +77,7 @@ else:
 
 
 def select(name: str | None) -> bool:
-    """Use the kernels of an instruction set (portable, avx2, avx512, avx512_vnni, avx512_bf16; None: the best), for tests.
+    """Use the kernels of an instruction set (portable, avx2, avx512, avx512_vnni or avx512_bf16), or None: the best.
 
     False, and no change, where the library or the CPU lacks it.
     """

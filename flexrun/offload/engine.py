@@ -107,7 +107,16 @@ class Engine:
             undo.callback(self.kv.close)
             pack = pack_matrix if can_pack(DTYPES[spec.dtype]) else None
             self.weights = WeightStore(
-                spec, packed, placement, account, host, device, accelerator=self._accelerator, direct=direct, pack=pack
+                spec,
+                packed,
+                placement,
+                account,
+                host,
+                device,
+                accelerator=self._accelerator,
+                direct=direct,
+                pack=pack,
+                activation_bits=policy.activation_bits,
             )
             undo.callback(self.weights.close)
             self._scheduler = build_scheduler(spec, placement, account, on_device=on_device, policy=policy)

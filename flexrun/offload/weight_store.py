@@ -59,11 +59,12 @@ class WeightStore:
         read_threads: int = 4,
         direct: bool = True,
         pack: Callable[[Tensor], Tensor] | None = None,
+        activation_bits: int = 16,
     ):
         """``pack`` turns a matrix in RAM that the host multiplies by into the form its matmul likes best (it takes the
-        same bytes)."""
+        same bytes). activation_bits: see GroupwiseMatrix."""
         self.spec, self.packed, self.placement = spec, packed, placement
-        self._dtype = DTYPES[spec.dtype]
+        self._dtype, self._activation_bits = DTYPES[spec.dtype], activation_bits
         self._compute_tier = Tier.CPU if device is None else Tier.GPU
         self._files: dict[str, DirectFile] = {}
         self._units = [_Unit() for _ in placement.units]
@@ -137,7 +138,8 @@ class WeightStore:
         shape, dtype = placed.tensor.shape, self._dtype_of(placed)
         if placed.form is None:
             return buffer.view(offset, shape, dtype)
-        return GroupwiseMatrix(buffer.data[offset : offset + placed.nbytes], shape, placed.form, dtype)
+        data = buffer.data[offset : offset + placed.nbytes]
+        return GroupwiseMatrix(data, shape, placed.form, dtype, self._activation_bits)
 
     def _is_packed(self, placed: PlacedTensor) -> bool:
         """Matrices that only a matmul ever reads; an embedding is read by rows as well, a router cast to float32."""

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from flexrun.compress import GroupFormat, WeightBits
-from flexrun.hardware import Hardware, LinearWork, Rates
+from flexrun.hardware import CompressedRates, Hardware, LinearWork, Rates
 from flexrun.models.spec import ModelSpec, PackedTensor
 from flexrun.placement import stored_bytes
 from flexrun.policy.features import Features
@@ -22,22 +22,32 @@ def priced(features: Features, spec: ModelSpec, hardware: Hardware, budgets: Bud
     there."""
     device = hardware.gpu if budgets.on_device and hardware.gpu else hardware.cpu
     straight = device.rates_of(spec.dtype).compressed if device is hardware.cpu else {}
-    known = {16, 4, 8} if device.dequantise_bytes_per_second else {16, *map(int, straight)}
+    every = device.dequantise_bytes_per_second > 0
+    known = {16, *(bits for bits in (4, 8) if every or str(bits) in straight)}
     kv_bits = features.kv_bits if spec.latent is None else (16,)
     weight_bits = tuple(bits for bits in features.weight_bits if bits in known)
     return dataclasses.replace(features, weight_bits=weight_bits, kv_bits=kv_bits)
 
 
 class Compressed(NamedTuple):
-    """Matrices of a part of a layer, together: ``bits`` an element (16: in the dtype), with their factors."""
+    """Matrices of a part of a layer, together: ``bits`` an element (16: in the dtype), with their factors, and of what
+    they are multiplied by."""
 
     bits: int
     elements: float
     nbytes: float
+    activation_bits: int = 16
+
+    def rates_of(self, rates: Rates) -> CompressedRates | None:
+        """Those of their products on a CPU; with activations in the dtype, where none of fewer bits are known."""
+        known = rates.compressed.get(str(self.bits))
+        return known if self.activation_bits == 16 else rates.compressed.get(f"w{self.bits}a8", known)
 
 
 @lru_cache(maxsize=256)
-def compressed_part(spec: ModelSpec, bits: WeightBits, part: str, layer: int) -> tuple[Compressed, ...] | None:
+def compressed_part(
+    spec: ModelSpec, bits: WeightBits, part: str, layer: int, activation_bits: int = 16
+) -> tuple[Compressed, ...] | None:
     """The matrices of a part (see ModelSpec.linear_shapes) by their bits, or None where none is compressed; averaged
     over the layers that are sparse, or dense, like ``layer``."""
     layers, elements, nbytes = set(), defaultdict(float), defaultdict(float)
@@ -48,7 +58,8 @@ def compressed_part(spec: ModelSpec, bits: WeightBits, part: str, layer: int) ->
         nbytes[stored] += stored_bytes(spec, tensor, form)
     if not elements.keys() - {16}:
         return None
-    return tuple(Compressed(each, elements[each] / len(layers), nbytes[each] / len(layers)) for each in elements)
+    count = len(layers)
+    return tuple(Compressed(each, elements[each] / count, nbytes[each] / count, activation_bits) for each in elements)
 
 
 def compressed_seconds(
@@ -62,9 +73,9 @@ def compressed_seconds(
         if part.bits == 16:
             for is_plain, weight in ((True, plain), (False, 1 - plain)):
                 seconds += weight * rates.product_seconds(rows, share, dtype_bytes, plain=is_plain)
-        elif str(part.bits) in rates.compressed:
+        elif (known := part.rates_of(rates)) is not None:
             stored = part.nbytes * share.weight_elements / part.elements
-            seconds += rates.compressed[str(part.bits)].seconds(rows, share.weight_elements, stored)
+            seconds += known.seconds(rows, share.weight_elements, stored)
         else:
             return None
     return seconds

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 
 import numpy
 
@@ -58,6 +58,7 @@ class StepCosts:
         self.experts_seconds = self._experts.seconds
         self._rates, self._bits = self.device.rates_of(spec.dtype), weight_bits_of(policy)
         self._work = lru_cache(maxsize=None)(lambda part, layer: LinearWork.of(spec.linear_shapes(part, layer)))
+        self._compressed = partial(compressed_part, spec, self._bits, activation_bits=policy.activation_bits)
         absorbing, expanding = spec.decode_absorption_shapes, spec.prefill_expansion_shapes
         self._absorption, self._expansion = LinearWork.of(absorbing), LinearWork.of(expanding)
         self._linear = lru_cache(maxsize=4096)(self._linear_seconds)
@@ -127,7 +128,7 @@ class StepCosts:
         return [(full, rows), *([(1, rest)] if rest else [])]
 
     def _linear_seconds(self, part: str, layer: int, tokens: int, plain: float) -> float:
-        work, compressed = self._work(part, layer), compressed_part(self.spec, self._bits, part, layer)
+        work, compressed = self._work(part, layer), self._compressed(part, layer)
         brought_back = self._brought_back_seconds(compressed) if tokens else 0.0
         return brought_back + sum(
             count * (self._matmul_seconds(rows, work, plain, compressed) + self.device.step_overhead_seconds)
@@ -180,7 +181,7 @@ class StepCosts:
 
     def _one_expert_seconds(self, rows: float, beside: bool) -> float:
         """One routed expert. beside: on the CPU beside a device, where its weights stay in the layout that it likes."""
-        work, compressed = self._work("expert", 0), compressed_part(self.spec, self._bits, "expert", 0)
+        work, compressed = self._work("expert", 0), self._compressed("expert", 0)
         processor, plain = (self.hardware.cpu, 0.0) if beside else (self.device, self._plain_share)
         seconds = matmul_seconds(self.spec, self.hardware, processor, rows, work, plain, compressed)
         seconds += processor.step_overhead_seconds
@@ -190,7 +191,7 @@ class StepCosts:
         """Head and sampling, in blocks of LOGITS_ROWS rows."""
         if not rows:
             return self.device.step_overhead_seconds
-        work, compressed = self._work("head", 0), compressed_part(self.spec, self._bits, "head", 0)
+        work, compressed = self._work("head", 0), self._compressed("head", 0)
         full, rest = divmod(rows, LOGITS_ROWS)
         brought_back = self._brought_back_seconds(compressed)
         seconds = sum(

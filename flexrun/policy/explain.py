@@ -140,6 +140,8 @@ def _policy_words(layout: Layout) -> list[str]:
         places.append(f"{policy.cpu_experts_share:.0%} of the experts in RAM run by the CPU")
     if policy.weight_bits < 16 or policy.key_value_bits or policy.keep:
         places.append(f"weights in {weight_bits_of(policy)} bits, KV in {policy.kv_bits} bits")
+    if policy.activation_bits < 16:
+        places.append(f"activations rounded to {policy.activation_bits} bits")
     return [", ".join(words), "; ".join(places)]
 
 

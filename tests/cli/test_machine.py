@@ -21,10 +21,12 @@ def parse(command, *words):
 @pytest.mark.parametrize("command", [run, plan, bench])
 def test_bits_of_weights(command):
     given = parse(command, "--weight-bits", "4", "--weight-group", "32", "--keep", "layers.0.*=16,*.down_proj=8")
+    assert weight_arguments(parse(command, "--activation-bits", "8"))["activation_bits"] == 8
     assert weight_arguments(given) == {
         "weight_bits": 4,
         "weight_group": 32,
         "keep": ["layers.0.*=16", "*.down_proj=8"],
+        "activation_bits": None,
         "kv_bits": None,
     }
     for words, bits in (("4", 4), ("16", 16), ("k8v4", "k8v4"), ("auto", "auto")):

@@ -54,7 +54,7 @@ def test_flags_reach_the_engine(flexrun, engine):
         *shlex.split(
             "--hardware hw.json --weight-bits 4 --kv-bits k8v4 --weight-group 32 --keep layers.0.*=16,*.down_proj=8"
         ),
-        *shlex.split("--expert-profile used.json --save-expert-profile new.json"),
+        *shlex.split("--activation-bits 8 --expert-profile used.json --save-expert-profile new.json"),
     )
     assert callable(engine.built.pop("log"))
     assert engine.built == {
@@ -77,6 +77,7 @@ def test_flags_reach_the_engine(flexrun, engine):
         "hardware": "hw.json",
         "weight_bits": 4,
         "weight_group": 32,
+        "activation_bits": 8,
         "kv_bits": "k8v4",
         "keep": ["layers.0.*=16", "*.down_proj=8"],
         "expert_profile": "used.json",

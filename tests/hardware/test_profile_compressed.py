@@ -52,12 +52,12 @@ def test_one_way_for_all_rows_is_found_as_such():
 def test_what_is_timed_are_the_decoder_s_functions_with_compressed_matrices(monkeypatch, tiny_effort):
     """The calls run; readings made up of the rates of a kernel give back these rates."""
     spec = profile_compressed.layer_spec(profile_compressed.TINY, "bfloat16")
-    timed = itertools.product(profile_compressed.BITS, profile_compressed.TIMED)
+    timed = itertools.product(profile_compressed.KINDS.values(), profile_compressed.TIMED)
 
     def read_all(self, calls, **settings):
         for call in calls:
             call()
-        bits, module = next(timed)
+        (bits, _), module = next(timed)
         work, form = profile_compressed.work_of(spec, module), GroupFormat(bits, profile_compressed.GROUP)
         shapes = [each.shape for each in spec.layer_tensors(0) if each.name in profile_compressed.MODULES[module]]
         stored = sum(form.nbytes(shape) for shape in shapes if len(shape) == 2)
@@ -69,7 +69,7 @@ def test_what_is_timed_are_the_decoder_s_functions_with_compressed_matrices(monk
 
     monkeypatch.setattr(Bench, "read_all", read_all)
     found, residual, spread = profile_compressed.compressed_rates(Bench(tiny_effort), "bfloat16", RATES, 3e-5)
-    assert set(found) == {"4", "8"} and spread == 0.02 and residual < 0.01
+    assert set(found) == {"4", "8", "w4a8", "w8a8"} and spread == 0.02 and residual < 0.01
     for rates in found.values():
         assert rates.matmul_flops_per_second == pytest.approx(KERNEL.matmul_flops_per_second, rel=0.05)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -62,11 +63,13 @@ def test_tokens_are_those_of_transformers_with_the_same_weights(run, oracle, bit
         assert (logits.amax(-1) - chosen < 1e-4).all()
 
 
-def test_without_kernels_the_tokens_are_the_same(run, monkeypatch):
-    asked = prompts((5, 23))
-    expected = tokens_of(run("llama", asked, GREEDY, policy=IN_RAM, weight_bits=4))
+@pytest.mark.parametrize("activation_bits", [16, 8])
+def test_without_kernels_the_tokens_are_the_same(run, monkeypatch, activation_bits):
+    asked, bits = prompts((5, 23)), {"weight_bits": 4, "activation_bits": activation_bits}
+    expected = tokens_of(run("llama", asked, GREEDY, policy=IN_RAM, **bits))
     monkeypatch.setattr("flexrun.native.available", False)
-    assert tokens_of(run("llama", asked, GREEDY, policy=IN_RAM, weight_bits=4)) == expected
+    assert tokens_of(run("llama", asked, GREEDY, policy=IN_RAM, **bits)) == expected
+    assert tokens_of(run("llama", asked, GREEDY, policy=THREE_TIERS, gpu_memory="64MiB", **bits)) == expected
 
 
 @pytest.mark.parametrize("gpu", [False, True])
@@ -122,3 +125,31 @@ def test_a_rule_that_fits_no_matrix_is_refused_by_name(open_llm):
             open_llm("llama", weight_bits=4, keep=[rule])
     with pytest.raises(ConfigError, match="PATTERN=BITS"):
         open_llm("llama", weight_bits=4, keep=["*.down_proj"])
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_activations_are_rounded_alike_wherever_weights_are(run, name, bits):
+    asked = prompts((5, 23, 40))
+    settings = {"weight_bits": bits, "activation_bits": 8}
+    expected = tokens_of(run(name, asked, GREEDY, policy=IN_RAM, **settings))
+    assert tokens_of(run(name, asked, GREEDY, policy=THREE_TIERS, gpu_memory="64MiB", **settings)) == expected
+    from_disk = dataclasses.replace(IN_RAM, weights=Placement(0, 0.2, 0.8), token_micro_batch=5)
+    assert tokens_of(run(name, asked, GREEDY, policy=from_disk, **settings)) == expected
+
+
+@pytest.mark.parametrize("policy", [None, IN_RAM])
+def test_activations_are_rounded_and_a_little_is_lost(open_llm, policy):
+    asked = prompts((60,) * 4, 1)
+    exact, fewer = (
+        open_llm("llama", policy=policy, weight_bits=8, activation_bits=bits).score(asked) for bits in (16, 8)
+    )
+    apart = [abs(one.logprob - other.logprob) for one, other in zip(exact, fewer, strict=True)]
+    assert 0 < max(apart) < 0.02 * abs(exact[0].logprob)
+
+
+def test_activations_of_matrices_in_the_dtype_are_not_rounded(open_llm):
+    with pytest.raises(ConfigError, match="none is compressed") as error:
+        open_llm("llama", activation_bits=8)
+    assert "weight_bits to 8 or 4" in error.value.hint
+    assert open_llm("llama", activation_bits=8, keep=["*.down_proj=8"])

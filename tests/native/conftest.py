@@ -8,7 +8,7 @@ from flexrun import native
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.fixture(params=["portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16"])
 def instruction_set(request):
     if not native.available:
         pytest.skip("the native library is not built")

@@ -18,7 +18,7 @@ from flexrun import native  # noqa: E402
 from flexrun.compress.groupwise import GroupFormat, dequantise, quantise, split  # noqa: E402
 from flexrun.compress.kv_groups import GROUP_TOKENS, KVFormat, dequantise_kv, quantise_kv  # noqa: E402
 
-INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16")
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16")
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 LENGTHS = ([1, 2, 8, 1], [1, 35, 8, 291])  # query, KV
 PART = ([1, 3, 2], [0, 7, 33], [5, -1, 60])  # query, KV, position of the queries
@@ -70,9 +70,10 @@ def check_compressed(dtype, bits, group, shape, rows):
     back, out = torch.empty(shape, dtype=dtype), torch.empty(rows, shape[0], dtype=dtype)
     x, bias = torch.ones(rows, shape[1], dtype=dtype), torch.zeros(shape[0], dtype=dtype)
     assert native.dequantise(codes, factors, bits, group, back)
-    assert native.multiply(x, codes, factors, bits, group, bias, out)
     expected = dequantise(data, shape, form, torch.float32).sum(1).expand_as(out)
-    torch.testing.assert_close(out.float(), expected, rtol=TOLERANCE[dtype], atol=10 * TOLERANCE[dtype])
+    for x_bits in (16, 8):
+        assert native.multiply(x, codes, factors, bits, group, bias, out, x_bits)
+        torch.testing.assert_close(out.float(), expected, rtol=TOLERANCE[dtype], atol=10 * TOLERANCE[dtype])
 
 
 def check_compressed_kv(dtype, bits, head_dim):
