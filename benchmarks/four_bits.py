@@ -3,6 +3,7 @@
     python benchmarks/make_checkpoint.py llama-1b MODEL_DIR
     python benchmarks/four_bits.py --model MODEL_DIR --sequences 1 64
     python benchmarks/four_bits.py --model MODEL_DIR --sequences 8 --memory-limit 900MB --cpu-memory 400MiB
+    python benchmarks/four_bits.py --model MODEL_DIR --bits 16 8 w8a8 w4a8 --sequences 64
 
 Every run is a process of its own that loads, warms up and then repeats the workload; the bits take turns, so that a
 slow minute hurts them all. Ratios are those of medians. --memory-limit: in a control group of that size, page
@@ -22,16 +23,24 @@ from comparison import print_table
 from cpu_vs_peers import DEFAULT_CACHE, size_in_bytes
 from processes import end_on_terminate, flags, run_json, say, worker_command
 
+KINDS = {
+    "16": {},
+    "8": {"weight_bits": 8},
+    "4": {"weight_bits": 4},
+    "w8a8": {"weight_bits": 8, "activation_bits": 8},
+    "w4a8": {"weight_bits": 4, "activation_bits": 8},
+}
+
 
 def one_run(settings: argparse.Namespace) -> None:
     """What a child does: prints the measurement as JSON."""
     from flexrun import LLM
     from flexrun.evals.throughput import Cell, measure
 
-    (sequences,), (bits,) = settings.sequences, settings.bits
+    (sequences,), (kind,) = settings.sequences, settings.bits
     cell = Cell("four bits", sequences, settings.prompt_tokens, settings.output_tokens)
     options = {"hardware": settings.hardware, "cpu_memory": settings.cpu_memory, "disk_dir": settings.disk_dir}
-    with LLM(settings.model, dtype="bfloat16", weight_bits=bits, **options) as llm:
+    with LLM(settings.model, dtype="bfloat16", **KINDS[kind], **options) as llm:
         (found,) = measure(llm, [cell], repetitions=settings.repetitions)
         policy = dataclasses.asdict(llm.plan.policy)
         forecast = llm.plan.forecast
@@ -39,8 +48,8 @@ def one_run(settings: argparse.Namespace) -> None:
     print(json.dumps({**dataclasses.asdict(found), **given}))
 
 
-def measured(settings: argparse.Namespace, sequences: int) -> dict[int, list[dict]]:
-    """The runs of each number of bits, in turns."""
+def measured(settings: argparse.Namespace, sequences: int) -> dict[str, list[dict]]:
+    """The runs of each kind, in turns."""
     runs = {bits: [] for bits in settings.bits}
     given = {
         "model": settings.model,
@@ -60,8 +69,8 @@ def measured(settings: argparse.Namespace, sequences: int) -> dict[int, list[dic
     return runs
 
 
-def summed_up(runs: dict[int, list[dict]]) -> list[dict]:
-    """Of each number of bits the medians over its runs, and how many times the first one's speed that is."""
+def summed_up(runs: dict[str, list[dict]]) -> list[dict]:
+    """Of each kind the medians over its runs, and how many times the first one's speed that is."""
     rows = []
     for bits, own in runs.items():
         names = ("seconds", "decode_per_second", "prefill_per_second", "forecast_seconds")
@@ -79,12 +88,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=DEFAULT_CACHE / "llama-1b", metavar="DIR")
     parser.add_argument(
-        "--bits", type=int, nargs="+", default=[16, 8, 4], help="the first is what others are compared to"
+        "--bits",
+        choices=KINDS,
+        nargs="+",
+        default=["16", "8", "4"],
+        metavar="KIND",
+        help=f"of {', '.join(KINDS)}, the last with activations in 8 bits; the first is what others are compared to",
     )
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 64])
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--output-tokens", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each number of bits")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each kind")
     parser.add_argument("--repetitions", type=int, default=2, help="of the workload in a run, after one that warms up")
     parser.add_argument("--memory-limit", type=size_in_bytes, help="of a control group around each run, as in 1.5GB")
     parser.add_argument("--cpu-memory", metavar="SIZE", help="flexrun's budget")
@@ -105,8 +119,8 @@ def main() -> int:
     end_on_terminate()
     from flexrun import LLM
 
-    for bits in settings.bits:
-        with LLM(settings.model, dtype="bfloat16", weight_bits=bits, disk_dir=settings.disk_dir) as llm:
+    for kind in settings.bits:
+        with LLM(settings.model, dtype="bfloat16", **KINDS[kind], disk_dir=settings.disk_dir) as llm:
             llm.pack()
     document = {"model": str(settings.model), "workloads": []}
     for sequences in settings.sequences:
@@ -116,7 +130,7 @@ def main() -> int:
         print(f"{sequences} x ({settings.prompt_tokens} + {settings.output_tokens})")
         table = [
             (
-                str(row["bits"]),
+                row["bits"],
                 f"{row['seconds']:.2f}",
                 f"{row['forecast_seconds']:.2f} ({row['forecast_error']:+.0%})",
                 f"{row['prefill_per_second']:.0f}",
