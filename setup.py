@@ -34,7 +34,8 @@ kernels = Extension(
     optional=True,
 )
 
-test = ["pytest", "pytest-xdist", "hypothesis", "transformers", "accelerate", "ruff", "zstandard>=0.19"]
+triton = 'triton; sys_platform == "linux" and platform_machine == "x86_64"'  # whose interpreter runs the GPU's kernel
+test = ["pytest", "pytest-xdist", "hypothesis", "transformers", "accelerate", "ruff", "zstandard>=0.19", triton]
 
 setup(
     name="flexrun",
