@@ -56,6 +56,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def call(args: argparse.Namespace) -> int:
     from flexrun.config import Policy
+    from flexrun.llm.given_policy import check_activations
     from flexrun.llm.machine_profile import settle_hardware
     from flexrun.llm.model_files import read_model_plan
     from flexrun.llm.planning import as_budgets, plan_of, search_plan
@@ -82,6 +83,8 @@ def call(args: argparse.Namespace) -> int:
             model.spec, hardware, workload, budgets, fixed=_fixed(args), features=features, effort=args.effort
         )
     weight_bits_of(plan.policy).check(model.spec.tensors_by_layer())
+    if args.weight_bits != "auto":
+        check_activations(plan.policy)
     if args.json:
         document = {"model_name": model.name, "hardware": hardware.name, **plan_document(plan)}
         print(json.dumps(document, indent=2))

@@ -60,13 +60,19 @@ def given_policy(
     decided = dataclasses.replace(policy or Policy(), **fixed)
     bits = weight_bits_of(decided)
     bits.check(spec.tensors_by_layer())
-    if decided.activation_bits < 16 and weight_bits != AUTO and decided.weight_bits == 16 and not decided.keep:
+    if weight_bits != AUTO:
+        check_activations(decided)
+    return None if policy is None else decided, fixed, bits, features
+
+
+def check_activations(policy: Policy) -> None:
+    """Raise ConfigError where activations are to be rounded and no matrix is compressed."""
+    if policy.activation_bits < 16 and policy.weight_bits == 16 and not policy.keep:
         raise ConfigError(
-            f"activation_bits={decided.activation_bits} rounds what compressed matrices are multiplied by, and none is "
+            f"activation_bits={policy.activation_bits} rounds what compressed matrices are multiplied by, and none is "
             "compressed",
             "set weight_bits to 8 or 4 as well",
         )
-    return None if policy is None else decided, fixed, bits, features
 
 
 def found_bits(features: Features, policy: Policy) -> dict[str, Any]:

@@ -145,6 +145,7 @@ def test_a_hardware_file_that_is_not_there_is_named(plan):
         (("--fix", "weights=half"), "--fix"),
         (("--fix", 'weights={"gpu":1,"cpu":1,"disk":0}'), "sum to 1"),
         (("--max-num-seqs", "0"), "sequences_in_flight"),
+        (("--activation-bits", "8"), "none is compressed"),
         (("--gen-len", "0"), "--gen-len"),
         (("--tokenizer", "nowhere"), "nowhere"),
     ],
