@@ -80,9 +80,27 @@ def weight_arguments(args: argparse.Namespace) -> dict[str, Any]:
     return {**given, "keep": keep}
 
 
-def prefix_unit(args: argparse.Namespace) -> int:
+def bits_in_force(args: argparse.Namespace) -> dict[str, Any]:
+    """The same as words of the command line, and where it has none, those of the --policy file that are no defaults.
+
+    Raises ConfigError where the file is no policy.
+    """
+    names = ("weight_bits", "weight_group", "activation_bits", "kv_bits", "keep")
+    given = {name: getattr(args, name) for name in names}
+    if args.policy in (None, "auto"):
+        return given
+    from flexrun.config import Policy
+
+    policy, default = Policy.from_json(args.policy), Policy()
+    found = {name: getattr(policy, name) for name in names if getattr(policy, name) != getattr(default, name)}
+    if "keep" in found:
+        found["keep"] = ",".join(policy.keep)
+    return {name: found.get(name) if value is None else value for name, value in given.items()}
+
+
+def prefix_unit(kv_bits: int | str | None) -> int:
     """Tokens of which shared prefixes are to be whole multiples: of a cache that may be compressed, its groups."""
-    if args.kv_bits in (None, 16):
+    if kv_bits in (None, 16):
         return 1
     from flexrun.compress import GROUP_TOKENS
 

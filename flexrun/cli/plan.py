@@ -8,7 +8,14 @@ import json
 import sys
 from pathlib import Path
 
-from flexrun.cli.machine import MODEL_FLAGS, add_model_flags, add_weight_flags, prefix_unit, weight_arguments
+from flexrun.cli.machine import (
+    MODEL_FLAGS,
+    add_model_flags,
+    add_weight_flags,
+    bits_in_force,
+    prefix_unit,
+    weight_arguments,
+)
 from flexrun.errors import ConfigError
 
 
@@ -110,7 +117,8 @@ def _workload(args: argparse.Namespace, model):
 
     if args.input_file is not None:
         sampling = SamplingParams(temperature=0.0, max_tokens=args.gen_len)
-        workload = Workload.from_jsonl(args.input_file, model, sampling=sampling, prefix_unit=prefix_unit(args))
+        unit = prefix_unit(bits_in_force(args)["kv_bits"])
+        workload = Workload.from_jsonl(args.input_file, model, sampling=sampling, prefix_unit=unit)
         if not len(workload):
             raise ConfigError(f"{args.input_file} holds no prompt that can be planned", "check it with flexrun run")
         return workload

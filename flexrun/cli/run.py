@@ -15,6 +15,7 @@ from flexrun.cli.machine import (
     add_machine_flags,
     add_model_flags,
     add_weight_flags,
+    bits_in_force,
     prefix_unit,
     weight_arguments,
 )
@@ -118,6 +119,7 @@ def call(args: argparse.Namespace) -> int:
         check_side_file(None if path == "-" else path)
     template = None if args.chat_template is None else _read(args.chat_template)
     given = {name: getattr(args, name) for name in SAMPLING_FLAGS}
+    bits = bits_in_force(args)
     config = JobConfig(
         input_file=args.input_file,
         output_file=args.output_file,
@@ -135,18 +137,18 @@ def call(args: argparse.Namespace) -> int:
         progress=args.progress,
         report_dir=args.report,
         shared_prefixes=args.shared_prefixes,
-        prefix_unit=prefix_unit(args),
+        prefix_unit=prefix_unit(bits["kv_bits"]),
         identity={
             "dtype": args.dtype,
             "tokenizer": args.tokenizer,
             "chat_template": template,
             "seed": args.seed,
             **(
-                {"weight_bits": [args.weight_bits, args.keep, args.weight_group]}
-                if args.weight_bits or args.keep
+                {"weight_bits": [bits[name] for name in ("weight_bits", "keep", "weight_group")]}
+                if bits["weight_bits"] or bits["keep"]
                 else {}
             ),
-            **{name: bits for name in ("activation_bits", "kv_bits") if (bits := getattr(args, name))},
+            **{name: bits[name] for name in ("activation_bits", "kv_bits") if bits[name]},
         },
     )
     model = {name: getattr(args, name) for name in MODEL_FLAGS}

@@ -43,14 +43,17 @@ def test_output_json_is_one_object(flexrun, files):
     assert json.loads(target.read_text())["generated_tokens"] == 2
 
 
-def test_flags_reach_the_engine(flexrun, engine):
+def test_flags_reach_the_engine(flexrun, engine, files):
+    policy = files.folder / "p.json"
+    policy.write_text("{}")
     flexrun(
         *shlex.split(
             "--dtype float32 --gpu-memory 1GiB --cpu-memory 2GiB --max-model-len 40 --max-num-seqs 7 --seed 3"
         ),
         *shlex.split(
-            "--threads 2 --disk-memory 3GiB --disk-dir d --cache-dir c --trace t.json --tokenizer tok --policy p.json"
+            "--threads 2 --disk-memory 3GiB --disk-dir d --cache-dir c --trace t.json --tokenizer tok --policy"
         ),
+        str(policy),
         *shlex.split(
             "--hardware hw.json --weight-bits 4 --kv-bits k8v4 --weight-group 32 --keep layers.0.*=16,*.down_proj=8"
         ),
@@ -59,7 +62,7 @@ def test_flags_reach_the_engine(flexrun, engine):
     assert callable(engine.built.pop("log"))
     assert engine.built == {
         "model": "echo",
-        "policy": "p.json",
+        "policy": str(policy),
         "tokenizer": "tok",
         "chat_template": None,
         "dtype": "float32",
@@ -211,6 +214,41 @@ def test_chat_template_is_read_from_the_file_and_part_of_the_job(flexrun, files,
     template.write_text("{{ other }}")
     code, _, err = flexrun("--chat-template", str(template), "--resume")
     assert code == 2 and "chat_template" in err
+
+
+def manifest_of(flexrun, files, policy, *flags):
+    """Of a job that ran with these fields as its policy file."""
+    path = files.folder / "policy.json"
+    path.write_text(json.dumps(policy))
+    flexrun("--policy", str(path), "--overwrite", *flags)
+    return json.loads(files.output.with_name("out.jsonl.manifest.json").read_text())
+
+
+def test_bits_of_a_policy_file_are_part_of_the_job(flexrun, files):
+    flexrun()
+    plain = json.loads(files.output.with_name("out.jsonl.manifest.json").read_text())
+    assert manifest_of(flexrun, files, {"weight_bits": 16, "kv_bits": 16, "tokens_per_pass": 64}) == plain
+    assert flexrun("--resume")[0] == 0
+    four = {"weight_bits": 4, "keep": ["layers.0.*=16", "lm_head=8"], "kv_bits": "k8v4"}
+    found = manifest_of(flexrun, files, four)
+    by_flags = shlex.split("--weight-bits 4 --keep layers.0.*=16,lm_head=8 --kv-bits k8v4")
+    assert found == manifest_of(flexrun, files, {}, *by_flags) != plain
+    assert found["weight_bits"] == [4, "layers.0.*=16,lm_head=8", None] and found["kv_bits"] == "k8v4"
+    flags_win = manifest_of(
+        flexrun, files, {**four, "activation_bits": 8}, "--weight-bits", "8", "--weight-group", "32"
+    )
+    assert (flags_win["weight_bits"], flags_win["activation_bits"]) == ([8, "layers.0.*=16,lm_head=8", 32], 8)
+
+
+def test_a_resume_with_a_policy_of_other_bits_is_refused(flexrun, files):
+    manifest_of(flexrun, files, {"weight_bits": 4})
+    code, _, err = flexrun("--resume")
+    assert code == 2 and "weight_bits" in err
+    (files.folder / "other.json").write_text('{"weight_bits": 4, "sequences_in_flight": 3}')
+    assert flexrun("--policy", str(files.folder / "other.json"), "--resume")[0] == 0
+    files.folder.joinpath("other.json").write_text('{"weight_bits": 4, "weight_group": 32}')
+    code, _, err = flexrun("--policy", str(files.folder / "other.json"), "--resume")
+    assert code == 2 and "weight_bits" in err
 
 
 @pytest.mark.parametrize("no_color, coloured", [("", True), ("1", False)])
