@@ -359,7 +359,7 @@ class Journal:
                 "resume with the same input, settings and version of flexrun, or start again with --overwrite",
             )
         now = json.loads(json.dumps(manifest))  # tuples become lists, as in the file
-        for key, old, new in _differences(before, now):
+        for key, old, new in _differences({"weights": now.get("weights"), **before}, now):  # earlier versions: none
             raise ConfigError(
                 f"{self._output} was made with {key}={json.dumps(old)}, this command has {key}={json.dumps(new)}",
                 "resume with the same input and settings, or start again with --overwrite",

@@ -81,7 +81,8 @@ def run_job(
 ) -> dict[str, Any]:
     """Run one job and return its summary.
 
-    open_model: returns the ModelFiles (of which tokenizer, spec.vocab_size and max_model_len are read), no weights.
+    open_model: returns the ModelFiles (of which tokenizer, spec.vocab_size, max_model_len and weights_digest are used),
+        no weights.
     build_llm: returns the LLM of these files (prepare, generate_iter, reconsider, summary and close are called); called
     only once every line has been checked and some are left to do. A resume calls it with what the LLM of the first run
     had chosen (its ``chosen``).
@@ -179,6 +180,7 @@ class _Job:
             "format": 1,
             "flexrun_version": __version__,
             "model": config.model_name,
+            "weights": model.weights_digest(),
             "max_model_len": model.max_model_len,
             "input_sha256": index.input_sha256,
             "return_token_ids": config.return_token_ids,

@@ -35,6 +35,10 @@ class ModelFiles:
     max_model_len: int
     stop_token_ids: frozenset[int]
 
+    def weights_digest(self) -> str:
+        """See CheckpointReader.digest."""
+        return self.reader.digest()
+
     def close(self) -> None:
         self.reader.close()
 

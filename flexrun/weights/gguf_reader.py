@@ -13,7 +13,13 @@ from gguf.quants import dequantize
 from flexrun.core import nearest_name
 from flexrun.errors import CheckpointError, UnsupportedError
 from flexrun.gguf_header import DAMAGED, GgufHeader, GgufTensor, read_gguf_header
-from flexrun.weights.checkpoint import CONVERT_ROWS_BYTES, CheckpointReader, fingerprint_files, read_exactly
+from flexrun.weights.checkpoint import (
+    CONVERT_ROWS_BYTES,
+    CheckpointReader,
+    digest_files,
+    fingerprint_files,
+    read_exactly,
+)
 from flexrun.weights.gguf_config import hf_config, hf_generation_config
 from flexrun.weights.gguf_names import FAMILIES, SETTINGS, Meaning, meaning
 
@@ -82,6 +88,9 @@ class GgufReader(CheckpointReader):
 
     def fingerprint(self) -> str:
         return fingerprint_files(self.config, {self.path: self._header.digest})
+
+    def digest(self) -> str:
+        return digest_files({}, {self.path: self._header.digest})  # the config is made of the header
 
     def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         stored, known = self._stored(name)

@@ -15,6 +15,7 @@ from flexrun.errors import CheckpointError
 from flexrun.weights.checkpoint import (
     CONVERT_ROWS_BYTES,
     CheckpointReader,
+    digest_files,
     fingerprint_files,
     read_exactly,
     read_json,
@@ -199,6 +200,9 @@ class SafetensorsReader(CheckpointReader):
 
     def fingerprint(self) -> str:
         return fingerprint_files(self.config, self._headers)
+
+    def digest(self) -> str:
+        return digest_files(self.config, self._headers)
 
     def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         self._check_readable(name)

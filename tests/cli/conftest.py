@@ -59,6 +59,7 @@ def engine(monkeypatch):
         tokenizer=Tokenizer(),
         spec=SimpleNamespace(vocab_size=100),
         max_model_len=50,
+        weights_digest=lambda: "w",
         close=lambda: None,
         opened={"model": model, **settings},
     )

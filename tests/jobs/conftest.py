@@ -121,6 +121,7 @@ def model():
         tokenizer=WordTokenizer(),
         spec=SimpleNamespace(vocab_size=VOCAB_SIZE),
         max_model_len=MAX_MODEL_LEN,
+        weights_digest=lambda: "w",
         close=lambda: None,
     )
 

@@ -152,6 +152,19 @@ def test_resume_with_other_settings_is_refused(run, change, named):
         run(None, resume=True, **change)
 
 
+def test_resume_with_other_weights_at_the_same_place_is_refused(run, model, tmp_path):
+    run(prompts(4), limit=2)
+    model.weights_digest = lambda: "other"
+    with pytest.raises(ConfigError, match='weights="w", this command has weights="other"'):
+        run(None, resume=True)
+    path = tmp_path / "out.jsonl.manifest.json"
+    earlier = json.loads(path.read_text())
+    del earlier["weights"]  # as versions before this one wrote it
+    path.write_text(json.dumps(earlier))
+    _, records = run(None, resume=True)
+    assert len(by_id(records)) == 4 and json.loads(path.read_text())["weights"] == "other"
+
+
 def test_resume_with_another_input_is_refused(run):
     run(prompts(2))
     with pytest.raises(ConfigError, match="input_sha256"):

@@ -1,3 +1,4 @@
+import os
 import random
 
 import gguf
@@ -184,14 +185,22 @@ def test_no_damage_gives_anything_but_our_own_errors(damage, llama, gguf_file):
     assert refused > 20
 
 
-def test_the_fingerprint_follows_the_file(llama, gguf_file):
+def test_fingerprint_and_digest_follow_the_file(llama, gguf_file):
     path = gguf_file(llama)
     with open_checkpoint(path) as reader:
-        first = reader.fingerprint()
+        first, digest = reader.fingerprint(), reader.digest()
         assert first == reader.fingerprint()
+    os.utime(path, (1, 1))
+    with open_checkpoint(path) as reader:
+        assert reader.digest() == digest and reader.fingerprint() != first
+        first = reader.fingerprint()
     with open_checkpoint(path.parent) as reader:  # a directory with one .gguf is that file
         assert reader.fingerprint() == first
     data = path.read_bytes()
     path.write_bytes(data[:-4] + b"\0\0\0\1")
     with open_checkpoint(path) as reader:
         assert reader.fingerprint() != first
+    middle = len(data) // 2
+    path.write_bytes(data[:middle] + bytes(byte ^ 1 for byte in data[middle:]))
+    with open_checkpoint(path) as reader:
+        assert reader.digest() != digest

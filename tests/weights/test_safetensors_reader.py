@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import shutil
 import struct
 
 import pytest
@@ -227,6 +228,25 @@ def test_the_fingerprint_follows_config_and_files(tensors, tmp_path):
     os.utime(tmp_path / FILE, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert fingerprint() == second
     assert len({first, second, third}) == 3
+
+
+def test_the_digest_is_that_of_a_copy_and_not_of_weights_trained_further(tmp_path):
+    def digest(tensors, name, **config):
+        folder = tmp_path / name
+        folder.mkdir()
+        save_file(tensors, folder / FILE)
+        (folder / "config.json").write_text(json.dumps(config))
+        with open_checkpoint(folder) as reader:
+            return reader.digest()
+
+    before = {f"{layer}.weight": torch.full((512, 512), float(layer)) for layer in range(16)}
+    after = {**before, "7.weight": before["7.weight"] + 0.25}  # one matrix of 16, and neither names nor sizes
+    first = digest(before, "first")
+    os.utime(shutil.copytree(tmp_path / "first", tmp_path / "copy") / FILE, (1, 1))
+    with open_checkpoint(tmp_path / "copy") as reader:
+        assert reader.digest() == first
+    others = [digest(after, "after"), digest({**before, "x": torch.ones(1)}, "more"), digest(before, "other", theta=5)]
+    assert len({first, *others}) == 4
 
 
 def test_reading_keeps_little_more_than_the_tensor_in_memory(tmp_path):
