@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from flexrun import __version__
 from flexrun.cli import bench, bench_helm, eval_perplexity, plan, profile, quantize, run
 from flexrun.cli.parser import Parser
-from flexrun.cli.stopping import INTERRUPTED, signals_end_at_once, sigterm_interrupts
+from flexrun.cli.stopping import INTERRUPTED, signals_end_at_once, signals_interrupt
 from flexrun.cli.style import print_error
 from flexrun.errors import ExecutionError, FlexrunError
 from flexrun.openmp import import_torch
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with signals_end_at_once():
         import_torch()
     try:
-        with sigterm_interrupts():
+        with signals_interrupt():
             return args.call(args)
     except FlexrunError as error:
         print_error(error.message, error.hint)

@@ -1,4 +1,4 @@
-"""Ends a command in order when it is asked to: SIGTERM as Ctrl-C does, and neither with the traceback of an import."""
+"""Ends a command in order when it is asked to: SIGTERM and a closed terminal as Ctrl-C does, none with a traceback."""
 
 from __future__ import annotations
 
@@ -10,29 +10,34 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from flexrun.cli.style import print_error
+from flexrun.jobs.signals import STOPPING, leave_lost_terminal
 
 INTERRUPTED = 130
 
 
-def sigterm_interrupts():
-    """While entered, SIGTERM raises KeyboardInterrupt, so that files are closed and locks let go."""
+def signals_interrupt():
+    """While entered, SIGTERM and SIGHUP raise KeyboardInterrupt as SIGINT does: files are closed and locks let go."""
 
     def interrupt(number, frame):
+        if number == signal.SIGHUP:
+            leave_lost_terminal()
+            signal.signal(number, signal.SIG_IGN)  # it comes more than once: what was begun here goes on to its end
         raise KeyboardInterrupt
 
-    return _handled(interrupt, signal.SIGTERM)
+    return _handled(interrupt, signal.SIGTERM, signal.SIGHUP)
 
 
 def signals_end_at_once():
-    """While entered, SIGINT and SIGTERM end the process: for as long as libraries are imported, which swallow what is
+    """While entered, STOPPING signals end the process: for as long as libraries are imported, which swallow what is
     raised in their midst, and nothing is open yet."""
 
     def leave(number, frame):
+        leave_lost_terminal()
         print_error("interrupted", "nothing was begun; run it again")
         sys.stderr.flush()
         os._exit(INTERRUPTED)
 
-    return _handled(leave, signal.SIGINT, signal.SIGTERM)
+    return _handled(leave, *STOPPING)
 
 
 @contextmanager

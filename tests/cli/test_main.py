@@ -55,7 +55,7 @@ def test_module_is_the_command():
     assert (done.returncode, done.stdout) == (0, f"flexrun {__version__}\n")
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_signal_while_libraries_are_imported_is_no_traceback(name):
     program = (
         f"import os, signal; from flexrun import cli; cli.import_torch = lambda: os.kill(os.getpid(), signal.{name})\n"

@@ -85,3 +85,25 @@ def test_a_stopped_job_resumes_to_the_same_tokens(job, number, code):
     assert len(after) == len(PROMPTS) and before.items() <= after.items()
     assert main([*flags, "--overwrite"]) == 0
     assert answers(output) == after
+
+
+def test_a_job_whose_terminal_is_closed_stops_in_order(job):
+    _, output, flags = job
+    flags += ["--max-num-seqs", "1", "--max-tokens", "40"]
+    ours, terminal = os.openpty()
+    owning = (
+        "import fcntl, sys, termios; from flexrun.cli import main\n"
+        "fcntl.ioctl(0, termios.TIOCSCTTY, 0); sys.exit(main(sys.argv[1:]))"
+    )
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
+    process = subprocess.Popen([sys.executable, "-c", owning, *flags], **streams, start_new_session=True)
+    os.close(terminal)
+    deadline = time.monotonic() + 60
+    while not (output.exists() and output.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    os.close(ours)
+    assert process.wait(timeout=60) == 130
+    before = answers(output)
+    assert 0 < len(before) < len(PROMPTS) and not output.with_name("out.jsonl.lock").exists()
+    assert main([*flags, "--resume"]) == 0
+    assert len(answers(output)) == len(PROMPTS) and before.items() <= answers(output).items()

@@ -186,7 +186,7 @@ def test_ctrl_c_says_how_to_go_on_and_doing_so_ends_the_job(flexrun, engine, fil
     assert code == 0 and len(files.output.read_text().splitlines()) == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_while_weights_are_loaded_lets_go_of_the_output(flexrun, engine, files, monkeypatch, number):
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:

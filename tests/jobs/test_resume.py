@@ -189,6 +189,24 @@ def test_ctrl_c_stops_in_order_and_resume_goes_on(run, make_llm, tmp_path):
     assert not summary["interrupted"] and len(by_id(records)) == 60
 
 
+@pytest.mark.parametrize("is_ignored", [False, True])
+def test_a_closed_terminal_stops_in_order_however_often_it_says_so(run, make_llm, is_ignored):
+    def on_pass(llm):
+        if len(llm.seen) > 20:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGHUP)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if is_ignored else signal.SIG_DFL)
+    try:
+        summary, records = run(prompts(60), make_llm(slots=8, on_pass=on_pass))
+    finally:
+        after = signal.signal(signal.SIGHUP, before)
+    assert after is (signal.SIG_IGN if is_ignored else signal.SIG_DFL)
+    assert summary["interrupted"] is not is_ignored and (len(records) == 60) is is_ignored  # ignored: under nohup
+    _, records = run(None, resume=True)
+    assert len(by_id(records)) == 60
+
+
 def test_a_second_ctrl_c_does_not_wait_for_an_answer(run, make_llm):
     def on_pass(llm):
         if len(llm.seen) > 20:
