@@ -33,10 +33,12 @@ def read_all(
     least: int = 4,
     most: int = 64,
     rounds: int = 2,
+    typical: bool = False,
 ) -> list[Reading]:
     """Repeat each call for about ``budget_seconds``, ``least`` to ``most`` times; the first ``warm_up`` do not count.
 
     All calls take their turn in each of the rounds, so that a burst of other work spoils no call's every repeat.
+    typical: see reading_of.
     """
     seconds: list[list[float]] = [[] for _ in calls]
     for number in range(rounds):
@@ -48,12 +50,13 @@ def read_all(
                 count * rounds < most and time.perf_counter() < until
             ):
                 taken.append(stopwatch(call))
-    return [reading_of(taken) for taken in seconds]
+    return [reading_of(taken, typical) for taken in seconds]
 
 
-def reading_of(seconds: Sequence[float]) -> Reading:
-    """Mean of the fastest quarter: other programs only ever make a repeat slower."""
+def reading_of(seconds: Sequence[float], typical: bool = False) -> Reading:
+    """Mean of the fastest quarter: other programs only ever make a repeat slower. typical: the median, where repeats
+    differ by themselves, as reads from one place of a disk and from another do."""
     ordered = sorted(seconds)
-    quarter = len(ordered) // 4
-    spread = (ordered[-1 - quarter] - ordered[quarter]) / median(ordered)
-    return Reading(fmean(ordered[: max(quarter, 1)]), spread)
+    quarter, middle = len(ordered) // 4, median(ordered)
+    spread = (ordered[-1 - quarter] - ordered[quarter]) / middle
+    return Reading(middle if typical else fmean(ordered[: max(quarter, 1)]), spread)

@@ -34,8 +34,8 @@ PASS_SECONDS = 1.2e-3  # planning a pass, apart from its sequences
 TOKEN_SECONDS = 30e-6  # appending one sampled token and making its text
 STORE_SECONDS, STORE_SEQUENCE_SECONDS = 6e-5, 3e-7  # the executor's own work around the projections of a layer
 # Steps in a run against each timed by itself, measured on a CPU by benchmarks/forecast.py: modules find other data in
-# the cache, reads wait for one another's ends.
-CPU_IN_RUN, DISK_IN_RUN = 1.09, 1.14
+# the cache, reads begin and end a moment late.
+CPU_IN_RUN, DISK_IN_RUN = 1.09, 1.08
 MERGE_ACCESSES = 4  # of each value in float32, where what was attended in two places is joined
 
 

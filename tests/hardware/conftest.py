@@ -51,7 +51,7 @@ def tiny_effort(monkeypatch):
         contention_seconds=0.015,
         file_bytes=16 * MIB,
         disk_seconds=1.0,
-        copy_sizes=(64 * KIB, 2 * MIB),
+        copy_sizes=(64 * KIB, 16 * MIB),
         disk_sizes=(64 * KIB, 8 * MIB),
         link_sizes=(64 * KIB, 4 * MIB),
         context_tokens=32,

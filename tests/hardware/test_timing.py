@@ -29,3 +29,12 @@ def test_there_is_an_end_to_the_repeats():
 
 def test_wall_clock():
     assert wall_clock(lambda: sum(range(100_000))) > 0
+
+
+def test_where_repeats_differ_by_themselves_the_middle_one_is_taken():
+    seconds = [4.0, 1.0, 2.0, 9.0, 3.0]
+    assert reading_of(seconds).seconds == 1.0
+    assert reading_of(seconds, typical=True).seconds == 3.0
+    calls, taken = [lambda: None, lambda: None], iter(range(1, 100))
+    readings = read_all(calls, 0.0, stopwatch=lambda call: next(taken), rounds=1, least=3, typical=True)
+    assert [reading.seconds for reading in readings] == [2, 5]
