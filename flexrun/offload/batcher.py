@@ -368,8 +368,8 @@ class Batcher:
 
     def retire(self, sequence: Sequence) -> None:
         """A finished sequence gives its slot and its cache room back at once."""
-        tokens = len(sequence.output_ids)
-        self._lengths.add(tokens, ended=tokens < sequence.group.max_tokens)
+        if not sequence.failed:
+            self._lengths.add(tokens := len(sequence.output_ids), ended=tokens < sequence.group.max_tokens)
         self._leave(sequence)
 
     def _leave(self, sequence: Sequence) -> None:

@@ -36,8 +36,10 @@ from flexrun.placement import (
     rotary_positions,
 )
 from flexrun.prefixes import Prefixes
-from flexrun.sampling import sample, score
+from flexrun.sampling import UnusableLogits, sample, score
 from flexrun.weights.packed import PackedWeights
+
+HOPELESS_SEQUENCES = 8  # that failed one after the other, and none before them got a token: it is the model
 
 
 @dataclass
@@ -56,13 +58,13 @@ class Totals:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
 
-    def add(self, plan: PassPlan, seconds: float) -> None:
+    def add(self, plan: PassPlan, generated_tokens: int, seconds: float) -> None:
         share = plan.prefill_tokens / plan.shape.tokens
         self.passes += 1
         self.prompt_tokens += plan.prefill_tokens
         self.spared_tokens += plan.spared_tokens
         self.prefixes += plan.prefixes
-        self.generated_tokens += len(plan.sampled)
+        self.generated_tokens += generated_tokens
         self.prefill_seconds += seconds * share
         self.decode_seconds += seconds * (1 - share)
 
@@ -141,6 +143,7 @@ class Engine:
             undo.pop_all()
             self._batcher = Batcher(policy, self.kv)
             self.totals = Totals()
+            self._failed_sequences, self._is_sound = 0, False
 
     def _open_kv(
         self, spec: ModelSpec, disk_budget_bytes: int | None, folder: Path, account: MemoryAccount, direct: bool
@@ -199,14 +202,15 @@ class Engine:
                         sequence.end()
                         finished.append(sequence)
                     now = time.perf_counter()
-                    self.totals.add(plan, now - start_seconds)
+                    sampled = [sequence for sequence in plan.sampled if not sequence.failed]
+                    self.totals.add(plan, len(sampled), now - start_seconds)
                     if on_pass is not None:
-                        on_pass(plan.prefill_tokens + plan.spared_tokens, len(plan.sampled))
+                        on_pass(plan.prefill_tokens + plan.spared_tokens, len(sampled))
                     if on_tokens is not None:
                         on_tokens(
                             [
                                 (sequence.group.request.request_id, sequence.row.choice_index, sequence.output_ids[-1])
-                                for sequence in plan.sampled
+                                for sequence in sampled
                             ]
                         )
                 refused = self._batcher.take_refused()
@@ -232,8 +236,24 @@ class Engine:
             self._score(plan.scored[block], torch.from_numpy(plan.targets[block]), name_of, logits[sampled:])
 
     def _sample(self, sequences: tuple[Sequence, ...], finished: list[Sequence], name_of, logits: torch.Tensor) -> None:
-        """Take the next token of each sequence; those that end with it are added to ``finished``."""
-        sampled = sample(logits, [sequence.row for sequence in sequences])
+        """Take the next token of each sequence; those that end with it, or have none, are added to ``finished``.
+
+        Raises UnusableLogits where one sequence after the other has none, so that a broken model does not use up a job.
+        """
+        try:
+            sampled = sample(logits, [sequence.row for sequence in sequences])
+        except UnusableLogits as error:
+            self._is_sound |= len(error.rows) < len(sequences)
+            self._failed_sequences += len(error.rows)
+            if self._failed_sequences >= HOPELESS_SEQUENCES and not self._is_sound:
+                raise
+            for row in error.rows:
+                sequences[row].fail(error)
+                finished.append(sequences[row])
+            if usable := _others(error.rows, len(sequences)):
+                self._sample(tuple(sequences[row] for row in usable), finished, name_of, logits[usable])
+            return
+        self._is_sound = True
         tokens = sampled.token_ids.tolist()
         now = time.perf_counter()
         for sequence, token_id, chosen, top in zip(sequences, tokens, sampled.logprobs, sampled.top):
@@ -245,7 +265,15 @@ class Engine:
     def _score(self, sequences: tuple[Sequence, ...], targets: torch.Tensor, name_of, logits: torch.Tensor) -> None:
         """Take the log-probability of each target, the prompt token that comes after a row of ``sequences``."""
         widths = [sequence.group.params.prompt_logprobs or 0 for sequence in sequences]
-        for sequence, *found in zip(sequences, *score(logits, targets.to(logits.device), widths)):
+        try:
+            scored = score(logits, targets.to(logits.device), widths)
+        except UnusableLogits as error:
+            for row in error.rows:
+                sequences[row].group.refuse(error)
+            if usable := _others(error.rows, len(sequences)):
+                self._score(tuple(sequences[row] for row in usable), targets[usable], name_of, logits[usable])
+            return
+        for sequence, *found in zip(sequences, *scored):
             sequence.score(*found, name_of)
 
     @property
@@ -271,3 +299,7 @@ class Engine:
         self.tiers[Tier.CPU].release("rotary", self._rotary_bytes)
         self._rotary_bytes = 0
         self._accelerator.close()
+
+
+def _others(rows: list[int], count: int) -> list[int]:
+    return sorted(set(range(count)) - set(rows))

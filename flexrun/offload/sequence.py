@@ -9,11 +9,12 @@ from typing import Protocol
 
 import numpy
 
+from flexrun.errors import RequestError
 from flexrun.offload.kv_store import Region
 from flexrun.offload.prefix_cache import Chain
 from flexrun.outputs import CompletionOutput, Logprob, Request, RequestOutput
 from flexrun.prefixes import NONE
-from flexrun.sampling import SamplerRow, SamplingParams, TokenLogprob
+from flexrun.sampling import SamplerRow, SamplingParams, TokenLogprob, UnusableLogits
 
 
 class TextDecoder(Protocol):
@@ -33,7 +34,8 @@ class Group:
     prefix: which of the job's shared prefixes the prompt begins with (NONE: none), and its tokens.
 
     max_tokens: 0 where the prompt is only scored. score_start: the first prompt position whose token is scored, by the
-    row before it; None: none is. prompt_logprobs: of the positions from there on, as they come.
+    row before it; None: none is. prompt_logprobs: of the positions from there on, as they come. error: why the request
+    fails, whatever becomes of its other sequences.
     """
 
     request: Request
@@ -50,8 +52,14 @@ class Group:
     prompt_logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     prefix: int = NONE
     prefix_tokens: int = 0
+    error: RequestError | None = None
+
+    def refuse(self, error: UnusableLogits) -> None:
+        self.error = RequestError(error.reason, error.hint, "unusable_logits")
 
     def output(self, now_seconds: float) -> RequestOutput:
+        if self.error is not None:
+            return RequestOutput.refused(self.request, self.error)
         metrics = {
             "time_to_first_token_seconds": self.first_token_seconds - self.start_seconds,
             "seconds": now_seconds - self.start_seconds,
@@ -76,7 +84,7 @@ class Sequence:
     scored is not run: nothing is asked of what follows it.
     start_tokens: what counts as cached before it is first run, a shared prefix of its prompt; ``chain`` has the parts
     of it, once there is room. room_tokens: of the cache, with its prefix, as long as it has a region; was_paused: it
-    had too little once.
+    had too little once. failed: it ended without a token of its last pass, see ``fail``.
     """
 
     __slots__ = (
@@ -84,6 +92,7 @@ class Sequence:
         "_held",
         "cached_tokens",
         "chain",
+        "failed",
         "group",
         "logprobs",
         "output_ids",
@@ -99,7 +108,7 @@ class Sequence:
         self.group = group
         self.start_tokens = self.cached_tokens = group.prefix_tokens
         self.chain: Chain = ()
-        self.room_tokens, self.was_paused = 0, False
+        self.room_tokens, self.was_paused, self.failed = 0, False, False
         self.region: Region | None = None
         self.output_ids = array("q")
         self.logprobs: list[dict[int, Logprob]] | None = [] if group.params.logprobs is not None else None
@@ -192,6 +201,12 @@ class Sequence:
     def end(self) -> None:
         """Of a prompt that is only scored: all of it is."""
         self._finish("length", None)
+
+    def fail(self, error: UnusableLogits) -> None:
+        """End here, and the request with this error."""
+        self.failed = True
+        self.group.refuse(error)
+        self.group.unfinished -= 1
 
     def _find_stop(self, new_characters: int) -> bool:
         """End at the earliest stop string that the newest characters completed."""

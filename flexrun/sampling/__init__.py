@@ -1,7 +1,7 @@
 """How the next token is chosen: what a request asks for, and the draw itself."""
 
 from flexrun.sampling.params import UNSUPPORTED_OPTIONS, SamplingParams
-from flexrun.sampling.sampler import Sampled, SamplerRow, TokenLogprob, sample, score
+from flexrun.sampling.sampler import Sampled, SamplerRow, TokenLogprob, UnusableLogits, sample, score
 from flexrun.sampling.seeds import resolve_seed, uniforms
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "SamplerRow",
     "SamplingParams",
     "TokenLogprob",
+    "UnusableLogits",
     "resolve_seed",
     "sample",
     "score",

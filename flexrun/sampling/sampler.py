@@ -23,6 +23,22 @@ HOST_SCRATCH_ELEMENTS = 1 << 19
 GPU_SCRATCH_ELEMENTS = 1 << 23
 
 
+BROKEN = (
+    "the model gave NaN or infinite logits",
+    "float16 overflows: run it with --dtype bfloat16 or float32; where every prompt fails, check the checkpoint",
+)
+NONE_LEFT = ("penalties and min_tokens leave no possible token", "ask for less of them")
+
+
+class UnusableLogits(ExecutionError):
+    """Rows of a batch from which no token can be taken; the others can. ``reason``: the complaint without the rows."""
+
+    def __init__(self, rows: list[int], reason: str, hint: str):
+        named = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
+        super().__init__(f"cannot sample row {named}: {reason}", hint)
+        self.rows, self.reason = rows, reason
+
+
 @dataclass(slots=True)
 class SamplerRow:
     """The part of a sequence that its next token depends on, beside the logits.
@@ -74,12 +90,12 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplerRow]) -> Sampled:
     """Choose the next token of every row. logits: float32 [rows, vocab], left unchanged; -inf is an impossible token.
 
     Greedy rows without penalties or log-probabilities cost one max over the batch; equals go to the lowest id.
-    Raises ExecutionError that names the rows whose logits are NaN, +inf or all -inf.
+    Raises UnusableLogits that names the rows whose logits are NaN, +inf or all -inf.
     """
     if logits.ndim != 2 or len(logits) != len(rows):
         raise ValueError(f"logits of shape {tuple(logits.shape)} for {len(rows)} rows")
     highest, token_ids = logits.max(dim=-1)
-    _require_finite(highest, range(len(rows)), "the model gave NaN or infinite logits")
+    _require_finite(highest, range(len(rows)), BROKEN)
     sampled = Sampled(token_ids, [None] * len(rows), [None] * len(rows))
     special = [row for row, state in enumerate(rows) if _is_special(state)]
     chunk_rows = max(1, _scratch_elements(logits) // logits.shape[1])
@@ -108,7 +124,7 @@ def _sample_special(logits: torch.Tensor, rows: Sequence[SamplerRow], members: l
         apply_penalties(adjusted, states)
         _mask_stops(adjusted, states)
         highest, chosen = adjusted.max(dim=-1)
-        _require_finite(highest, members, "penalties and min_tokens leave no possible token")
+        _require_finite(highest, members, NONE_LEFT)
     random = [position for position, state in enumerate(states) if not state.params.greedy]
     if random:
         drawing = [states[position] for position in random]
@@ -151,9 +167,9 @@ def score(
 ) -> tuple[list[TokenLogprob], list[list[TokenLogprob]]]:
     """Log-probabilities of given tokens, as ``logprobs_of``, in blocks that stay in the caches.
 
-    Raises ExecutionError where logits are NaN or infinite.
+    Raises UnusableLogits where they are NaN or infinite.
     """
-    _require_finite(logits.max(dim=-1).values, range(len(logits)), "the model gave NaN or infinite logits")
+    _require_finite(logits.max(dim=-1).values, range(len(logits)), BROKEN)
     own: list[TokenLogprob] = []
     top: list[list[TokenLogprob]] = []
     rows = max(1, _scratch_elements(logits) // logits.shape[1])
@@ -189,13 +205,8 @@ def logprobs_of(
     ]
 
 
-def _require_finite(highest: torch.Tensor, members: Sequence[int], complaint: str):
+def _require_finite(highest: torch.Tensor, members: Sequence[int], complaint: tuple[str, str]):
     """The row maximum is NaN, inf or -inf exactly when the row cannot be sampled."""
     finite = highest.isfinite()
     if not finite.all():
-        rows = [members[position] for position in (~finite).nonzero().squeeze(1).tolist()]
-        named = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
-        raise ExecutionError(
-            f"cannot sample row {named}: {complaint}",
-            "if it happens at the first step, check the checkpoint and the dtype (float16 overflows; try bfloat16)",
-        )
+        raise UnusableLogits([members[position] for position in (~finite).nonzero().squeeze(1).tolist()], *complaint)

@@ -327,8 +327,9 @@ def test_top_alternatives_among_equals_are_the_lowest_ids():
 def test_broken_logits_are_named_by_row(value, params):
     logits = random_logits(4, 30)
     logits[2, 11] = value
-    with pytest.raises(ExecutionError, match="row 2:"):
+    with pytest.raises(ExecutionError, match="row 2:") as caught:
         sample(logits, [SamplerRow(params)] * 4)
+    assert caught.value.rows == [2]
 
 
 def test_a_row_with_no_possible_token_is_an_error():
